@@ -1,0 +1,119 @@
+"""Next-token prediction of discrete image tokens: Janus (arXiv 2410.13848), LlamaGen (2406.06525), Chameleon (2405.09818).
+
+Letters: R documents of a session, T tokens of all images, V entries of the codebook, C width, G guidance branches.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+
+from unimodal_generators.base import (
+    Block,
+    Corrupted,
+    DecodingSession,
+    Embeddings,
+    ImageGenerator,
+    LossBreakdown,
+    LossTerm,
+    SamplingSettings,
+    TokenKind,
+    guide,
+)
+from unimodal_generators.choice import choose
+
+
+@dataclass(frozen=True)
+class AutoregressiveSettings(SamplingSettings):
+    """How an image's ids are drawn."""
+
+    temperature: float = 1.0  # 0: the likeliest id
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0  # 1: all
+
+
+class Autoregressive(ImageGenerator):
+    """Learns the next id of one codebook, with an embedding and a head of its own beside the text's (Janus, section 3.2).
+
+    Args:
+        layout: of the image tokenizer.
+        width: of the backbone.
+        sampling: defaults of the sampler.
+    """
+
+    reads: ClassVar = "previous"
+    accepts: ClassVar = ("discrete",)
+    repeats: ClassVar = False
+
+    def __init__(
+        self, layout: TokenLayout, width: int, sampling: AutoregressiveSettings = AutoregressiveSettings()
+    ) -> None:
+        super().__init__()
+        self.check(layout)
+        if len(layout.codebooks) != 1:
+            raise ValueError(f"tokenizer: Autoregressive learns one codebook, got {len(layout.codebooks)}")
+        self.layout, self.sampling = layout, sampling
+        (entries,) = layout.codebooks
+        self.embedding = nn.Embedding(entries, width)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, entries))
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
+        """One causal block, its own context."""
+        return [Block(grid, TokenKind.LEARNED, bidirectional=False, private=False, n_targets=grid.length)]
+
+    def plan_context(self, grid: Grid) -> list[Block]:
+        """One causal block."""
+        return [Block(grid, TokenKind.CLEAN, bidirectional=False, private=False)]
+
+    def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
+        """The ids, to be read and to be predicted."""
+        ids = tokens.values
+        return Corrupted(ids, torch.ones(len(tokens), device=ids.device), tokens.grids, ids)
+
+    def context(self, tokens: ImageTokens) -> Corrupted:
+        """The ids, to be read."""
+        return Corrupted(tokens.values, torch.ones(len(tokens), device=tokens.values.device), tokens.grids)
+
+    def embed(self, corrupted: Corrupted) -> Embeddings:
+        """A row of the embedding an id."""
+        return Embeddings(self.embedding(corrupted.inputs))
+
+    def logits(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest V"]:
+        """Scores over the codebook, in fp32 or better."""
+        logits = self.head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
+        """Cross-entropy of each id given everything before it."""
+        assert corrupted.targets is not None
+        total = F.cross_entropy(self.logits(hidden), corrupted.targets, reduction="sum")
+        return {"image": LossTerm(total, len(corrupted.targets))}
+
+    def sample(
+        self,
+        session: DecodingSession,
+        grids: Sequence[Grid],
+        settings: SamplingSettings,
+        rngs: Sequence[torch.Generator],
+    ) -> Iterator[ImageTokens]:
+        """One id a document and step; an image has exactly its tokens. Grids of one call are equal."""
+        if not isinstance(settings, AutoregressiveSettings):
+            raise ValueError(f"sampling: expected AutoregressiveSettings, got {type(settings).__name__}")
+        if len(set(grids)) != 1:
+            raise ValueError(f"sampling: autoregressive images of one call need one size, got {sorted(set(grids))}")
+        block = Block(grids[0], TokenKind.LEARNED, bidirectional=False, private=False)
+        ids: list[Int[Tensor, " R"]] = []
+        hidden = session.last  # (G, R, C)
+        for i in range(block.grid.length):
+            logits = guide(self.logits(hidden), [settings.guidance] * (session.branches - 1))  # (R, V)
+            ids.append(choose(logits, rngs, settings.temperature, settings.top_k, settings.top_p))
+            one = Corrupted(ids[-1], torch.ones(len(grids)), (Grid(1, 1),) * len(grids))
+            hidden = session.append(self.embed(one), [block.piece(i, 1)] * len(grids))
+        yield ImageTokens(torch.stack(ids, dim=1).flatten(), tuple(grids))  # (R, n) -> (T,)

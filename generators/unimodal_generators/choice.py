@@ -1,0 +1,47 @@
+"""Drawing one id from scores: greedy, temperature, top-k, top-p; one random generator a document.
+
+Letters: R documents, V entries.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def choose(
+    logits: Float[Tensor, "R V"], rngs: Sequence[torch.Generator], temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Int[Tensor, " R"]:
+    """One id a row. Row i draws from `rngs[i]` alone, so a document's ids do not depend on its neighbours."""
+    check_choice(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = restrict(logits.double() / temperature, top_k, top_p)
+    # Gumbel-max with noise drawn on the host: the same ids on every device.
+    uniform = torch.stack([torch.rand(logits.shape[1], generator=rng, dtype=torch.float64) for rng in rngs])
+    gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+    return (logits + gumbel.to(logits.device)).argmax(-1)
+
+
+def restrict(logits: Float[Tensor, "R V"], top_k: int, top_p: float) -> Float[Tensor, "R V"]:
+    """Minus infinity for all but the k likeliest, then for all but the smallest set of probability >= top_p (nucleus sampling, arXiv 1904.09751)."""
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(-1)
+        beyond = probability.cumsum(-1) - probability >= top_p  # the first is always kept
+        logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
+    return logits
+
+
+def check_choice(temperature: float, top_k: int, top_p: float) -> None:
+    """Refuse settings that mean nothing."""
+    if temperature < 0:
+        raise ValueError(f"temperature: expected 0 (the likeliest) or more, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected 0 (all) or more, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a probability above 0, at most 1, got {top_p}")

@@ -1,0 +1,156 @@
+"""Flow matching inside the transformer: a noised image is a private bidirectional block whose velocity is read off.
+
+Transfusion (arXiv 2408.11039), BAGEL (arXiv 2505.14683), LlamaFusion (arXiv 2412.15188).
+
+Letters: N images, T tokens of all of them, D channels of a token, C width, G guidance branches, K solver steps.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from unimodal_tokenizers import diffusion
+from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+
+from unimodal_generators.base import (
+    Block,
+    Corrupted,
+    DecodingSession,
+    Embeddings,
+    ImageGenerator,
+    LossBreakdown,
+    LossTerm,
+    SamplingSettings,
+    TokenKind,
+    guide,
+)
+
+
+@dataclass(frozen=True)
+class FlowSettings(SamplingSettings):
+    """How a flow image is sampled."""
+
+    steps: int = 20  # network evaluations, exactly
+    solver: Literal["euler", "heun"] = "euler"
+    shift: float = 1.0  # above 1: more steps near the noise
+
+
+class Flow(ImageGenerator):
+    """Learns v = data - noise of a noised copy (rectified flow, arXiv 2209.03003); samples by solving dx/dt = v.
+
+    Args:
+        layout: of the image tokenizer.
+        width: of the backbone.
+        time_shift: training times are moved towards the noise by this factor (SD3, section 5.3.2).
+        time_mean: of the logit-normal the training times are drawn from.
+        time_std: likewise.
+        sampling: defaults of the sampler.
+    """
+
+    reads: ClassVar = "own"
+    accepts: ClassVar = ("continuous",)
+    repeats: ClassVar = True
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        width: int,
+        time_shift: float = 1.0,
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
+        sampling: FlowSettings = FlowSettings(),
+    ) -> None:
+        super().__init__()
+        self.check(layout)
+        self.layout, self.sampling = layout, sampling
+        self.time_shift, self.time_mean, self.time_std = time_shift, time_mean, time_std
+        self.patch_in = nn.Linear(layout.dim, width)
+        self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.velocity_out = nn.Linear(width, layout.dim)
+        nn.init.zeros_(self.velocity_out.weight)
+        nn.init.zeros_(self.velocity_out.bias)
+
+    def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
+        """One private block: its time and the seed of its noise."""
+        t = diffusion.shift_time(diffusion.logit_normal_time(rng, self.time_mean, self.time_std), self.time_shift)
+        seed = int(rng.integers(2**63))
+        return [Block(grid, TokenKind.LEARNED, bidirectional=True, private=True, time=t, seed=seed, n_targets=grid.length)]
+
+    def plan_context(self, grid: Grid) -> list[Block]:
+        """One bidirectional block."""
+        return [Block(grid, TokenKind.CLEAN, bidirectional=True, private=False)]
+
+    def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
+        """x_t of every image, and the velocity there."""
+        data = tokens.values
+        noise = torch.cat([data.new_empty(0, data.shape[1])] + [self._noise(b.grid, b.seed, data) for b in blocks])  # (T, D)
+        time = data.new_tensor([b.time for b in blocks])  # (N,)
+        x = diffusion.interpolate(noise, data, self._per_token(time, tokens.grids)[:, None])
+        return Corrupted(x, time, tokens.grids, diffusion.velocity(noise, data))
+
+    def context(self, tokens: ImageTokens) -> Corrupted:
+        """The data itself, at t = 1."""
+        return Corrupted(tokens.values, tokens.values.new_ones(len(tokens)), tokens.grids)
+
+    def embed(self, corrupted: Corrupted) -> Embeddings:
+        """Linear patches plus an embedding of the image's time."""
+        time = self.time_in(timestep_embedding(corrupted.time).to(self.patch_in.weight.dtype))  # (N, C)
+        return Embeddings(self.patch_in(corrupted.inputs) + self._per_token(time, corrupted.grids))  # (T, C)
+
+    def velocity(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest D"]:
+        """v of hidden states, in fp32 or better."""
+        v = self.velocity_out(hidden)
+        return v.to(torch.promote_types(v.dtype, torch.float32))
+
+    def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
+        """Squared error of v, a mean over a token's channels and a sum over tokens."""
+        assert corrupted.targets is not None
+        error = F.mse_loss(self.velocity(hidden), corrupted.targets, reduction="none").mean(-1)  # (T,)
+        return {"image": LossTerm(error.sum(), len(error))}
+
+    def sample(
+        self,
+        session: DecodingSession,
+        grids: Sequence[Grid],
+        settings: SamplingSettings,
+        rngs: Sequence[torch.Generator],
+    ) -> Iterator[ImageTokens]:
+        """Solve dx/dt = v from noise; one preview a solver step, the data last."""
+        if not isinstance(settings, FlowSettings):
+            raise ValueError(f"sampling: expected FlowSettings, got {type(settings).__name__}")
+        weight = self.patch_in.weight
+        drawn = [torch.randn(g.length, self.layout.dim, generator=rng, dtype=torch.float64) for g, rng in zip(grids, rngs)]
+        noise = torch.cat(drawn).to(weight.device, torch.promote_types(weight.dtype, torch.float32))  # (T, D)
+        blocks = [Block(grid, TokenKind.LEARNED, bidirectional=True, private=True) for grid in grids]
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            noised = Corrupted(x, x.new_full((len(grids),), t), tuple(grids))
+            return guide(self.velocity(session.peek(self.embed(noised), blocks)), [settings.guidance] * (session.branches - 1))  # (T, D)
+
+        times = diffusion.sampling_times(settings.steps, settings.shift, settings.solver)
+        for x in diffusion.SOLVERS[settings.solver](velocity, noise, times):
+            yield ImageTokens(x, tuple(grids))
+
+    def _noise(self, grid: Grid, seed: int, like: Tensor) -> Float[Tensor, "n D"]:
+        rng = torch.Generator().manual_seed(seed)
+        return torch.randn(grid.length, self.layout.dim, generator=rng).to(like)
+
+    @staticmethod
+    def _per_token(values: Float[Tensor, "N *rest"], grids: Sequence[Grid]) -> Float[Tensor, "T *rest"]:
+        lengths = torch.tensor([g.length for g in grids], device=values.device, dtype=torch.long)
+        return values.repeat_interleave(lengths, 0)
+
+
+def timestep_embedding(t: Float[Tensor, " N"], dim: int = 256) -> Float[Tensor, "N {dim}"]:
+    """Sines and cosines of 1000 t (DDPM, arXiv 2006.11239, whose times are counted to 1000)."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
+    angle = 1000.0 * t[:, None] * frequency  # (N, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+

@@ -1,0 +1,196 @@
+"""What must always be equal (docs/architecture.md): packed, alone, in a session, cached, batched."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from unimodal_generators.base import Embeddings, TokenKind
+
+from unimodal.decoding import Branch, DecodingSettings, Session, decode
+from unimodal.documents import Document
+from unimodal.model import UnifiedModel
+from unimodal.packing import PackedSequence, Run, SequencedDocument, pack
+
+
+def sequenced(model: UnifiedModel, documents: list[Document]) -> list[SequencedDocument]:
+    return [model.sequencer.document(d, (0, 0, i), train=False) for i, d in enumerate(documents)]
+
+
+def packed(model: UnifiedModel, documents: list[SequencedDocument]) -> PackedSequence:
+    return pack(documents, model.backbone.config.experts, model.generator.reads)
+
+
+def hidden_in_sequence_order(model: UnifiedModel, p: PackedSequence) -> torch.Tensor:
+    """Hidden states of a training pass, in the order of reading."""
+    states: list[torch.Tensor] = []
+    handle = model.backbone.register_forward_hook(lambda module, inputs, output: states.append(output))
+    with torch.no_grad():
+        model(p)
+    handle.remove()
+    return states[0][p.inverse]
+
+
+def hidden_in_session(model: UnifiedModel, document: SequencedDocument) -> torch.Tensor:
+    """The same parts fed one by one to a session: private blocks peeked at, the rest appended."""
+    p = packed(model, [document])
+    generator = model.generator
+    session = Session.start(model, 1, [Branch()], document.length)
+    states = []
+    with torch.no_grad():
+        tokens = model.encode(p.images)
+        learned = generator.corrupt(tokens.select(p.learned_images), p.learned_blocks)
+        context = generator.context(tokens.select(p.context_images))
+        streams = {
+            TokenKind.LEARNED: iter(generator.embed(learned).values.split([b.length for b in p.learned_blocks] or [0])),
+            TokenKind.CLEAN: iter(generator.embed(context).values.split([b.length for b in p.context_blocks] or [0])),
+        }
+        for segment in document.segments:
+            if segment.kind == TokenKind.TEXT:
+                for i in segment.ids:
+                    session.append_text([Run((i,), (False,))])
+                    states.append(session.last[0])
+                continue
+            values = next(streams[segment.kind])
+            block = segment.block
+            assert block is not None
+            if block.private:
+                states.append(session.peek(Embeddings(values), [block])[0])
+            elif block.bidirectional:
+                states.append(session.append(Embeddings(values), [block])[0])
+            else:  # causal images come token by token
+                for i, value in enumerate(values):
+                    states.append(session.append(Embeddings(value[None]), [block.piece(i, 1)])[0])
+    return torch.cat(states)
+
+
+def test_a_training_sequence_equals_its_parts_fed_to_a_session(model: UnifiedModel, mixed: list[Document]) -> None:
+    for document in sequenced(model, mixed):
+        trained = hidden_in_sequence_order(model, packed(model, [document]))
+        torch.testing.assert_close(hidden_in_session(model, document), trained, atol=2e-5, rtol=1e-4)
+
+
+def test_packed_equals_each_document_alone(model: UnifiedModel, mixed: list[Document]) -> None:
+    documents = sequenced(model, mixed)
+    together = hidden_in_sequence_order(model, packed(model, documents))
+    alone = [hidden_in_sequence_order(model, packed(model, [d])) for d in documents]
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        losses = [model(packed(model, [d])) for d in documents]
+        total = model(packed(model, documents))
+    for name, term in total.items():
+        assert term.count == sum(loss[name].count for loss in losses)
+        torch.testing.assert_close(term.sum, sum(loss[name].sum for loss in losses), atol=1e-3, rtol=1e-5)
+
+
+def test_order_of_documents_changes_no_loss(model: UnifiedModel, mixed: list[Document]) -> None:
+    documents = sequenced(model, mixed)
+    with torch.no_grad():
+        sums = [
+            {name: float(term.sum) for name, term in model(packed(model, list(order))).items()}
+            for order in itertools.islice(itertools.permutations(documents), 6)
+        ]
+    for other in sums[1:]:
+        assert other == pytest.approx(sums[0], rel=1e-5)
+
+
+def test_decoding_many_equals_decoding_each(model: UnifiedModel, mixed: list[Document]) -> None:
+    model = model.double()
+    try:
+        prompts = [Document(d.parts[:n], d.kind) for d, n in zip(mixed, (1, 1, 4, 1), strict=True)]
+        settings = DecodingSettings(max_tokens=12, max_images=2, temperature=1.0, image=_guided(model, 2.0))
+        together = decode(model, prompts, settings, seeds=[1, 2, 3, 4])
+        alone = [decode(model, [p], settings, seeds=[s])[0] for p, s in zip(prompts, (1, 2, 3, 4), strict=True)]
+    finally:
+        model.float()
+    for a, b in zip(together, alone, strict=True):
+        assert [p.content if p.is_text else p.content.tobytes() for p in a.parts] == [
+            p.content if p.is_text else p.content.tobytes() for p in b.parts
+        ]
+
+
+def test_guidance_one_is_the_conditional_model(model: UnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model.double()
+    try:
+        _, conditional = _sample(model, 1.0)
+        branches, guided = _sample(model, 1.0 + 1e-12)
+        _, strong = _sample(model, 8.0)
+    finally:
+        model.float()
+    assert branches == 2
+    torch.testing.assert_close(guided.double(), conditional.double(), atol=1e-6, rtol=0)
+    assert not torch.equal(strong, conditional)
+
+
+def test_guidance_zero_ignores_the_prompt(model: UnifiedModel) -> None:
+    model = model.double()
+    try:
+        _, a = _sample(model, 0.0, "a handwritten seven")
+        _, b = _sample(model, 0.0, "three plus seven equals ten")
+        _, c = _sample(model, 1.0, "three plus seven equals ten")
+    finally:
+        model.float()
+    torch.testing.assert_close(a.double(), b.double(), atol=1e-9, rtol=0)
+    assert not torch.equal(b, c)
+
+
+def test_peek_leaves_no_trace(model: UnifiedModel) -> None:
+    session = Session.start(model, 2, [Branch(), Branch(keep_text=False)], 64)
+    session.append_text([Run((1, 2, 3), (True, False, False)), Run((4, 5), (True, False))])
+    cache = session._state.cache
+    before = [(cache.k[:, s, :n].clone(), cache.v[:, s, :n].clone()) for s, n in enumerate(cache.lengths)]
+    lengths, last, following = list(cache.lengths), session.last.clone(), list(session._state.next)
+    grid = model.tokenizer.layout.grid(8, 8)
+    block = model.generator.plan_context(grid)[0]
+    with torch.no_grad():
+        session.peek(Embeddings(torch.randn(2 * grid.length, 32)), [block, block])
+    assert cache.lengths == lengths == [3, 2, 1, 1]
+    assert session._state.next == following
+    assert torch.equal(session.last, last)
+    for s, (k, v) in enumerate(before):
+        assert torch.equal(cache.k[:, s, : lengths[s]], k)
+        assert torch.equal(cache.v[:, s, : lengths[s]], v)
+
+
+def test_text_fed_at_once_equals_token_by_token(model: UnifiedModel) -> None:
+    ids = tuple(model.text.encode("three plus seven"))
+    with torch.no_grad():
+        whole = Session.start(model, 1, [Branch()], 64)
+        whole.append_text([Run(ids, (False,) * len(ids))])
+        single = Session.start(model, 1, [Branch()], 64)
+        for i in ids:
+            single.append_text([Run((i,), (False,))])
+    torch.testing.assert_close(whole.last, single.last, atol=1e-5, rtol=1e-4)
+
+
+def _guided(model: UnifiedModel, scale: float):
+    return model.generator.sampling.override(guidance=scale)
+
+
+def _sample(model: UnifiedModel, scale: float, prompt: str = "a handwritten seven") -> tuple[int, torch.Tensor]:
+    """Raw tokens of one image, and how many branches drew it."""
+    branches = [Branch()] + ([Branch(keep_text=False)] if scale != 1 else [])
+    session = Session.start(model, 1, branches, 64)
+    ids = (model.text.special.bos, *model.text.encode(prompt), model.text.special.boi)
+    structural = (True, *[False] * (len(ids) - 2), True)
+    with torch.no_grad():
+        session.append_text([Run(ids, structural)])
+        grid = model.tokenizer.layout.grid(8, 8)
+        rng = torch.Generator().manual_seed(3)
+        *_, tokens = model.generator.sample(session, [grid], _guided(model, scale), [rng])
+    return session.branches, tokens.values
+
+
+def test_equal_experts_equal_the_dense_model(make: Callable[..., UnifiedModel], mixed: list[Document]) -> None:
+    from unimodal.backbone import Experts
+
+    routed, dense = make("flow"), make("flow", experts=Experts())
+    state = dense.state_dict()
+    for name in routed.state_dict():
+        source = name.replace(".experts.text.", ".experts.shared.").replace(".experts.image.", ".experts.shared.")
+        routed.state_dict()[name].copy_(state[source])
+    p = packed(dense, sequenced(dense, mixed))
+    q = packed(routed, sequenced(routed, mixed))
+    torch.testing.assert_close(
+        hidden_in_sequence_order(routed, q), hidden_in_sequence_order(dense, p), atol=1e-5, rtol=1e-4
+    )

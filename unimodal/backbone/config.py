@@ -1,0 +1,63 @@
+"""What a backbone is made of."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unimodal_generators.base import TokenKind
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Which weights are held once an expert, and which expert reads each kind of token.
+
+    All three parts: a full mixture of transformers (arXiv 2411.04996; BAGEL, LlamaFusion). `mlp` alone: FFN experts.
+    None: a dense model.
+    """
+
+    attention: bool = False  # q, k, v, o and the norms of q and k
+    mlp: bool = False
+    norms: bool = False  # before attention, before the MLP, and the last one
+    text: str = "text"
+    understanding: str = "text"
+    clean: str = "image"
+    learned: str = "image"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Experts in the order of the kinds they first appear in."""
+        return tuple(dict.fromkeys((self.text, self.understanding, self.clean, self.learned)))
+
+    def index(self, kind: TokenKind) -> int:
+        """Which expert reads tokens of `kind`."""
+        name = (self.text, self.understanding, self.clean, self.learned)[kind]
+        return self.names.index(name)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Shape of the decoder. What is expensive to get wrong has no default."""
+
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    vocabulary: int  # rows of the text embedding and head; a text tokenizer may use fewer
+    positions: Literal["sequential", "block"]
+    experts: Experts = Experts()
+    attention: Literal["sdpa", "reference"] = "sdpa"
+    qk_norm: bool = True
+    tied_head: bool = True
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"backbone.heads: expected heads of even size, got width {self.width}, heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"backbone.kv_heads: expected a divisor of heads {self.heads}, got {self.kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.width // self.heads

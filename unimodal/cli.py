@@ -1,0 +1,150 @@
+"""The console script: finds the command, and imports nothing else before it is known."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+LIGHTNING = {
+    "fit": "train a recipe: a model or a tokenizer",
+    "validate": "held-out losses and samples of a checkpoint",
+    "test": "held-out losses of a checkpoint",
+    "predict": "loss of every held-out pack of a checkpoint",
+}
+LIGHTNING_HELP = """usage: unimodal {command} -c FILE.yaml [-c FILE.yaml ...] [--KEY VALUE ...]
+
+{what}
+
+  -c FILE.yaml                    recipe; later files and options override earlier ones
+  --trainer.KEY VALUE             Lightning Trainer: max_steps, precision, accelerator, devices, accumulate_grad_batches,
+                                  gradient_clip_val, val_check_interval, default_root_dir (the run folder) ...
+  --model.KEY VALUE               lr, warmup_steps, schedule, weight_decay, betas, ema_decay, init, tokenizer_weights,
+                                  and below --model.model.: tokenizer, generator, backbone, sequence
+  --data.KEY VALUE                batch_tokens, weights, root ...
+  --checkpoint.KEY VALUE          Lightning ModelCheckpoint: every_n_train_steps, save_top_k ...
+  --seed_everything N             one seed for everything
+  --ckpt_path PATH|last           continue exactly from a checkpoint
+  --print_config                  print the resolved config and exit
+  --help-all                      every key with its type (slow: imports everything)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 2 and one line when an argument is wrong."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(args)
+    except ValueError as error:
+        if os.environ.get("UNIMODAL_TRACEBACK"):
+            raise
+        print(f"unimodal: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(args: list[str]) -> int:
+    command = args[0] if args else "--help"
+    if command in LIGHTNING:
+        rest = args[1:]
+        if not rest or "-h" in rest or "--help" in rest:
+            print(LIGHTNING_HELP.format(command=command, what=LIGHTNING[command]))
+            return 0
+        from unimodal.training.lightning_cli import run
+
+        return run([command, *("--help" if arg == "--help-all" else arg for arg in rest)])
+    parsed = _parser().parse_args(args or ["--help"])
+    return parsed.run(parsed)
+
+
+class _OneLine(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ValueError(f"{self.prog.removeprefix('unimodal').strip()}: {message}".removeprefix(": "))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLine("unimodal", description="Understand and generate text and images in one transformer.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, what in LIGHTNING.items():
+        commands.add_parser(name, help=what, add_help=False)
+    generate = commands.add_parser("generate", help="images or interleaved documents")
+    kinds = generate.add_subparsers(metavar="image|document", required=True)
+    image = kinds.add_parser("image", help="images from prompts")
+    _add_model(image)
+    source = image.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    source.add_argument("--prompts", metavar="FILE", type=Path, help="a text file, one prompt a line")
+    image.add_argument("-n", type=int, default=1, help="images a prompt (1)")
+    image.add_argument("--out", type=Path, required=True, help="folder for PNGs and images.jsonl")
+    image.add_argument("--batch", type=int, default=64, help="images drawn at once (64); changes no image")
+    _add_image_sampling(image)
+    image.set_defaults(run=_generate_image)
+    document = kinds.add_parser("document", help="a document of text and images, continued")
+    _add_model(document)
+    document.add_argument("--prompt", required=True, metavar="FILE.md|TEXT", help="Markdown with image links, or text")
+    document.add_argument("--out", type=Path, required=True, help="folder for document.md, its images, document.html")
+    document.add_argument("--max-tokens", type=int, default=128, help="most text tokens (128)")
+    document.add_argument("--max-images", type=int, default=4, help="most images (4)")
+    document.add_argument("--text-temperature", type=float, default=0.0, help="0: the likeliest word (0)")
+    _add_image_sampling(document)
+    document.set_defaults(run=_generate_document)
+    describe = commands.add_parser("describe", help="text about an image")
+    _add_model(describe)
+    describe.add_argument("image", type=Path, help="an image file")
+    describe.add_argument("--max-tokens", type=int, default=64, help="most text tokens (64)")
+    describe.set_defaults(run=_describe)
+    evaluate = commands.add_parser("evaluate", help="scores")
+    names = evaluate.add_subparsers(metavar="digits", required=True)
+    digits = names.add_parser("digits", help="drawn, read and added up digits, judged by a classifier")
+    _add_model(digits)
+    digits.add_argument("--out", type=Path, required=True, help="folder for scores.json, samples.png, index.html")
+    digits.add_argument("--batch", type=int, default=100, help="documents at once (100); changes no score")
+    _add_image_sampling(digits)
+    digits.set_defaults(run=_evaluate_digits)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", dest="folder", type=Path, required=True, help="run folder, or an export")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step (ema)")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
+
+
+def _add_image_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", metavar="WxH", help="of drawn images, where the recipe allows it")
+    group = parser.add_argument_group("image sampling", "the recipe's own where not given; each as its generator has it")
+    group.add_argument("--guidance", type=float, help="1: conditional")
+    group.add_argument("--steps", type=int, help="network evaluations")
+    group.add_argument("--solver", help="euler or heun")
+    group.add_argument("--shift", type=float, help="above 1: more steps near the noise")
+    group.add_argument("--temperature", type=float, help="of image tokens")
+    group.add_argument("--top-k", type=int, help="of image tokens")
+    group.add_argument("--top-p", type=float, help="of image tokens")
+
+
+def _generate_image(args: argparse.Namespace) -> int:
+    from unimodal import commands
+
+    return commands.generate_image(args)
+
+
+def _generate_document(args: argparse.Namespace) -> int:
+    from unimodal import commands
+
+    return commands.generate_document(args)
+
+
+def _describe(args: argparse.Namespace) -> int:
+    from unimodal import commands
+
+    return commands.describe(args)
+
+
+def _evaluate_digits(args: argparse.Namespace) -> int:
+    from unimodal import commands
+
+    return commands.evaluate_digits(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

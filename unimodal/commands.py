@@ -1,0 +1,151 @@
+"""What the commands that use a trained model do: read arguments, call the rooms, write files."""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from unimodal_generators.base import SamplingSettings
+
+from unimodal.decoding import DecodingSettings, decode
+from unimodal.documents import Document, Part, load_image, read_markdown, write_html, write_markdown
+from unimodal.export import load_run
+from unimodal.model import UnifiedModel
+
+
+def generate_image(args: argparse.Namespace) -> int:
+    """`unimodal generate image`: PNGs, and images.jsonl that says how each was made."""
+    prompts = [args.prompt] if args.prompts is None else _lines(args.prompts)
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise ValueError(f"prompt: expected text, got an empty one{f' in line {number}' if args.prompts else ''}")
+    for name, value in (("-n", args.n), ("--batch", args.batch)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    model = _model(args)
+    image = _image_settings(args, model)
+    settings = DecodingSettings("image", max_tokens=0, max_images=1, image=image, size=_size(args.size))
+    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
+    with _folder(args.out) as out, tqdm(total=len(jobs), unit="image", leave=False) as bar:
+        with (out / "images.jsonl").open("w") as log:
+            for first in range(0, len(jobs), args.batch):
+                batch = jobs[first : first + args.batch]
+                documents = [Document((Part(prompt, learn=False),)) for prompt, _ in batch]
+                drawn = decode(model, documents, settings, [seed for _, seed in batch])
+                for number, ((prompt, seed), document) in enumerate(zip(batch, drawn, strict=True), start=first):
+                    name = f"{number:05d}.png"
+                    document.parts[-1].image.save(out / name)
+                    record = {"image": name, "prompt": prompt, "seed": seed, "weights": args.weights, **asdict(image)}
+                    log.write(json.dumps(record, ensure_ascii=False) + "\n")
+                bar.update(len(batch))
+    print(f"{len(jobs)} images in {args.out} ({args.weights} weights)")
+    return 0
+
+
+def generate_document(args: argparse.Namespace) -> int:
+    """`unimodal generate document`: document.md with its images, and document.html."""
+    prompt = _read_prompt(args.prompt)
+    model = _model(args)
+    settings = DecodingSettings(
+        max_tokens=args.max_tokens, max_images=args.max_images, temperature=args.text_temperature,
+        image=_image_settings(args, model), size=_size(args.size),
+    )  # fmt: skip
+    (document,) = decode(model, [prompt], settings, [args.seed])
+    with _folder(args.out) as out:
+        write_markdown(document, out / "document.md")
+        write_html([document], out / "document.html", "Generated document")
+        record = {"seed": args.seed, "weights": args.weights, **asdict(settings)}
+        (out / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
+    written = "".join(p.text if p.is_text else "[image]" for p in document.parts[len(prompt.parts) :])
+    print(f"{written}\n{args.out / 'document.html'} ({args.weights} weights)")
+    return 0
+
+
+def describe(args: argparse.Namespace) -> int:
+    """`unimodal describe`: text about an image, on standard output."""
+    image = load_image(args.image)
+    model = _model(args)
+    settings = DecodingSettings(max_tokens=args.max_tokens, max_images=0)
+    (document,) = decode(model, [Document((Part(image, learn=False),))], settings, [args.seed])
+    print("".join(part.text for part in document.parts if part.is_text))
+    return 0
+
+
+def evaluate_digits(args: argparse.Namespace) -> int:
+    """`unimodal evaluate digits`: scores.json, samples.png, index.html and a table on the terminal."""
+    from unimodal.evaluation.digits import evaluate_digits as evaluate
+
+    if args.size is not None:
+        raise ValueError("--size: the judge reads the recipe's own size, expected none")
+    model = _model(args)
+    evaluate(model, args.out, run=args.folder, weights=args.weights, seed=args.seed, batch=args.batch,
+             sampling=_image_settings(args, model))  # fmt: skip
+    return 0
+
+
+def _model(args: argparse.Namespace) -> UnifiedModel:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+        return load_run(args.folder, args.weights).to(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {args.device} cannot be used ({str(error).splitlines()[0]})") from error
+
+
+def _image_settings(args: argparse.Namespace, model: UnifiedModel) -> SamplingSettings:
+    names = ("guidance", "steps", "solver", "shift", "temperature", "top_k", "top_p")
+    return model.generator.sampling.override(**{name: getattr(args, name) for name in names})
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise ValueError(f"--size: expected WIDTHxHEIGHT such as 32x24, got {text}")
+    return int(height), int(width)
+
+
+def _read_prompt(text: str) -> Document:
+    """A Markdown file when it names one, text otherwise."""
+    if text.endswith(".md"):
+        path = Path(text)
+        if not path.is_file():
+            raise ValueError(f"--prompt: {path} does not exist")
+        document = read_markdown(path.read_text(encoding="utf-8"), path.parent)
+    else:
+        document = read_markdown(text, Path())
+    if not any(part.is_image or part.text.strip() for part in document.parts):
+        raise ValueError("--prompt: expected text or images, got an empty one")
+    return document
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"--prompts: {path} does not exist")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not lines:
+        raise ValueError(f"--prompts: {path} holds no prompt")
+    return lines
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """A folder that is filled beside `out` and moved into it when all is written: nothing half-written."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got {out}, which is a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".writing-") as temporary:
+        yield Path(temporary)
+        out.mkdir(exist_ok=True)
+        for path in sorted(Path(temporary).iterdir()):
+            target = out / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+

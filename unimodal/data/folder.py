@@ -1,0 +1,230 @@
+"""A folder of your own captioned images, or of documents, as a source."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from unimodal.documents import (
+    Document,
+    DocumentRecord,
+    JsonLine,
+    Part,
+    contained_path,
+    document_record,
+    load_image,
+    read_json_lines,
+)
+
+Task = Literal["text_to_image", "image_to_text"]
+FolderSplit = Literal["train", "val"]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Captioned:
+    """An image file, its path relative to the root, and its caption."""
+
+    image: Path
+    name: str
+    caption: str
+
+    @property
+    def text(self) -> str:
+        return self.caption
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A whole document from a JSONL line."""
+
+    record: DocumentRecord
+
+    @property
+    def text(self) -> str:
+        return "".join(part.content for part in self.record.parts if isinstance(part.content, str))
+
+
+_Item = _Captioned | _Written
+
+
+class FolderSource:
+    """Captioned images of a folder, or the documents of its one JSONL file.
+
+    Which of the three it is, is read from the folder:
+
+    - one `*.jsonl` directly in `root`, with lines `{"image": "a.png", "caption": "..."}` (or `"text"` for the caption);
+    - one `*.jsonl` with documents, the format of `unimodal.documents.read_jsonl`: given as they stand, `task` unused;
+    - no JSONL: images anywhere below `root`, each with its caption in a `.txt` of the same name beside it.
+
+    An item goes to validation when the hash of its image's relative path, a number in [0, 1), is below
+    `validation_share`, so adding images moves no other image. If that leaves a split without any item, the one item
+    with the smallest (for validation) or largest (for training) hash is moved there. Lines that name the same images
+    stay together. Images are loaded when a document is asked for.
+
+    Args:
+        root: the folder.
+        split: "train" or "val".
+        task: which side of a captioned image is learned.
+        validation_share: share of the items held out, above 0 and below 1.
+
+    Raises:
+        ValueError: `root` is no folder, nothing is captioned, a caption is empty, a JSONL line is broken or names a
+            missing image, or fewer than two items, so that one split would be empty.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: FolderSplit = "train",
+        task: Task = "text_to_image",
+        validation_share: float = 0.1,
+    ) -> None:
+        root = Path(root)
+        if split not in get_args(FolderSplit):
+            raise ValueError(f"split: expected one of {', '.join(get_args(FolderSplit))}, got {split!r}")
+        if task not in get_args(Task):
+            raise ValueError(f"task: expected one of {', '.join(get_args(Task))}, got {task!r}")
+        if not 0 < validation_share < 1:
+            raise ValueError(f"validation_share: expected a number above 0 and below 1, got {validation_share}")
+        if not root.is_dir():
+            raise ValueError(f"root: expected a folder, got {str(root)!r}, which is {_what(root)}")
+        self.root, self.task, self.split = root, task, split
+        lists = sorted(path for path in root.glob("*.jsonl") if path.is_file() and not path.name.startswith("."))
+        if len(lists) > 1:
+            raise ValueError(f"root: expected at most one .jsonl in {root}, got {', '.join(p.name for p in lists)}")
+        items = _listed_items(lists[0], root) if lists else _captioned_files(root)
+        self.kind: str = "document" if any(isinstance(item, _Written) for item in items) else task
+        chosen = _in_validation([_key(item, root) for item in items], validation_share)
+        self._items = [item for item, held_out in zip(items, chosen, strict=True) if held_out == (split == "val")]
+        if not self._items:
+            raise ValueError(f"root: expected at least two different images in {root}, got 1: {split} would be empty")
+
+    def __len__(self) -> int:
+        """Items of this split."""
+        return len(self._items)
+
+    def document(self, index: int, rng: np.random.Generator) -> Document:
+        """The document at `index`; nothing is drawn from `rng`.
+
+        Raises:
+            IndexError: `index` is outside 0 <= index < len.
+            ValueError: the image is broken (named).
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        item = self._items[index]
+        if isinstance(item, _Written):
+            document = item.record.load()
+            return document if document.kind else Document(document.parts, self.kind)
+        image = load_image(item.image)
+        if self.task == "text_to_image":
+            return Document((Part(item.caption, learn=False), Part(image)), self.kind)
+        return Document((Part(image, learn=False), Part(item.caption)), self.kind)
+
+    def corpus(self) -> Iterable[str]:
+        """The texts of this split."""
+        return (item.text for item in self._items if item.text)
+
+
+def _captioned_files(root: Path) -> list[_Item]:
+    images = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    items: list[_Item] = []
+    bare: list[Path] = []
+    for image in images:
+        beside = image.with_suffix(".txt")
+        if not beside.is_file():
+            bare.append(image)
+            continue
+        try:
+            caption = beside.read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{beside}: expected a caption in UTF-8, got other bytes") from None
+        if not caption:
+            raise ValueError(f"{beside}: expected a caption, got an empty file")
+        items.append(_Captioned(image, image.relative_to(root).as_posix(), caption))
+    if not items:
+        raise ValueError(
+            f"root: expected images with .txt captions beside them, or one .jsonl, in {root}; "
+            f"got {len(images)} images and no caption beside any"
+        )
+    if bare:
+        _log.warning(
+            "%s: %d of %d images have no caption and are left out, e.g. %s", root, len(bare), len(images), bare[0]
+        )
+    return items
+
+
+def _listed_items(path: Path, root: Path) -> list[_Item]:
+    lines = read_json_lines(path)
+    if not lines:
+        raise ValueError(f"{path}: expected at least one line, got an empty file")
+    written = "parts" in lines[0].record
+    items: list[_Item] = []
+    for line in lines:
+        if ("parts" in line.record) != written:
+            raise ValueError(f"{line.where}: expected {'a document' if written else 'a caption'} as on the first line")
+        item: _Item = _Written(document_record(line, root)) if written else _captioned_line(line, root)
+        for image in _images(item):
+            if not image.is_file():
+                found = f"{image.name!r}, which is {_what(image)}"
+                raise ValueError(f"{line.where}: image: expected an image file, got {found}")
+        items.append(item)
+    return items
+
+
+def _captioned_line(line: JsonLine, root: Path) -> _Captioned:
+    texts = [key for key in ("caption", "text") if key in line.record]
+    if len(texts) != 1:
+        raise ValueError(f"{line.where}: expected either caption or text, got {' and '.join(texts) or 'neither'}")
+    for key in line.record:
+        if key not in ("image", *texts):
+            raise ValueError(f"{line.where}: expected keys image and {texts[0]}, got {key!r}")
+    caption = line.record[texts[0]]
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError(f"{line.where}: {texts[0]}: expected a caption, got {caption!r}")
+    image = contained_path(line.record.get("image"), root, line.where)
+    return _Captioned(image, _relative(image, root), caption.strip())
+
+
+def _images(item: _Item) -> list[Path]:
+    if isinstance(item, _Captioned):
+        return [item.image]
+    return [part.content for part in item.record.parts if isinstance(part.content, Path)]
+
+
+def _key(item: _Item, root: Path) -> str:
+    """What decides an item's split: the relative paths of its images; its text where it has none."""
+    if isinstance(item, _Captioned):
+        return item.name
+    return "\n".join(_relative(path, root) for path in _images(item)) or item.text
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root.resolve()).as_posix()  # paths of a JSONL come resolved
+
+
+def _in_validation(keys: list[str], share: float) -> list[bool]:
+    places = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in keys}
+    held_out = {key for key, place in places.items() if place < share}
+    if len(places) >= 2:
+        order = sorted(places, key=lambda key: (places[key], key))
+        held_out = (held_out or {order[0]}) - ({order[-1]} if len(held_out) == len(places) else set())
+    return [key in held_out for key in keys]
+
+
+def _what(path: Path) -> str:
+    return "a file" if path.is_file() else "a folder" if path.is_dir() else "missing"

@@ -1,0 +1,217 @@
+"""LightningDataModules of documents: where they come from, how they are mixed and packed, and where the run stands."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from unimodal.data.digits import DigitsSource
+from unimodal.data.folder import FolderSource
+from unimodal.data.source import Source
+from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, validation_packs
+from unimodal.documents import Document
+from unimodal.packing import PackedSequence
+
+if TYPE_CHECKING:
+    from unimodal.model import UnifiedModel
+
+
+class DocumentData(LightningDataModule):
+    """Packs documents for the model being trained.
+
+    Args:
+        batch_tokens: most tokens of one packed sequence, which is one micro-batch on one device.
+        validation_documents: most documents of each kind in validation.
+        prompts: documents of each kind that are continued in validation, always the same.
+        seed: of every draw; linked to `seed_everything`.
+        workers: 0 packs in the training process, 1 beside it.
+    """
+
+    def __init__(
+        self,
+        batch_tokens: int,
+        validation_documents: int = 200,
+        prompts: int = 20,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if workers not in (0, 1):
+            raise ValueError(f"data.workers: expected 0 or 1 (packs are cut from one stream), got {workers}")
+        self.batch_tokens, self.seed, self.workers = batch_tokens, seed, workers
+        self.validation_documents, self.prompt_count = validation_documents, prompts
+        self.position = (0, 0)  # of the stream behind the last finished optimizer step
+
+    @abstractmethod
+    def training_sources(self) -> list[Weighted]:
+        """Sources of training documents and their weights."""
+
+    @abstractmethod
+    def validation_sources(self) -> list[Source]:
+        """Sources of held-out documents, one a kind."""
+
+    def corpus(self) -> Iterable[str]:
+        """Texts that the text tokenizer is trained on."""
+        for weighted in self.training_sources():
+            if weighted.weight > 0:
+                yield from weighted.source.corpus()
+
+    def prompts(self) -> list[Document]:
+        """Held-out documents cut before their first target, which is for the model to write."""
+        import numpy as np
+
+        prompts = []
+        for s, source in enumerate(self.validation_sources()):
+            for index in range(min(self.prompt_count, len(source))):
+                document = source.document(index, np.random.default_rng((self.seed, s, index)))
+                kept = tuple(part for part in document.parts if not part.learn)
+                prompts.append(Document(kept, document.kind))
+        return prompts
+
+    def train_dataloader(self) -> Iterable[PackedSequence]:
+        """The stream of this rank, from where the run stands. It has no end: `max_steps` has."""
+        trainer = self.trainer
+        assert trainer is not None
+        stream = PackStream(
+            Mixture(self.training_sources(), self.seed), self._packing(), self.position,
+            rank=trainer.global_rank, ranks=trainer.world_size, accumulate=trainer.accumulate_grad_batches,
+        )  # fmt: skip
+        return DataLoader(_Iterable(stream), batch_size=None, num_workers=self.workers)
+
+    def val_dataloader(self) -> Iterable[PackedSequence]:
+        """Held-out packs of one kind each."""
+        packs = validation_packs(self.validation_sources(), self._packing(), self.seed, self.validation_documents)
+        return DataLoader(packs, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: tensors and plain lists only, so that checkpoints load without code."""
+        return {"position": list(self.position), "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        if state_dict["seed"] != self.seed:
+            raise ValueError(f"seed_everything: the checkpoint was trained with {state_dict['seed']}, got {self.seed}")
+        epoch, number = state_dict["position"]
+        self.position = (epoch, number)
+
+    def _packing(self) -> Packing:
+        assert self.trainer is not None
+        model: UnifiedModel = self.trainer.lightning_module.model  # type: ignore[assignment]
+        return Packing(model.sequencer, model.backbone.config.experts, model.generator.reads, self.batch_tokens)
+
+
+class _Iterable(IterableDataset):
+    def __init__(self, stream: PackStream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Any:
+        return iter(self.stream)
+
+
+@dataclass(frozen=True)
+class DigitWeights:
+    """Shares of the four kinds of documents."""
+
+    text_to_image: float = 1.0
+    image_to_text: float = 1.0
+    sum: float = 1.0
+    text: float = 0.1
+
+
+class DigitsData(DocumentData):
+    """The handwritten digits inside scikit-learn: drawn, read, added up, written about.
+
+    Args:
+        batch_tokens: most tokens of one packed sequence, which is one micro-batch on one device.
+        weights: shares of the kinds of documents.
+        validation_documents: most documents of each kind in validation.
+        prompts: documents of each kind that are continued in validation, always the same.
+        seed: of every draw; linked to `seed_everything`.
+        workers: 0 packs in the training process, 1 beside it.
+    """
+
+    def __init__(
+        self,
+        batch_tokens: int,
+        weights: DigitWeights = DigitWeights(),
+        validation_documents: int = 200,
+        prompts: int = 20,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(batch_tokens, validation_documents, prompts, seed, workers)
+        self.weights = weights
+
+    def training_sources(self) -> list[Weighted]:
+        """The four kinds over the training scans."""
+        w = self.weights
+        return [
+            Weighted(DigitsSource("text_to_image", "train"), w.text_to_image),
+            Weighted(DigitsSource("image_to_text", "train"), w.image_to_text),
+            Weighted(DigitsSource("sum", "train"), w.sum),
+            Weighted(DigitsSource("text", "train"), w.text),
+        ]
+
+    def validation_sources(self) -> list[Source]:
+        """The four kinds over the held-out scans."""
+        return [DigitsSource(weighted.source.kind, "test") for weighted in self.training_sources()]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class FolderWeights:
+    """Shares of drawing from captions and of captioning."""
+
+    text_to_image: float = 1.0
+    image_to_text: float = 1.0
+
+
+class FolderData(DocumentData):
+    """A folder of images with captions in `.txt` files beside them, or in a JSONL.
+
+    Args:
+        root: the folder.
+        batch_tokens: most tokens of one packed sequence, which is one micro-batch on one device.
+        weights: shares of the two kinds of documents.
+        validation_share: share of the images that is held out.
+        validation_documents: most documents of each kind in validation.
+        prompts: documents of each kind that are continued in validation, always the same.
+        seed: of every draw; linked to `seed_everything`.
+        workers: 0 packs in the training process, 1 beside it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        batch_tokens: int,
+        weights: FolderWeights = FolderWeights(),
+        validation_share: float = 0.1,
+        validation_documents: int = 200,
+        prompts: int = 20,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(batch_tokens, validation_documents, prompts, seed, workers)
+        self.root, self.weights, self.validation_share = Path(root), weights, validation_share
+
+    def training_sources(self) -> list[Weighted]:
+        """Both directions."""
+        share = self.validation_share
+        return [
+            Weighted(FolderSource(self.root, "train", "text_to_image", share), self.weights.text_to_image),
+            Weighted(FolderSource(self.root, "train", "image_to_text", share), self.weights.image_to_text),
+        ]
+
+    def validation_sources(self) -> list[Source]:
+        """Both directions over the held-out images."""
+        share = self.validation_share
+        return [
+            FolderSource(self.root, "val", "text_to_image", share),
+            FolderSource(self.root, "val", "image_to_text", share),
+        ]

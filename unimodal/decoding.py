@@ -1,0 +1,362 @@
+"""Decoding: documents that go on where they stop, many at once, text and images in turn.
+
+Letters: R documents, G guidance branches (N = G * R cached sequences, branch by branch), T new tokens of all documents,
+C width.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+from unimodal_generators.base import Block, Embeddings, ImageTokens, SamplingSettings, TokenKind
+from unimodal_generators.choice import check_choice, choose
+
+from unimodal.attention import KVCache
+from unimodal.backbone.positions import Placed
+from unimodal.documents import Document, Part
+from unimodal.model import UnifiedModel
+from unimodal.packing import Run
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One condition of guidance: which parts of a document it keeps. Boundary tokens and images always stay."""
+
+    keep_text: bool = True
+
+
+@dataclass
+class _State:
+    """What all views of a session share."""
+
+    model: UnifiedModel
+    branches: list[Branch]
+    cache: KVCache
+    next: list[int]  # position id that follows, a cached sequence
+    last: Float[Tensor, "N C"]
+
+
+class Session:
+    """Documents being decoded, or a view of some of them."""
+
+    def __init__(self, state: _State, documents: Sequence[int], total: int) -> None:
+        self._state, self._documents, self._total = state, list(documents), total
+
+    @classmethod
+    def start(cls, model: UnifiedModel, documents: int, branches: Sequence[Branch], capacity: int) -> "Session":
+        """An empty session for that many documents of up to `capacity` tokens."""
+        config, weight = model.backbone.config, model.backbone.embedding.weight
+        n = documents * len(branches)
+        cache = KVCache(
+            config.depth, n, capacity, config.kv_heads, config.head_dim, device=weight.device, dtype=weight.dtype
+        )
+        last = weight.new_zeros(n, config.width)
+        return cls(_State(model, list(branches), cache, [0] * n, last), range(documents), documents)
+
+    def rows(self, indices: Sequence[int]) -> "Session":
+        """A view of some of this view's documents."""
+        return Session(self._state, [self._documents[i] for i in indices], self._total)
+
+    @property
+    def branches(self) -> int:
+        """Conditions computed side by side."""
+        return len(self._state.branches)
+
+    @property
+    def last(self) -> Float[Tensor, "G R C"]:
+        """Hidden state at the last position of each document."""
+        return self._state.last[self._sequences()].unflatten(0, (self.branches, -1))
+
+    def length(self, document: int) -> int:
+        """Tokens the fullest branch of a document holds."""
+        d = self._documents[document]
+        return max(self._state.cache.lengths[g * self._total + d] for g in range(self.branches))
+
+    def append(self, embeddings: Embeddings, blocks: Sequence[Block]) -> Float[Tensor, "G T C"]:
+        """One image block a document; its tokens enter the cache for good."""
+        return self._image(embeddings, blocks, keep=True)
+
+    def peek(self, embeddings: Embeddings, blocks: Sequence[Block]) -> Float[Tensor, "G T C"]:
+        """One image block a document; sees the cache, leaves no trace."""
+        return self._image(embeddings, blocks, keep=False)
+
+    def append_text(self, runs: Sequence[Run]) -> None:
+        """One run of text ids a document. Branches without text get the structural ids only."""
+        sequences, ids = [], []
+        for sequence in self._sequences():
+            branch, run = self._branch(sequence), runs[self._row(sequence)]
+            kept = [i for i, s in zip(run.ids, run.structural, strict=True) if s or branch.keep_text]
+            if kept:
+                sequences.append(sequence)
+                ids.append(kept)
+        if not sequences:
+            return
+        state, counts = self._state, [len(i) for i in ids]
+        tokens = max(counts)
+        padded = torch.tensor([i + [0] * (tokens - len(i)) for i in ids], device=state.last.device)  # (R, T)
+        placed = [state.model.scheme.text(state.next[s], tokens) for s in sequences]
+        x = state.model.backbone.embedding(padded)  # (R, T, C)
+        hidden = self._forward(x, placed, sequences, counts, TokenKind.TEXT, bidirectional=False)
+        self._keep(hidden, sequences, counts)
+        for sequence, count in zip(sequences, counts, strict=True):
+            state.next[sequence] += count
+
+    def _image(self, embeddings: Embeddings, blocks: Sequence[Block], keep: bool) -> Float[Tensor, "G T C"]:
+        state, sequences = self._state, self._sequences()
+        lengths = [block.length for block in blocks]
+        x = state.model.place(embeddings.values, blocks).split(lengths)
+        padded = torch.nn.utils.rnn.pad_sequence(x, batch_first=True)  # (R, T, C)
+        padded = padded.repeat(self.branches, 1, 1)  # (N, T, C): branch by branch
+        counts = lengths * self.branches
+        placed = [
+            state.model.scheme.image(state.next[s], block.grid)
+            for s, block in zip(sequences, list(blocks) * self.branches, strict=True)
+        ]
+        pieces = [
+            Placed(p.ids[b.offset : b.offset + b.length], p.following)
+            for p, b in zip(placed, list(blocks) * self.branches, strict=True)
+        ]
+        hidden = self._forward(padded, pieces, sequences, counts, blocks[0].kind, blocks[0].bidirectional)
+        if keep:
+            self._keep(hidden, sequences, counts)
+            for sequence, p, block in zip(sequences, placed, list(blocks) * self.branches, strict=True):
+                if block.complete:
+                    state.next[sequence] = p.following
+        by_branch = hidden.unflatten(0, (self.branches, -1))  # (G, R, T, C)
+        return torch.cat([by_branch[:, r, :n] for r, n in enumerate(lengths)], dim=1)  # (G, T, C)
+
+    def _forward(
+        self,
+        x: Float[Tensor, "R T C"],
+        placed: Sequence[Placed],
+        sequences: Sequence[int],
+        counts: Sequence[int],
+        kind: TokenKind,
+        bidirectional: bool,
+    ) -> Float[Tensor, "R T C"]:
+        backbone = self._state.model.backbone
+        r, t, _ = x.shape
+        positions = torch.nn.utils.rnn.pad_sequence([p.ids for p in placed], batch_first=True)  # (R, T, A)
+        splits = [0] * len(backbone.config.experts.names)
+        splits[backbone.config.experts.index(kind)] = r * t
+        view = self._state.cache.view(sequences, counts, bidirectional)
+        x = x.flatten(0, 1).to(backbone.embedding.weight.dtype)  # (R*T, C)
+        return backbone(x, positions.flatten(0, 1).to(x.device), splits, view).unflatten(0, (r, t))
+
+    def _keep(self, hidden: Float[Tensor, "R T C"], sequences: Sequence[int], counts: Sequence[int]) -> None:
+        self._state.cache.advance(sequences, counts)
+        index = torch.tensor(counts, device=hidden.device) - 1
+        rows = torch.arange(len(counts), device=hidden.device)
+        self._state.last[torch.tensor(sequences, device=hidden.device)] = hidden[rows, index].to(self._state.last.dtype)
+
+    def _sequences(self) -> list[int]:
+        return [g * self._total + d for g in range(self.branches) for d in self._documents]
+
+    def _branch(self, sequence: int) -> Branch:
+        return self._state.branches[sequence // self._total]
+
+    def _row(self, sequence: int) -> int:
+        return self._documents.index(sequence % self._total)
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """How documents go on.
+
+    Args:
+        start: whether the first thing to come is text (which may begin an image) or an image.
+        max_tokens: most text tokens a document, over all its texts.
+        max_images: most images a document.
+        temperature: of the text; 0 takes the likeliest token.
+        top_k: of the text; 0 is all.
+        top_p: of the text; 1 is all.
+        image: of the images; None takes the recipe's.
+        size: (height, width) of drawn images; None takes the recipe's first.
+    """
+
+    start: Literal["text", "image"] = "text"
+    max_tokens: int = 64
+    max_images: int = 4
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    image: SamplingSettings | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass
+class _Row:
+    """A document being continued."""
+
+    rng: torch.Generator
+    parts: list[Part] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # of the text being written
+    tokens: int = 0
+    images: int = 0
+    state: Literal["text", "image", "done"] = "text"
+
+
+class _Decoder:
+    """The loop: text token by token, until every document waits for an image or is done; then those images together."""
+
+    def __init__(self, model: UnifiedModel, runs: list[list[Run]], settings: DecodingSettings, seeds: Sequence[int]) -> None:
+        self.model, self.settings, self.special = model, settings, model.text.special
+        self.image = settings.image or model.generator.sampling
+        height, width = settings.size or model.sequence.image_sizes[0]
+        self.grid = model.tokenizer.layout.grid(height, width)
+        branches = [Branch()] + ([Branch(keep_text=False)] if self.image.guidance != 1 else [])
+        self.capacity = model.sequence.context_length
+        prompt = max(self._tokens(run) for run in runs)
+        wanted = prompt + settings.max_tokens + settings.max_images * (self.grid.length + 2)
+        self.session = Session.start(model, len(runs), branches, min(self.capacity, wanted))
+        self.rows = [_Row(torch.Generator().manual_seed(seed)) for seed in seeds]
+        self._prefill(runs)
+
+    def _tokens(self, runs: Sequence[Run]) -> int:
+        layout = self.model.tokenizer.layout
+        return sum(len(r.ids) if r.image is None else layout.grid(*r.image.shape[-2:]).length for r in runs)
+
+    def _prefill(self, runs: list[list[Run]]) -> None:
+        for i, run in enumerate(runs):
+            if (tokens := self._tokens(run)) > self.capacity:
+                raise ValueError(
+                    f"prompt {i}: it has {tokens} tokens, more than this recipe's sequence.context_length {self.capacity}"
+                )
+        for step in range(max(len(r) for r in runs)):
+            texts = [i for i, r in enumerate(runs) if step < len(r) and r[step].image is None]
+            images = [i for i, r in enumerate(runs) if step < len(r) and r[step].image is not None]
+            if texts:
+                self.session.rows(texts).append_text([runs[i][step] for i in texts])
+            if images:
+                weight = self.model.backbone.embedding.weight
+                pixels = [runs[i][step].image for i in images]
+                tokens = self.model.tokenizer.encode_each([p.to(weight) for p in pixels if p is not None])
+                self._append_context(images, tokens)
+
+    def _append_context(self, rows: list[int], tokens: ImageTokens) -> None:
+        """The context form of one image a row; block by block, as generators plan it."""
+        generator = self.model.generator
+        plans = [generator.plan_context(grid) for grid in tokens.grids]
+        self.session.rows(rows).append(generator.embed(generator.context(tokens)), [plan[0] for plan in plans])
+
+    def run(self) -> list[list[Part]]:
+        """Parts written behind each prompt."""
+        if self.settings.start == "image":
+            self._begin_images(range(len(self.rows)))
+        while any(row.state != "done" for row in self.rows):
+            while texts := [i for i, row in enumerate(self.rows) if row.state == "text"]:
+                self._step_text(texts)
+            if images := [i for i, row in enumerate(self.rows) if row.state == "image"]:
+                self._draw(images)
+        return [row.parts for row in self.rows]
+
+    def _step_text(self, texts: list[int]) -> None:
+        for i in [i for i in texts if not self._may_write(i)]:
+            self._finish(i)
+        texts = [i for i in texts if self.rows[i].state == "text"]
+        if not texts:
+            return
+        logits = self.model.backbone.logits(self.session.rows(texts).last[0])  # (R, V)
+        logits[:, len(self.model.text) :] = -torch.inf
+        logits[:, [self.special.bos, self.special.eoi]] = -torch.inf
+        for r, i in enumerate(texts):
+            if not self._may_draw(i):
+                logits[r, self.special.boi] = -torch.inf
+        s = self.settings
+        ids = choose(logits, [self.rows[i].rng for i in texts], s.temperature, s.top_k, s.top_p).tolist()
+        going = []
+        for i, token in zip(texts, ids, strict=True):
+            if token == self.special.eos:
+                self._finish(i)
+            elif token == self.special.boi:
+                self._begin_images([i])
+            else:
+                self.rows[i].ids.append(token)
+                self.rows[i].tokens += 1
+                going.append(i)
+        if going:
+            self.session.rows(going).append_text([Run((self.rows[i].ids[-1],), (False,)) for i in going])
+
+    def _may_write(self, i: int) -> bool:
+        return self.rows[i].tokens < self.settings.max_tokens and self.session.length(i) < self.capacity
+
+    def _may_draw(self, i: int) -> bool:
+        fits = self.session.length(i) + self.grid.length + 2 <= self.capacity
+        return self.rows[i].images < self.settings.max_images and fits
+
+    def _begin_images(self, rows: Iterable[int]) -> None:
+        rows = list(rows)
+        for i in rows:
+            if not self._may_draw(i):
+                raise ValueError(
+                    f"prompt {i}: {self.session.length(i)} tokens and an image of {self.grid.length} are more than this "
+                    f"recipe's sequence.context_length {self.capacity}"
+                )
+            self._close_text(i)
+            self.rows[i].state = "image"
+        self.session.rows(rows).append_text([Run((self.special.boi,), (True,))] * len(rows))
+
+    def _draw(self, images: list[int]) -> None:
+        generator, view = self.model.generator, self.session.rows(images)
+        rngs = [self.rows[i].rng for i in images]
+        tokens = None
+        for tokens in generator.sample(view, [self.grid] * len(images), self.image, rngs):
+            pass
+        assert tokens is not None
+        for i, pixels in zip(images, self.model.tokenizer.decode_each(tokens), strict=True):
+            self.rows[i].parts.append(Part(to_image(pixels), role="generated"))
+            self.rows[i].images += 1
+            self.rows[i].state = "text" if self._may_write(i) else "done"
+        going = [r for r, i in enumerate(images) if self.rows[i].state == "text"]
+        if going:
+            rows = [images[r] for r in going]
+            if generator.repeats:
+                self._append_context(rows, tokens.select(going))
+            self.session.rows(rows).append_text([Run((self.special.eoi,), (True,))] * len(rows))
+
+    def _close_text(self, i: int) -> None:
+        row = self.rows[i]
+        if row.ids:
+            row.parts.append(Part(self.model.text.decode(row.ids), role="generated"))
+            row.ids = []
+
+    def _finish(self, i: int) -> None:
+        self._close_text(i)
+        self.rows[i].state = "done"
+
+
+def to_image(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
+    """float in [-1, 1] -> RGB picture."""
+    scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return transforms.to_pil_image(scaled.cpu())
+
+
+@torch.no_grad()
+def decode(
+    model: UnifiedModel, documents: Sequence[Document], settings: DecodingSettings, seeds: Sequence[int]
+) -> list[Document]:
+    """Continue documents, all at once. Each draws from its own seed, so its result does not depend on its neighbours."""
+    check_choice(settings.temperature, settings.top_k, settings.top_p)
+    if len(seeds) != len(documents):
+        raise ValueError(f"seeds: expected one a document ({len(documents)}), got {len(seeds)}")
+    if settings.size is not None and tuple(settings.size) not in {tuple(s) for s in model.sequence.image_sizes}:
+        allowed = ", ".join(f"{w}x{h}" for h, w in model.sequence.image_sizes)
+        raise ValueError(f"size: this recipe draws {allowed}, got {settings.size[1]}x{settings.size[0]}")
+    image = settings.image or model.generator.sampling
+    if image.guidance != 1 and model.sequence.drop_text == 0:
+        raise ValueError(f"guidance: this recipe never dropped text in training (sequence.drop_text), got {image.guidance}")
+    if not documents:
+        return []
+    training = model.training
+    model.eval()
+    try:
+        runs = [model.sequencer.prompt(document) for document in documents]
+        parts = _Decoder(model, runs, settings, seeds).run()
+    finally:
+        model.train(training)
+    return [Document((*d.parts, *new), d.kind) for d, new in zip(documents, parts, strict=True)]

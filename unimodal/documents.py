@@ -1,0 +1,539 @@
+"""Documents: ordered texts and images, and how they are read from and written to files.
+
+A document is what a user writes; no tensor appears here. Three file forms exist: JSONL (data sets), Markdown (prompts
+and answers a person edits) and HTML (pages a person looks at).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+GENERATED = "generated"
+"""Role of a part that a model wrote or drew."""
+
+# Raster formats only: Pillow would hand PostScript to an outside interpreter.
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
+# What Pillow's decoders raise on a damaged file (the list is theirs, not documented in one place).
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
+    AttributeError, struct.error, zlib.error,
+)  # fmt: skip
+_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_SHOWN_SIDE = 64  # pixels on a page: images with a shorter long side are enlarged to about this
+
+
+@dataclass(frozen=True)
+class Part:
+    """One text or one image of a document.
+
+    Args:
+        content: text, or an image of any mode (`image` gives it as RGB).
+        learn: whether the part is a target (an answer, an image to draw) or context only (a question, an image given).
+        role: free word that recipes give defaults by; `"generated"` marks what a model made.
+
+    Raises:
+        ValueError: `content` is neither text nor image, is an image without pixels, or is text that UTF-8 cannot hold.
+    """
+
+    content: str | Image.Image
+    learn: bool = True
+    role: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what no tokenizer could take, where it enters."""
+        if isinstance(self.content, str):
+            try:
+                self.content.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"content: expected Unicode text, got a lone surrogate at {error.start}") from None
+        elif not isinstance(self.content, Image.Image):
+            raise ValueError(f"content: expected str or PIL.Image.Image, got {type(self.content).__name__}")
+        elif 0 in self.content.size:
+            raise ValueError(f"content: expected an image with pixels, got size {self.content.size}")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the part is text."""
+        return isinstance(self.content, str)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the part is an image."""
+        return isinstance(self.content, Image.Image)
+
+    @property
+    def text(self) -> str:
+        """The text; ValueError on an image part."""
+        if not isinstance(self.content, str):
+            raise ValueError("part: expected text, got an image")
+        return self.content
+
+    @property
+    def image(self) -> Image.Image:
+        """The image as RGB, whatever its mode was; ValueError on a text part."""
+        if not isinstance(self.content, Image.Image):
+            raise ValueError(f"part: expected an image, got the text {self.content[:40]!r}")
+        return to_rgb(self.content)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Texts and images in reading order.
+
+    Args:
+        parts: the parts, a tuple.
+        kind: name of the kind of document, which losses and scores are reported by.
+    """
+
+    parts: tuple[Part, ...]
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a list or bare strings: a frozen record must not change behind its back."""
+        if not isinstance(self.parts, tuple):
+            raise ValueError(f"parts: expected a tuple of Part, got {type(self.parts).__name__}")
+        for position, part in enumerate(self.parts):
+            if not isinstance(part, Part):
+                raise ValueError(f"parts[{position}]: expected Part, got {type(part).__name__}")
+
+    @property
+    def text(self) -> str:
+        """All text parts joined, nothing between them."""
+        return "".join(part.text for part in self.parts if part.is_text)
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """All images as RGB, in order."""
+        return tuple(part.image for part in self.parts if part.is_image)
+
+    def extended(self, parts: Iterable[Part]) -> Document:
+        """The same document followed by `parts`."""
+        return Document(self.parts + tuple(parts), self.kind)
+
+
+# ---- images
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB, turned the way its EXIF orientation says; an RGB image comes back as it is.
+
+    Transparent pixels are laid on white. 16-bit grey 0..65535 becomes 0..255 (Pillow's own conversion clips at 255).
+
+    Raises:
+        ValueError: a mode without a defined scale (float, integers outside 16 bits), or no pixels.
+    """
+    if 0 in image.size:
+        raise ValueError(f"image: expected pixels, got size {image.size}")
+    # A subclass is a file still: its exact class, EXIF and transparent colour would travel along.
+    if type(image) is Image.Image and image.mode == "RGB" and not image.info and not image.getexif():
+        return image
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BIT:
+        rgb = _sixteen_bit_to_rgb(image)
+    elif image.mode == "F":
+        raise ValueError("image: expected 8-bit or 16-bit pixels, got mode F (float), which has no fixed white")
+    elif image.has_transparency_data:
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    # A fresh image drops palette, EXIF and file handle, so that equal pixels compare equal.
+    return Image.frombytes("RGB", rgb.size, rgb.tobytes())
+
+
+def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"image: expected 16-bit grey 0..65535, got {values.min()}..{values.max()}")
+    grey = np.rint(values / 257).astype(np.uint8)  # 65535 / 257 = 255 exactly
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """The first frame of an image file as RGB, decoded completely.
+
+    Raises:
+        ValueError: the file is missing, empty, no image, truncated, or holds more pixels than `Image.MAX_IMAGE_PIXELS`.
+    """
+    path = Path(path)
+    try:
+        present, size = path.is_file(), path.stat().st_size if path.is_file() else 0
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_shown(path)}: expected an image file, got {error}") from None
+    if not present:
+        found = "a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"{_shown(path)}: expected an image file, got {found}")
+    if size == 0:
+        raise ValueError(f"{_shown(path)}: expected an image, got an empty file")
+    try:
+        return _decode_image(path)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = Image.MAX_IMAGE_PIXELS
+        raise ValueError(f"{_shown(path)}: expected at most {limit} pixels, got a larger image") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{_shown(path)}: expected an image, got a file of another kind") from None
+    except _DAMAGE as error:
+        raise ValueError(f"{_shown(path)}: expected a whole image, got {_one_line(error)}") from None
+
+
+def _decode_image(path: Path) -> Image.Image:
+    Image.init()
+    with warnings.catch_warnings():
+        # Pillow only warns between one and two times its limit; a warning would pass unseen in a loader.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+            image.load()
+            return to_rgb(image)
+
+
+def image_data_uri(image: Image.Image) -> str:
+    """The image as `data:image/png;base64,...`."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode("ascii")
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as the bytes of an RGB PNG file."""
+    buffer = io.BytesIO()
+    to_rgb(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+# ---- files
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a whole file or nothing: under a temporary name first, then renamed; missing folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """A part as a JSONL line names it: `content` is text, or the path of an image that is not loaded yet."""
+
+    content: str | Path
+    learn: bool = True
+    role: str = ""
+
+    def load(self) -> Part:
+        """The part, its image decoded."""
+        content = load_image(self.content) if isinstance(self.content, Path) else self.content
+        return Part(content, self.learn, self.role)
+
+
+@dataclass(frozen=True)
+class DocumentRecord:
+    """A document as a JSONL line names it; `where` is `file:line`, for messages."""
+
+    parts: tuple[PartRecord, ...]
+    kind: str
+    where: str
+
+    def load(self) -> Document:
+        """The document, its images decoded; errors begin with `where`."""
+        try:
+            return Document(tuple(part.load() for part in self.parts), self.kind)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from None
+
+
+@dataclass(frozen=True)
+class JsonLine:
+    """One decoded line of a JSONL file; `where` is `file:line`."""
+
+    record: dict[str, object]
+    where: str
+
+
+def read_json_lines(path: str | Path) -> list[JsonLine]:
+    """The JSON objects of a JSONL file, blank lines left out.
+
+    Raises:
+        ValueError: the file is missing, is not UTF-8, or a line (named by number) is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{_shown(path)}: expected a JSONL file, got no such file")
+    lines = []
+    # Split at "\n" only: JSON strings may hold other line separators of Unicode.
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        where = f"{_shown(path)}:{number}"
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if not text:
+                continue
+            record = json.loads(text)
+        except UnicodeDecodeError:
+            raise ValueError(f"{where}: expected UTF-8, got other bytes") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where}: expected one JSON object on the line, got {_one_line(error)}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+        lines.append(JsonLine(record, where))
+    return lines
+
+
+def contained_path(name: object, base: Path, where: str) -> Path:
+    """The file `name` under the folder `base`, which it may not leave, not even through a link.
+
+    Raises:
+        ValueError: not a relative path, or it ends outside `base`; the message begins with `where`.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where}: image: expected a relative path, got {name!r}")
+    if Path(name).is_absolute():
+        raise ValueError(f"{where}: image: expected a relative path, got {name!r}")
+    try:
+        resolved = (base / name).resolve()
+        inside = resolved.is_relative_to(base.resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{where}: image: expected a path, got {name!r} ({_one_line(error)})") from None
+    if not inside:
+        raise ValueError(f"{where}: image: expected a file inside the folder of the JSONL, got {name!r}")
+    return resolved
+
+
+def document_record(line: JsonLine, base: Path) -> DocumentRecord:
+    """Check a line `{"kind": ..., "parts": [{"text" | "image": ..., "learn": ..., "role": ...}, ...]}`.
+
+    Args:
+        line: the decoded line.
+        base: folder that image paths are relative to.
+
+    Raises:
+        ValueError: an unknown key, a missing or ill-typed value, an image path that leaves `base`.
+    """
+    _refuse_other_keys(line.record, ("kind", "parts"), line.where)
+    kind, parts = line.record.get("kind", ""), line.record.get("parts")
+    if not isinstance(kind, str):
+        raise ValueError(f"{line.where}: kind: expected text, got {kind!r}")
+    if not isinstance(parts, list) or not parts:
+        raise ValueError(f"{line.where}: parts: expected a list with at least one part, got {_brief(parts)}")
+    records = tuple(_part_record(part, base, f"{line.where}: parts[{i}]") for i, part in enumerate(parts))
+    return DocumentRecord(records, kind, line.where)
+
+
+def _part_record(part: object, base: Path, where: str) -> PartRecord:
+    if not isinstance(part, dict):
+        raise ValueError(f"{where}: expected an object, got {_brief(part)}")
+    _refuse_other_keys(part, ("text", "image", "learn", "role"), where)
+    if ("text" in part) == ("image" in part):
+        raise ValueError(f"{where}: expected either text or image, got {'both' if 'text' in part else 'neither'}")
+    learn, role = part.get("learn", True), part.get("role", "")
+    if not isinstance(learn, bool):
+        raise ValueError(f"{where}: learn: expected true or false, got {learn!r}")
+    if not isinstance(role, str):
+        raise ValueError(f"{where}: role: expected text, got {role!r}")
+    if "image" in part:
+        return PartRecord(contained_path(part["image"], base, where), learn, role)
+    if not isinstance(part["text"], str):
+        raise ValueError(f"{where}: text: expected text, got {part['text']!r}")
+    return PartRecord(part["text"], learn, role)
+
+
+def read_jsonl(path: str | Path) -> list[Document]:
+    """All documents of a JSONL file, images loaded; image paths are relative to the file's folder and stay inside it.
+
+    Raises:
+        ValueError: naming the file and line.
+    """
+    path = Path(path)
+    return [document_record(line, path.parent).load() for line in read_json_lines(path)]
+
+
+def write_jsonl(path: str | Path, documents: Iterable[Document], images: str | Path | None = None) -> None:
+    """Write one document a line, images as PNG files; `read_jsonl` gives the same documents back.
+
+    Args:
+        path: the JSONL file.
+        documents: what to write.
+        images: folder for the images, inside the folder of `path`; default: `<stem>-images` beside it.
+
+    Raises:
+        ValueError: `images` lies outside the folder of `path`.
+    """
+    path = Path(path)
+    folder = path.parent / f"{path.stem}-images" if images is None else Path(images)
+    base = path.parent.resolve()
+    if not folder.resolve().is_relative_to(base):
+        raise ValueError(f"images: expected a folder inside {_shown(path.parent)}, got {_shown(folder)}")
+    lines = []
+    for index, document in enumerate(documents):
+        parts: list[dict[str, object]] = []
+        for position, part in enumerate(document.parts):
+            if part.is_image:
+                file = folder.resolve() / f"{index:06d}-{position:02d}.png"
+                write_atomically(file, png_bytes(part.image))
+                content: dict[str, object] = {"image": file.relative_to(base).as_posix()}
+            else:
+                content = {"text": part.text}
+            parts.append({**content, "learn": part.learn, "role": part.role})
+        lines.append(json.dumps({"kind": document.kind, "parts": parts}, ensure_ascii=False) + "\n")
+    write_atomically(path, "".join(lines).encode("utf-8"))
+
+
+# ---- Markdown
+
+_LINK = re.compile(r"!\[[^\]\n]*\]\((?:<(?P<quoted>[^>\n]+)>|(?P<plain>[^)\n]+))\)")
+_ESCAPED = re.compile(r"!(\\+)\[")
+_ESCAPABLE = re.compile(r"!(\\*)\[")
+
+
+def read_markdown(text: str, base: str | Path) -> Document:
+    r"""Text with `![alt](file)` links as a document; everything between links is kept as it stands.
+
+    One newline at the very end is dropped (editors add it). `!\[` stands for a literal `![`. All parts are context
+    (`learn` False): a prompt is not a target.
+
+    Args:
+        text: the Markdown; no other syntax than image links is read.
+        base: folder that file names are relative to.
+
+    Raises:
+        ValueError: no part at all, a link to the network, or an image that is missing or broken (named).
+    """
+    text = re.sub(r"\r?\n\Z", "", text)
+    parts: list[Part] = []
+    position = 0
+
+    def add_text(raw: str) -> None:
+        if raw:
+            parts.append(Part(_ESCAPED.sub(lambda found: "!" + found[1][1:] + "[", raw), learn=False))
+
+    for link in _LINK.finditer(text):
+        add_text(text[position : link.start()])
+        name = (link["quoted"] or link["plain"]).strip()
+        if re.match(r"(?i)(https?|ftp|data|file):", name):
+            raise ValueError(f"image: expected a file name, got the address {name[:60]!r}")
+        parts.append(Part(load_image(Path(base) / name), learn=False))
+        position = link.end()
+    add_text(text[position:])
+    if not parts:
+        raise ValueError("text: expected text or an image link, got an empty prompt")
+    return Document(tuple(parts))
+
+
+def write_markdown(document: Document, path: str | Path) -> None:
+    """Write a document as Markdown, its images beside it as `<stem>-<number>.png`.
+
+    `read_markdown` gives the texts and images back; neighbouring texts become one, `learn` and `role` are not kept.
+    """
+    path = Path(path)
+    stem = re.sub(r"[^\w.-]", "_", path.stem)
+    pieces: list[str] = []
+    pending, number = "", 0
+    for part in document.parts:
+        if part.is_text:
+            pending += part.text
+            continue
+        number += 1
+        name = f"{stem}-{number}.png"
+        write_atomically(path.parent / name, png_bytes(part.image))
+        pieces += [_escape_links(pending), f"![image {number}]({name})"]
+        pending = ""
+    pieces += [_escape_links(pending), "\n"]
+    write_atomically(path, "".join(pieces).encode("utf-8"))
+
+
+def _escape_links(text: str) -> str:
+    return _ESCAPABLE.sub(lambda found: "!\\" + found[1] + "[", text)
+
+
+# ---- HTML
+
+DOCUMENT_CSS = """
+.document { white-space: pre-wrap; line-height: 1.6; margin: 0.8em 0; padding: 0.7em 1em; border: 1px solid #ddd;
+  border-radius: 6px; background: #fff; overflow-wrap: anywhere; }
+.document img { vertical-align: middle; max-width: 100%; border: 2px solid #ccc; margin: 2px; }
+.document span.generated { background: #dff3e4; border-bottom: 2px solid #2e8b57; padding: 1px 3px; }
+.document img.generated { border-color: #2e8b57; box-shadow: 0 0 0 2px #dff3e4; }
+.pixelated { image-rendering: pixelated; }
+"""
+"""Style of what `document_html` writes; a page that uses the one includes the other."""
+
+
+def document_html(document: Document) -> str:
+    """One document as an HTML fragment: text escaped, images embedded, generated parts marked by class."""
+    pieces = []
+    for part in document.parts:
+        generated = part.role == GENERATED
+        if part.is_image:
+            pieces.append(image_html(part.image, generated))
+        elif generated:
+            pieces.append(f'<span class="generated">{html.escape(part.text)}</span>')
+        else:
+            pieces.append(f"<span>{html.escape(part.text)}</span>")
+    return f'<div class="document">{"".join(pieces)}</div>'
+
+
+def image_html(image: Image.Image, generated: bool = False) -> str:
+    """An `<img>` with the image inside; a small one is enlarged by a whole factor without smoothing."""
+    factor = max(1, _SHOWN_SIDE // max(image.size))
+    classes = [name for name, used in (("generated", generated), ("pixelated", factor > 1)) if used]
+    attribute = f' class="{" ".join(classes)}"' if classes else ""
+    width, height = image.width * factor, image.height * factor
+    label = "generated image" if generated else "image"
+    return f'<img{attribute} width="{width}" height="{height}" alt="{label}" src="{image_data_uri(image)}">'
+
+
+def write_html(documents: Sequence[Document], path: str | Path, title: str) -> None:
+    """Write documents as one page that needs no other file; what a model made is marked green."""
+    body = "\n".join(document_html(document) for document in documents)
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>body {{ font-family: system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fafafa; }}{DOCUMENT_CSS}.key {{ border: 0; background: none; padding: 0; }}</style></head>
+<body><h1>{html.escape(title)}</h1>
+<p class="document key"><span>given</span> · <span class="generated">generated</span></p>
+{body}
+</body></html>
+"""
+    write_atomically(path, page.encode("utf-8"))
+
+
+# ---- messages
+
+
+def _shown(path: Path) -> str:
+    """The path on one line, whatever characters it holds."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{error or type(error).__name__}".split())[:200]
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _refuse_other_keys(record: dict[str, object], known: tuple[str, ...], where: str) -> None:
+    for key in record:
+        if key not in known:
+            raise ValueError(f"{where}: expected keys among {', '.join(known)}, got {key!r}")

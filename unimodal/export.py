@@ -1,0 +1,194 @@
+"""Exports: a folder with config, safetensors and text tokenizer, loadable by a process that never saw the data.
+
+    export.json        format_version, kind, recipe, git commit, licence, which weights
+    config.json        class_path and init_args the object is built from
+    model.safetensors  weights (of a trained model: their moving average)
+    tokenizer.json     text tokenizer (models only)
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from unimodal_tokenizers.base import ImageTokenizer
+
+from unimodal.model import UnifiedModel
+from unimodal.text import TextTokenizer
+
+FORMAT_VERSION = 1
+PACKAGES = ("unimodal.", "unimodal_tokenizers.", "unimodal_generators.")
+KINDS: dict[str, type[nn.Module]] = {"model": UnifiedModel, "tokenizer": ImageTokenizer}
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """Where an export comes from."""
+
+    kind: str  # "model" or "tokenizer"
+    weights: str  # "ema" or "raw"
+    recipe: str
+    commit: str
+    licence: str = "Apache-2.0"
+    format_version: int = FORMAT_VERSION
+
+
+def save_export(folder: Path, module: nn.Module, config: dict[str, Any], info: ExportInfo) -> None:
+    """Write an export; the folder appears complete or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
+        new = Path(temporary) / "export"
+        new.mkdir()
+        save_file({name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}, new / "model.safetensors")
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (new / "export.json").write_text(json.dumps(asdict(info), indent=2) + "\n")
+        if isinstance(module, UnifiedModel):
+            module.text.save(new / "tokenizer.json")
+        if folder.exists():
+            os.replace(folder, Path(temporary) / "old")
+        os.replace(new, folder)
+
+
+def read_info(folder: Path) -> ExportInfo:
+    """What an export says of itself."""
+    record = _read_json(folder, "export.json")
+    version = record.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(f"export: {folder} has format_version {version}, this version reads up to {FORMAT_VERSION}")
+    unknown = set(record) ^ set(ExportInfo.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"export: {folder}/export.json: unknown or missing {', '.join(sorted(unknown))}")
+    return ExportInfo(**record)
+
+
+def load_export(folder: Path, kind: str) -> nn.Module:
+    """Build what an export holds and load its weights.
+
+    Raises:
+        ValueError: the folder, a file in it or a weight is missing, truncated, or not what the config builds.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"export: expected a folder, got {folder}, which does not exist")
+    info = read_info(folder)
+    if info.kind != kind:
+        raise ValueError(f"export: expected a {kind}, got {folder}, which is a {info.kind}")
+    module = build(_read_json(folder, "config.json"), kind)
+    load_weights(module, read_weights(folder), str(folder))
+    if isinstance(module, UnifiedModel):
+        module.text = TextTokenizer.load(folder / "tokenizer.json")
+    return module.eval()
+
+
+def build(config: dict[str, Any], kind: str) -> nn.Module:
+    """Instantiate from class_path and init_args; only classes of this project are imported."""
+    _check_class_paths(config)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(KINDS[kind], kind, required=True)
+    try:
+        parsed = parser.parse_object({kind: config})
+        module = getattr(parser.instantiate(parsed), kind)
+    except ArgumentError as error:
+        raise ValueError(f"export: config.json does not build a {kind}: {one_line(str(error))}") from error
+    module.config = config
+    return module
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The safetensors of an export."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"export: {path} is missing")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"export: {path} is truncated or no safetensors file ({error})") from error
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load every weight, or none and name every mismatch."""
+    own = module.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in weights]
+    problems += [f"{name} is unknown" for name in weights if name not in own]
+    problems += [
+        f"{name} has shape {list(weights[name].shape)}, expected {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"weights: {source} does not fit this model: {'; '.join(problems[:20])}{more}")
+    module.load_state_dict(dict(weights))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A training checkpoint, without running any code it might carry."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint: {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file
+        raise ValueError(f"checkpoint: {path} is damaged, or holds more than weights ({type(error).__name__})") from error
+
+
+def load_run(run: Path, weights: str = "ema") -> UnifiedModel:
+    """The model of a run folder (or of an export folder itself), with averaged or last raw weights."""
+    folder = run / "export" if (run / "export").is_dir() or not (run / "export.json").is_file() else run
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights: expected ema or raw, got {weights}")
+    if not run.is_dir():
+        raise ValueError(f"run: expected a folder, got {run}, which does not exist")
+    if not folder.is_dir():
+        raise ValueError(f"run: {run} holds no export yet (it is written when training ends)")
+    model = load_export(folder, "model")
+    assert isinstance(model, UnifiedModel)
+    if weights == "raw":
+        state = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+        raw = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+        load_weights(model, raw, str(run / "checkpoints" / "last.ckpt"))
+    return model
+
+
+def one_line(message: str) -> str:
+    """The innermost reason of a nested parser message, on one line."""
+    lines = [line for line in message.splitlines() if line.strip()]
+    telling = [line for line in lines if not line.strip().startswith(("- Expected a <class 'NoneType'>", "Given value"))]
+    deepest = max(telling or lines or [message], key=lambda line: len(line) - len(line.lstrip()))
+    keys = [line.split('"')[1] for line in lines if 'arser key "' in line]
+    reason = deepest.strip().split(" Got value:")[0].rstrip(".")
+    prefix = ".".join(keys[:-1] if keys and f'"{keys[-1]}"' in reason else keys)
+    return f"{prefix}: {reason}" if prefix and prefix not in reason else reason
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"export: {path} is missing")
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"export: {path} is no JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"export: {path} holds no object")
+    return record
+
+
+def _check_class_paths(config: Any) -> None:
+    if isinstance(config, dict):
+        path = config.get("class_path")
+        if path is not None and not str(path).startswith(PACKAGES):
+            raise ValueError(f"export: class_path {path} is not of this project, it is not imported")
+        for value in config.values():
+            _check_class_paths(value)
+    elif isinstance(config, list):
+        for value in config:
+            _check_class_paths(value)
+

@@ -1,0 +1,309 @@
+"""From documents to one packed sequence: segments of many documents end to end, no padding.
+
+Letters: S tokens of the pack, A axes of position ids, B images of one size, H, W pixels, M text targets, T learned image
+tokens.
+
+Two orders matter. *Sequence order* is the order of reading; visibility is defined on it. *Expert order* is the one the
+backbone computes in: kinds of tokens grouped by the expert that reads them, so that every projection is one matrix product
+on a contiguous slice. `order[i]` is the sequence position of the token at place i of expert order, `inverse` its inverse.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayout
+
+from unimodal.attention import TokenTable
+from unimodal.backbone import Experts, PositionScheme
+from unimodal.documents import Document
+from unimodal.text import TextTokenizer
+
+
+@dataclass(frozen=True)
+class SequenceRules:
+    """How a recipe lays documents out.
+
+    Args:
+        image_sizes: (height, width) in pixels an image may have; others are resized and cropped to the nearest shape.
+        context_length: most tokens of one document.
+        drop_text: share of training documents whose text is dropped, which is what guidance needs.
+        learn_end: whether a document that ends in a drawn image goes on to learn that it ends there (BAGEL does not).
+    """
+
+    image_sizes: list[tuple[int, int]]
+    context_length: int
+    drop_text: float = 0.0
+    learn_end: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.image_sizes:
+            raise ValueError("sequence.image_sizes: expected at least one [height, width], got none")
+        if not 0 <= self.drop_text < 1:
+            raise ValueError(f"sequence.drop_text: expected a share from 0 to below 1, got {self.drop_text}")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of one kind. Text has ids and says which are targets; images have a block and an index."""
+
+    kind: TokenKind
+    positions: Int[Tensor, "n A"]
+    ids: tuple[int, ...] = ()
+    targets: tuple[bool, ...] = ()
+    block: Block | None = None
+    image: int = -1
+
+    @property
+    def length(self) -> int:
+        """Tokens of the run."""
+        return len(self.positions)
+
+
+@dataclass(frozen=True)
+class SequencedDocument:
+    """One document as segments, and the pixels they refer to."""
+
+    segments: tuple[Segment, ...]
+    images: tuple[Float[Tensor, "3 _ _"], ...]
+    kind: str = ""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the document."""
+        return sum(segment.length for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of a prompt: text ids with a mark on those that every guidance branch keeps, or one image."""
+
+    ids: tuple[int, ...] = ()
+    structural: tuple[bool, ...] = ()
+    image: Float[Tensor, "3 _ _"] | None = None
+
+
+@dataclass
+class Sequencer:
+    """Lays documents out as segments. Host side: runs in loader workers, touches no weights."""
+
+    text: TextTokenizer
+    layout: TokenLayout
+    generator: ImageGenerator
+    scheme: PositionScheme
+    rules: SequenceRules
+
+    def document(self, document: Document, key: Sequence[int], *, train: bool = True) -> SequencedDocument:
+        """Segments of a training document. Every random choice is a function of `key` and the part's number."""
+        draft = _Draft(self)
+        dropped = train and np.random.default_rng((*key, 0)).random() < self.rules.drop_text
+        images: list[Tensor] = []
+        parts = document.parts
+        draft.add_text([self.text.special.bos], learn=False)
+        for number, part in enumerate(parts, start=1):
+            if isinstance(part.content, str):
+                if not dropped:
+                    draft.add_text(self.text.encode(part.content), part.learn)
+                continue
+            images.append(self.pixels(part.content))
+            draft.add_text([self.text.special.boi], learn=part.learn and not dropped)
+            ends = part.learn and number == len(parts) and not self.rules.learn_end
+            draft.add_image(images, np.random.default_rng((*key, number)), learn=part.learn, ends=ends)
+            if ends:
+                return SequencedDocument(draft.finish(), tuple(images), document.kind)
+            draft.add_text([self.text.special.eoi], learn=False)
+        draft.add_text([self.text.special.eos], learn=bool(parts) and parts[-1].learn and not dropped)
+        return SequencedDocument(draft.finish(), tuple(images), document.kind)
+
+    def prompt(self, document: Document) -> list[Run]:
+        """Runs of a document that is to be continued."""
+        runs: list[Run] = []
+        ids, structural = [self.text.special.bos], [True]
+        for part in document.parts:
+            if isinstance(part.content, str):
+                new = self.text.encode(part.content)
+                ids, structural = ids + new, structural + [False] * len(new)
+            else:
+                runs.append(Run((*ids, self.text.special.boi), (*structural, True)))
+                runs.append(Run(image=self.pixels(part.content)))
+                ids, structural = [self.text.special.eoi], [True]
+        return [*runs, Run(tuple(ids), tuple(structural))]
+
+    def pixels(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
+        """An RGB image as float32 in [-1, 1], scaled and centre-cropped to the recipe's nearest shape."""
+        ratio = image.height / image.width
+        height, width = min(self.rules.image_sizes, key=lambda s: (abs(np.log(s[0] / s[1] / ratio)), -s[0] * s[1]))
+        if image.size != (width, height):
+            scale = max(height / image.height, width / image.width)
+            size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
+            image = image.resize(size, Image.Resampling.LANCZOS)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        return transforms.pil_to_tensor(image.convert("RGB")).float() / 127.5 - 1.0
+
+
+class _Draft:
+    """Segments of a document under construction: where the next position id is, and the text not yet closed."""
+
+    def __init__(self, sequencer: Sequencer) -> None:
+        self.sequencer = sequencer
+        self.segments: list[Segment] = []
+        self.next = 0
+        self.ids: list[int] = []
+        self.targets: list[bool] = []
+
+    def add_text(self, ids: Sequence[int], learn: bool) -> None:
+        self.ids += ids
+        self.targets += [learn] * len(ids)
+
+    def close_text(self) -> None:
+        if self.ids:
+            placed = self.sequencer.scheme.text(self.next, len(self.ids))
+            self.segments.append(Segment(TokenKind.TEXT, placed.ids, tuple(self.ids), tuple(self.targets)))
+            self.ids, self.targets, self.next = [], [], placed.following
+
+    def add_image(self, images: Sequence[Tensor], rng: np.random.Generator, *, learn: bool, ends: bool) -> None:
+        self.close_text()
+        generator, index = self.sequencer.generator, len(images) - 1
+        grid = self.sequencer.layout.grid(*images[-1].shape[-2:])
+        blocks = generator.plan(grid, rng) if learn else []
+        if not learn or (generator.repeats and not ends):
+            blocks = blocks + generator.plan_context(grid)
+        placed = self.sequencer.scheme.image(self.next, grid)
+        for block in blocks:
+            ids = placed.ids[block.offset : block.offset + block.length]
+            self.segments.append(Segment(block.kind, ids, block=block, image=index))
+        self.next = placed.following
+
+    def finish(self) -> tuple[Segment, ...]:
+        self.close_text()
+        return tuple(self.segments)
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Many documents as one sequence, ready for the device. Index tensors count in expert order."""
+
+    table: TokenTable
+    order: Int[Tensor, " S"]
+    inverse: Int[Tensor, " S"]
+    splits: tuple[int, ...]  # tokens of each expert
+    positions: Int[Tensor, "S A"]
+    text_ids: Int[Tensor, " n"]
+    text_reads: Int[Tensor, " M"]  # whose hidden state predicts ...
+    text_targets: Int[Tensor, " M"]  # ... this id
+    image_reads: Int[Tensor, " T"]  # whose hidden state each learned image token is read from
+    images: tuple[Float[Tensor, "_ 3 _ _"], ...]  # one tensor a size; numbered through
+    learned_images: tuple[int, ...]  # image of each learned block
+    learned_blocks: tuple[Block, ...]
+    context_images: tuple[int, ...]
+    context_blocks: tuple[Block, ...]
+    kind: str  # of its documents, or "" when they differ
+    step_counts: dict[str, int] = field(default_factory=dict)  # targets of the whole optimizer step, by loss
+    position: tuple[int, ...] = ()  # of the data stream behind this pack (or its whole step, once announced)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Targets of this pack, by loss."""
+        return {"text": len(self.text_targets), "image": sum(block.n_targets for block in self.learned_blocks)}
+
+    @property
+    def documents(self) -> int:
+        """How many documents are packed."""
+        return len(self.table.document_lengths)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def announce(self, counts: dict[str, int], position: tuple[int, ...]) -> "PackedSequence":
+        """The same pack, told the counts of its optimizer step and where the next one begins."""
+        return replace(self, step_counts=counts, position=position)
+
+    def to(self, device: torch.device | str, **_: object) -> "PackedSequence":
+        """The same pack on another device."""
+        names = ("order", "inverse", "positions", "text_ids", "text_reads", "text_targets", "image_reads")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved["table"] = self.table.to(device)
+        return replace(self, images=tuple(i.to(device, non_blocking=True) for i in self.images), **moved)
+
+
+def kind_order(experts: Experts) -> list[TokenKind]:
+    """Kinds of tokens as expert order holds them."""
+    return sorted(TokenKind, key=lambda kind: (experts.index(kind), kind))
+
+
+def pack(
+    documents: Sequence[SequencedDocument], experts: Experts, reads: str, position: tuple[int, ...] = ()
+) -> PackedSequence:
+    """Put documents end to end. `reads` is the generator's: "own" or "previous"."""
+    segments = [(d, s) for d, document in enumerate(documents) for s in document.segments]
+    if not segments:
+        raise ValueError("documents: expected at least one to pack, got none")
+    lengths = torch.tensor([s.length for _, s in segments])
+
+    def per_token(values: Sequence[int] | Sequence[bool]) -> Tensor:
+        return torch.tensor(values).repeat_interleave(lengths)  # (S,)
+
+    table = TokenTable(
+        document=per_token([d for d, _ in segments]),
+        block=per_token(list(range(len(segments)))),
+        bidirectional=per_token([s.block is not None and s.block.bidirectional for _, s in segments]),
+        private=per_token([s.block is not None and s.block.private for _, s in segments]),
+        document_lengths=tuple(document.length for document in documents),
+    )
+    kinds = per_token([s.kind for _, s in segments])
+    by_kind = {kind: (kinds == kind).nonzero().squeeze(1) for kind in TokenKind}  # sequence positions
+    order = torch.cat([by_kind[kind] for kind in kind_order(experts)])
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    splits = [0] * len(experts.names)
+    for kind in TokenKind:
+        splits[experts.index(kind)] += len(by_kind[kind])
+
+    learned_at = by_kind[TokenKind.LEARNED]
+    if reads == "previous":
+        learned_at = learned_at - 1
+    target = torch.tensor([t for _, s in segments if s.kind == TokenKind.TEXT for t in s.targets], dtype=torch.bool)
+    text_ids = torch.tensor([i for _, s in segments if s.kind == TokenKind.TEXT for i in s.ids])
+    text_at = by_kind[TokenKind.TEXT][target] - 1  # a text token is predicted by the one before it
+
+    images, numbers = _gather_images(documents)
+    learned = [(numbers[d, s.image], s.block) for d, s in segments if s.kind == TokenKind.LEARNED and s.block]
+    context = [(numbers[d, s.image], s.block) for d, s in segments if s.kind == TokenKind.CLEAN and s.block]
+    document_kinds = {document.kind for document in documents}
+    return PackedSequence(
+        table=table,
+        order=order,
+        inverse=inverse,
+        splits=tuple(splits),
+        positions=torch.cat([s.positions for _, s in segments])[order],
+        text_ids=text_ids,
+        text_reads=inverse[text_at],
+        text_targets=text_ids[target],
+        image_reads=inverse[learned_at],
+        images=images,
+        learned_images=tuple(i for i, _ in learned),
+        learned_blocks=tuple(b for _, b in learned),
+        context_images=tuple(i for i, _ in context),
+        context_blocks=tuple(b for _, b in context),
+        kind=document_kinds.pop() if len(document_kinds) == 1 else "",
+        position=position,
+    )
+
+
+def _gather_images(
+    documents: Sequence[SequencedDocument],
+) -> tuple[tuple[Float[Tensor, "_ 3 _ _"], ...], dict[tuple[int, int], int]]:
+    """Images stacked by size, and the number of image i of document d under (d, i)."""
+    sizes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for d, document in enumerate(documents):
+        for i, image in enumerate(document.images):
+            sizes.setdefault(tuple(image.shape), []).append((d, i))
+    stacks = tuple(torch.stack([documents[d].images[i] for d, i in members]) for members in sizes.values())
+    ordered = [member for members in sizes.values() for member in members]
+    return stacks, {member: number for number, member in enumerate(ordered)}

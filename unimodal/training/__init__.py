@@ -1,0 +1,5 @@
+"""LightningModules, moving average, optimizers and what happens around a run."""
+
+from unimodal.training.unified import UnifiedTraining
+
+__all__ = ["UnifiedTraining"]

@@ -1,0 +1,142 @@
+"""fit, validate, test and predict through LightningCLI, with errors of one line and a run folder."""
+
+import logging
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from unimodal.export import one_line
+from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong in one line instead of fifty."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ValueError(one_line(message))
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes the resolved config into the run folder before anything else happens there."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not trainer.fast_dev_run:
+            root = Path(trainer.default_root_dir)
+            root.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, root / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+
+
+class UnimodalCLI(LightningCLI):
+    """LightningCLI with this project's defaults: a run folder, quiet output, checkpoints, samples and an export."""
+
+    def __init__(self, args: list[str]) -> None:
+        self.signals = StopOnSignal()
+        super().__init__(
+            LightningModule, LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, args=args,
+            save_config_callback=_SaveConfig, save_config_kwargs={"save_to_log_dir": False}, seed_everything_default=0,
+            trainer_defaults={
+                "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10, "max_epochs": -1,
+                "check_val_every_n_epoch": None, "devices": 1,
+            },
+        )  # fmt: skip
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Our parser, for the command and for each subcommand."""
+        parser = _Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="YAML file; later files and options override.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Keys beside model, data and trainer."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.every_n_train_steps": 250, "checkpoint.save_last": True, "checkpoint.save_top_k": 1,
+                "checkpoint.monitor": "step", "checkpoint.mode": "max", "checkpoint.filename": "step_{step:06d}",
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )  # fmt: skip
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def instantiate_classes(self) -> None:
+        """Settle the run folder and the checkpoint before anything is built."""
+        config = self.config[self.subcommand]
+        recipe = Path(str(config.config[0])).stem if config.get("config") else "run"
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = f"out/{recipe}"
+        root = Path(config.trainer.default_root_dir)
+        config.ckpt_path = self._checkpoint(config.get("ckpt_path"), root)
+        if config.get("weights_only") is False:
+            raise ValueError("weights_only: expected true (checkpoints that carry code are not read), got false")
+        config.weights_only = True
+        started = (root / "checkpoints" / "last.ckpt").is_file()
+        if self.subcommand == "fit" and started and config.ckpt_path is None and not config.trainer.fast_dev_run:
+            raise ValueError(
+                f"trainer.default_root_dir: {root} already holds a run; continue it with --ckpt_path last, or choose another"
+            )
+        config.checkpoint.dirpath = str(root / "checkpoints")
+        self._recipe, self._root = recipe, root
+        super().instantiate_classes()
+
+    def _checkpoint(self, asked: str | None, root: Path) -> str | None:
+        if asked is None and self.subcommand == "fit":
+            return None
+        path = root / "checkpoints" / "last.ckpt" if asked in (None, "last") else Path(str(asked))
+        if not path.is_file():
+            raise ValueError(f"ckpt_path: expected a checkpoint, got {asked or 'last'}: {path} does not exist")
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"ckpt_path: {path} is truncated or no checkpoint")
+        return str(path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with loggers and callbacks of the run folder."""
+        config = dict(self._get(self.config_init, "trainer", default={}), **kwargs)
+        part = getattr(type(self.model), "part", None)
+        if config.get("logger") in (None, True):
+            root = str(self._root)
+            config["logger"] = [CSVLogger(root, "logs"), TensorBoardLogger(root, "tensorboard")]
+        resolved = self.config[self.subcommand].model.init_args
+        callbacks = [self.signals, Samples()]
+        if config["logger"] and not config.get("fast_dev_run"):
+            callbacks.append(LearningRateMonitor("step"))
+        if part is not None:
+            callbacks.append(RunFolder(self._recipe, resolved[part].as_dict(), self.signals))
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(Progress(refresh_rate=10))
+        return self._instantiate_trainer(config, callbacks)
+
+
+def run(args: list[str]) -> int:
+    """One of fit, validate, test, predict with its arguments; the exit code."""
+    quiet()
+    try:
+        cli = UnimodalCLI(args)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"ckpt_path: the checkpoint holds more than weights and is not read ({reason})") from error
+    if cli.signals.received is not None:
+        print(f"stopped by signal {cli.signals.received}; continue with --ckpt_path last")
+        return 128 + cli.signals.received
+    return 0
+
+
+def quiet() -> None:
+    """Progress, metrics and what matters; not Lightning's advertisements."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for pattern in (
+        ".*does not have many workers.*", ".*LeafSpec.*", ".*Checkpoint directory .* exists and is not empty.*",
+        ".*tensorboardX.*", ".*Experiment logs directory.*", ".*treespec.*", ".*`IterableDataset` has `__len__`.*",
+        ".*lr_scheduler.step.*", ".*JsonargparseDeprecationWarning.*", ".*Trying to infer the `batch_size`.*",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", pattern)
+
+
+

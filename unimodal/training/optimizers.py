@@ -1,0 +1,91 @@
+"""What every training of the project shares: who is decayed, and how the learning rate moves."""
+
+import math
+from typing import Any, Literal
+
+from torch import nn
+
+Schedule = Literal["constant", "cosine", "linear"]
+
+NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.modules.batchnorm._NormBase,  # batch and instance norms of every dimension
+)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters of `module` in two optimizer groups: decayed, and not decayed.
+
+    Not decayed: every parameter of a norm or an embedding, and every parameter with fewer than two axes (biases, gains,
+    scales), so that norms written by hand are found too. A module may name further ones, as parameters of its own, in an
+    attribute `no_weight_decay: tuple[str, ...]` (a bare `nn.Parameter` used as an embedding). A parameter shared by two
+    modules is listed once, and is not decayed if either of them says so (an output head tied to an embedding).
+
+    Args:
+        module: whose parameters are trained; frozen ones (`requires_grad` False) are left out.
+        weight_decay: AdamW's coefficient for the decayed group.
+
+    Returns:
+        `[{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]`, without empty groups.
+
+    Raises:
+        ValueError: `weight_decay` is negative.
+    """
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay: expected a number of at least 0, got {weight_decay}")
+    owned = [(part, name, p) for part in module.modules() for name, p in part.named_parameters(recurse=False)]
+    exempt = {id(p) for part, name, p in owned if _is_exempt(part, name, p)}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if id(p) not in exempt], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in exempt], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _is_exempt(part: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether the parameter `name` of `part` is not decayed."""
+    named = name in getattr(part, "no_weight_decay", ())
+    return named or parameter.dim() < 2 or isinstance(part, NORMS + EMBEDDINGS)
+
+
+def learning_rate_scale(step: int, warmup_steps: int, total_steps: int, schedule: Schedule, floor: float) -> float:
+    """The factor on the learning rate at optimizer step `step`, counted from 0.
+
+    Steps 0 .. warmup_steps - 1 rise linearly, (step + 1) / warmup_steps, so that the first step already learns and step
+    `warmup_steps - 1` runs at the full rate. After it, with s the share of the remaining steps already made:
+
+        constant   1
+        linear     1 - (1 - floor) s
+        cosine     floor + (1 - floor) (1 + cos(pi s)) / 2         (SGDR, arXiv 1608.03983, eq. 5)
+
+    Steps at or past `total_steps` stay at the floor. A training no longer than its warm-up (a trial run of one step) never
+    leaves the rise.
+
+    Args:
+        step: optimizer steps already made.
+        warmup_steps: length of the rise; 0 for none.
+        total_steps: length of the training; not read by `constant`.
+        schedule: its shape.
+        floor: the last factor, as a share of the full learning rate.
+
+    Raises:
+        ValueError: a number out of its range, or an unknown schedule.
+    """
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps: expected at least 0, got {warmup_steps}")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor: expected a share between 0 and 1, got {floor}")
+    if schedule not in ("constant", "cosine", "linear"):
+        raise ValueError(f"schedule: expected constant, cosine or linear, got {schedule!r}")
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    s = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    fall = s if schedule == "linear" else (1 - math.cos(math.pi * s)) / 2
+    return 1 - (1 - floor) * fall

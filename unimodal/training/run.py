@@ -1,0 +1,177 @@
+"""What happens around training: signals, samples, the run folder and its export."""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from PIL import Image
+
+from unimodal.decoding import DecodingSettings, decode
+from unimodal.documents import Document, write_html
+from unimodal.export import ExportInfo, save_export
+from unimodal.training.ema import EMA
+from unimodal.training.unified import UnifiedTraining
+
+
+class Progress(TQDMProgressBar):
+    """A bar over optimizer steps: the stream of documents has no end, `max_steps` has."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of the whole run."""
+        steps = self.trainer.max_steps
+        return steps * self.trainer.accumulate_grad_batches if steps > 0 else super().total_train_batches
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Without the version number of the logger."""
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+
+class StopOnSignal(Callback):
+    """Ctrl-C and SIGTERM end the run behind the optimizer step in progress, with a checkpoint. A second Ctrl-C is at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over from Lightning, which would stop in the middle of a step."""
+        self._step = trainer.global_step
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            self._restore()
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Stop where the optimizer has just stepped."""
+        if self.received is not None and trainer.global_step > self._step:
+            trainer.should_stop = True
+        self._step = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand the signals back."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Likewise."""
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+class RunFolder(Callback):
+    """Keeps time, and leaves `checkpoints/last.ckpt`, `run.json` and `export/` in the run folder."""
+
+    def __init__(self, recipe: str, config: dict[str, Any], signals: StopOnSignal) -> None:
+        super().__init__()
+        self.recipe, self.config, self.signals = recipe, config, signals
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step; write the export if the run came to its end."""
+        self.seconds, self._started = self._elapsed(), 0.0
+        root = Path(trainer.default_root_dir)
+        if trainer.fast_dev_run:
+            return
+        trainer.save_checkpoint(root / "checkpoints" / "last.ckpt")
+        if not trainer.is_global_zero or self.signals.received is not None:
+            return
+        average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+        if average is not None:
+            average.swap(pl_module)
+        part: str = pl_module.part  # type: ignore[assignment]
+        info = ExportInfo(part, "ema" if average else "raw", self.recipe, git_commit())
+        save_export(root / "export", getattr(pl_module, part), self.config, info)
+        if average is not None:
+            average.swap(pl_module)
+        parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        record = {"train_seconds": self.seconds, "steps": trainer.global_step, "parameters": parameters, **vars(info)}
+        (root / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def _elapsed(self) -> float:
+        return self.seconds + (time.monotonic() - self._started if self._started else 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds trained so far."""
+        return {"seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.seconds = state_dict["seconds"]
+
+
+class Samples(Callback):
+    """Continues the same held-out prompts with the same seeds at every validation."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write `samples/step_N.html` and, of what was drawn, `samples/step_N.png`. The average's weights are still in."""
+        if trainer.sanity_checking or not trainer.is_global_zero or not isinstance(pl_module, UnifiedTraining):
+            return
+        prompts: list[Document] = trainer.datamodule.prompts()  # type: ignore[attr-defined]
+        model = pl_module.model
+        tokens = model.sequence.context_length
+        written: list[Document] = []
+        for start in ("image", "text"):
+            chosen = [p for p in prompts if (p.kind == "text_to_image") == (start == "image")]
+            one = DecodingSettings("image", max_tokens=0, max_images=1)
+            many = DecodingSettings("text", max_tokens=min(tokens, 48), max_images=4)
+            written += decode(model, chosen, one if start == "image" else many, list(range(len(chosen))))
+        folder = Path(trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"step_{trainer.global_step:06d}"
+        write_html(written, folder / f"{name}.html", f"Samples after {trainer.global_step} steps")
+        drawn = [part.image for d in written for part in d.parts if part.is_image and part.role == "generated"]
+        if drawn:
+            grid(drawn).save(folder / f"{name}.png")
+
+
+def grid(images: Sequence[Image.Image], columns: int = 10) -> Image.Image:
+    """Pictures on one sheet, small ones enlarged without smoothing."""
+    side = max(max(image.size) for image in images)
+    scale = max(1, 48 // side)
+    cell = side * scale + 2
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (cell * min(columns, len(images)), cell * rows), "white")
+    for i, image in enumerate(images):
+        big = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        sheet.paste(big, (cell * (i % columns) + 1, cell * (i // columns) + 1))
+    return sheet
+
+
+def git_commit() -> str:
+    """The commit this code is at, "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def matmul_precision() -> None:
+    """TF32 for fp32 products on GPUs that have it; of no effect on CPU."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")

@@ -1,0 +1,168 @@
+"""Training of a visual tokenizer: reconstruct the image, keep the codebook in use.
+
+Letters: B images, H height, W width (pixels); K entries of the codebook.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from jaxtyping import Float, Int64
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.image import PeakSignalNoiseRatio
+from torchvision.utils import make_grid, save_image
+from unimodal_tokenizers.base import ImageTokenizer
+from unimodal_tokenizers.vq import VQTokenizer, codebook_perplexity, codebook_usage
+
+from unimodal.training.optimizers import Schedule, learning_rate_scale, parameter_groups
+
+PICTURE_SIDE = 64  # pixels an image has at least in a reconstruction grid; small ones are enlarged
+
+
+class CodebookCounts(Metric):
+    """How many tokens chose each of K entries, over all batches and processes."""
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, entries: int) -> None:
+        """Args:
+
+        entries: size K of the codebook.
+        """
+        super().__init__()
+        self.add_state("counts", torch.zeros(entries, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, counts: Int64[Tensor, " K"]) -> None:
+        """Add the counts of one batch."""
+        self.counts += counts
+
+    def compute(self) -> Int64[Tensor, " K"]:
+        """The sums."""
+        return self.counts
+
+
+class TokenizerTraining(L.LightningModule):
+    """Trains a VQ tokenizer on images `(B, 3, H, W)`, float32 in [-1, 1].
+
+    loss = l1_weight |x - y| + l2_weight |x - y|^2 + codebook_loss + commitment_weight * commitment
+
+    with y the reconstruction, both norms averaged over pixels and channels, and the last two terms those of
+    `VectorQuantizer.forward`. The codebook's term has no weight: only the codebook sees it, and Adam ignores its scale.
+    Every validation writes `samples/reconstruction_step_<n>.png` into the run's folder.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        lr: float,
+        l1_weight: float,
+        l2_weight: float,
+        commitment_weight: float,
+        schedule: Schedule = "cosine",
+        warmup_steps: int = 0,
+        lr_floor: float = 0.0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        samples: int = 16,
+    ) -> None:
+        """Args:
+
+        tokenizer: what is trained.
+        lr: the highest learning rate of AdamW.
+        l1_weight: weight of the mean absolute error.
+        l2_weight: weight of the mean squared error.
+        commitment_weight: weight of the encoder's distance to its codes (beta of VQ-VAE).
+        schedule: how the learning rate falls after the warm-up.
+        warmup_steps: optimizer steps over which it rises.
+        lr_floor: its last value, as a share of `lr`.
+        weight_decay: of AdamW; never on norms, biases and codebooks.
+        betas: of AdamW.
+        samples: images in the reconstruction grid of each validation; 0 for none.
+        """
+        super().__init__()
+        if not isinstance(tokenizer, VQTokenizer):
+            raise ValueError(f"tokenizer: expected one that is trained (VQTokenizer), got {type(tokenizer).__name__}")
+        weights = {"l1_weight": l1_weight, "l2_weight": l2_weight, "commitment_weight": commitment_weight}
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"{name}: expected at least 0, got {weight}")
+        if l1_weight == l2_weight == 0:
+            raise ValueError("l1_weight, l2_weight: expected at least one above 0, got 0 and 0: nothing to reconstruct")
+        self.tokenizer = tokenizer
+        self.l1_weight, self.l2_weight, self.commitment_weight = l1_weight, l2_weight, commitment_weight
+        self.lr, self.lr_floor, self.weight_decay, self.betas = lr, lr_floor, weight_decay, betas
+        self.schedule, self.warmup_steps, self.samples = schedule, warmup_steps, samples
+        self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3))  # clamps; the mean over images
+        self.counts = CodebookCounts(tokenizer.layout.codebooks[0])
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Images and their reconstruction, in [-1, 1]."""
+        return self.tokenizer.decode(self.tokenizer.encode(images)).float().clamp(-1, 1)
+
+    def training_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> Float[Tensor, ""]:
+        """One batch: every term logged by itself, and how the batch used the codebook."""
+        terms, _, counts = self._terms(batch)
+        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items() if name != "loss"})
+        self.log("train/loss", terms["loss"].detach(), prog_bar=True)
+        self.log("train/codebook_usage", codebook_usage(counts))
+        self.log("train/codebook_perplexity", codebook_perplexity(counts), prog_bar=True)
+        return terms["loss"]
+
+    def validation_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
+        """The same terms on held-out images, PSNR in dB, and a picture of the first of them."""
+        reconstruction = self._evaluate(batch, "validation")
+        if batch_idx == 0 and self.samples and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            folder = Path(self.trainer.default_root_dir) / "samples"
+            path = folder / f"reconstruction_step_{self.global_step}.png"
+            write_reconstructions(batch[: self.samples], reconstruction[: self.samples], path)
+
+    def test_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
+        """The same terms and PSNR on test images."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Usage and perplexity of the codebook over all validation images."""
+        self._log_codebook("validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Usage and perplexity of the codebook over all test images."""
+        self._log_codebook("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW without decay on norms, biases and codebooks; the learning rate moves every step."""
+        groups = parameter_groups(self.tokenizer, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        total = self.trainer.estimated_stepping_batches
+        if self.schedule != "constant" and math.isinf(total):
+            raise ValueError(f"trainer.max_steps: the {self.schedule} schedule expects a number of steps, got none")
+
+        def scale(step: int) -> float:
+            steps = 0 if math.isinf(total) else int(total)
+            return learning_rate_scale(step, self.warmup_steps, steps, self.schedule, self.lr_floor)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _terms(self, x: Float[Tensor, "B 3 H W"]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The terms of the loss by name, unweighted but for their sum; the reconstruction; the codebook's counts."""
+        result = cast(VQTokenizer, self.tokenizer)(x)
+        y, quantized = result.images.float(), result.quantized
+        terms = {
+            "l1": F.l1_loss(y, x),
+            "l2": F.mse_loss(y, x),
+            "codebook_loss": quantized.codebook_loss,
+            "commitment": quantized.commitment,
+        }
+        terms["loss"] = (
+            self.l1_weight * terms["l1"]
+            + self.l2_weight * terms["l2"]
+            + terms["codebook_loss"]
+            + self.commitment_weight * terms["commitment"]
+        )
+        return terms, y, quantized.counts

@@ -1,0 +1,154 @@
+"""Training of a unified model: text and image losses over packed documents."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning import Callback, LightningModule
+from torch import Tensor
+
+from unimodal.export import load_weights, read_info, read_weights
+from unimodal.model import UnifiedModel
+from unimodal.packing import PackedSequence
+from unimodal.text import TextTokenizer
+from unimodal.training.ema import EMA
+from unimodal.training.optimizers import learning_rate_scale, parameter_groups
+
+if TYPE_CHECKING:
+    from unimodal_generators.base import LossBreakdown
+
+    from unimodal.data.module import DocumentData
+
+
+class UnifiedTraining(LightningModule):
+    """AdamW on the sum of text cross-entropy and image loss, each a mean over the targets of the whole optimizer step.
+
+    Args:
+        model: what is trained; its image tokenizer stays frozen.
+        lr: peak learning rate.
+        betas: of AdamW.
+        weight_decay: on matrices; none on norms, biases and embeddings.
+        warmup_steps: optimizer steps of linear warm-up.
+        schedule: what follows the warm-up.
+        lr_floor: what the schedule falls to, as a share of `lr`.
+        text_weight: of the text loss.
+        image_weight: of the image loss.
+        ema_decay: of the weights' moving average, which is validated and exported; 0 keeps no history.
+        tokenizer_weights: an export of the image tokenizer, trained before.
+        init: an export of a whole model to start from, text tokenizer included.
+    """
+
+    part = "model"
+
+    def __init__(
+        self,
+        model: UnifiedModel,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        warmup_steps: int = 100,
+        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        lr_floor: float = 0.05,
+        text_weight: float = 1.0,
+        image_weight: float = 1.0,
+        ema_decay: float = 0.999,
+        tokenizer_weights: Path | None = None,
+        init: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup_steps, self.schedule, self.lr_floor = warmup_steps, schedule, lr_floor
+        self.loss_weights = {"text": text_weight, "image": image_weight}
+        self.ema_decay = ema_decay
+        self._position: tuple[int, int] | None = None
+        self._sums: dict[str, Tensor] = {}
+        if tokenizer_weights is not None:
+            load_weights(model.tokenizer, read_weights(Path(tokenizer_weights)), str(tokenizer_weights))
+        if init is not None:
+            self._initialise(Path(init))
+
+    def _initialise(self, folder: Path) -> None:
+        read_info(folder)
+        load_weights(self.model, read_weights(folder), str(folder))
+        self.model.text = TextTokenizer.load(folder / "tokenizer.json")
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The moving average comes with the module."""
+        return [EMA(self.ema_decay)]
+
+    def setup(self, stage: str) -> None:
+        """Train the text tokenizer on the data's corpus, unless an export or a checkpoint brings one."""
+        if not self.model.has_text:
+            data: DocumentData = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.model.text = TextTokenizer.train(data.corpus(), self.model.backbone.config.vocabulary)
+
+    def training_step(self, batch: PackedSequence, batch_idx: int) -> Tensor:
+        """Weighted losses over the global counts; Lightning then averages over ranks and accumulation."""
+        losses: LossBreakdown = self.model(batch)
+        self._position = (batch.position[0], batch.position[1])
+        shares = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        loss = torch.zeros((), device=self.device)
+        for name, term in losses.items():
+            loss = loss + self.loss_weights[name] * term.sum * (shares / max(batch.step_counts[name], 1))
+        if batch_idx % self.trainer.log_every_n_steps == 0:
+            for name, term in losses.items():
+                if term.count:
+                    self.log(f"train/{name}", term.sum.detach() / term.count, batch_size=term.count)
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """After a step, and only then, the data of it is consumed."""
+        super().optimizer_step(*args, **kwargs)
+        if self._position is not None:
+            self.trainer.datamodule.position = self._position  # type: ignore[attr-defined]
+
+    def validation_step(self, batch: PackedSequence, batch_idx: int) -> None:
+        """Add up held-out losses by kind of document."""
+        for name, term in self.model(batch).items():
+            if term.count:
+                key = f"{batch.kind}/{name}"
+                zero = torch.zeros(2, device=self.device, dtype=torch.float64)
+                value = torch.stack([term.sum.double(), torch.tensor(term.count, device=self.device).double()])
+                self._sums[key] = self._sums.get(key, zero) + value
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin anew."""
+        self._sums = {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Held-out loss by kind of document, and the sum that checkpoints are chosen by."""
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        for key, (value, count) in sorted(self._sums.items()):
+            self.log(f"val/{key}", (value / count).float())
+            total = total + self.loss_weights[key.split("/")[1]] * value / count
+        self.log("val/loss", (total / max(len(self._sums), 1)).float(), prog_bar=True)
+
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: PackedSequence, batch_idx: int) -> dict[str, float]:
+        """Loss of each kind over one pack."""
+        return {name: float(term.sum) / max(term.count, 1) for name, term in self.model(batch).items()}
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up and schedule by optimizer step."""
+        groups = parameter_groups(self.model, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        total = int(self.trainer.estimated_stepping_batches)
+
+        def scale(step: int) -> float:
+            return learning_rate_scale(step, self.warmup_steps, total, self.schedule, self.lr_floor)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The text tokenizer travels with the weights."""
+        checkpoint["text_tokenizer"] = self.model.text.to_json()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """And comes back with them."""
+        self.model.text = TextTokenizer.from_json(checkpoint["text_tokenizer"])
