@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from unimodal_generators import Autoregressive, Flow
-from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
-from unimodal_tokenizers.patch import PatchTokenizer
 
 from unimodal.backbone import BackboneConfig, Experts
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.text import TextTokenizer
+from unimodal_generators import Autoregressive, Flow
+from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
+from unimodal_tokenizers.patch import PatchTokenizer
 
 torch.set_num_threads(1)
 

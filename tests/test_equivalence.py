@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from unimodal_generators.base import Embeddings, TokenKind
 
 from unimodal.decoding import Branch, DecodingSettings, Session, decode
 from unimodal.documents import Document
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, Run, SequencedDocument, pack
+from unimodal_generators.base import Embeddings, TokenKind
 
 
 def sequenced(model: UnifiedModel, documents: list[Document]) -> list[SequencedDocument]:

@@ -112,7 +112,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_image_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="WxH", help="of drawn images, where the recipe allows it")
-    group = parser.add_argument_group("image sampling", "the recipe's own where not given; each as its generator has it")
+    group = parser.add_argument_group(
+        "image sampling", "the recipe's own where not given; each as its generator has it"
+    )
     group.add_argument("--guidance", type=float, help="1: conditional")
     group.add_argument("--steps", type=int, help="network evaluations")
     group.add_argument("--solver", help="euler or heun")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from unimodal_generators.base import SamplingSettings
 
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part, load_image, read_markdown, write_html, write_markdown
 from unimodal.export import load_run
 from unimodal.model import UnifiedModel
+from unimodal_generators.base import SamplingSettings
 
 
 def generate_image(args: argparse.Namespace) -> int:
@@ -33,7 +33,8 @@ def generate_image(args: argparse.Namespace) -> int:
     settings = DecodingSettings("image", max_tokens=0, max_images=1, image=image, size=_size(args.size))
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
     with _folder(args.out) as out, tqdm(total=len(jobs), unit="image", leave=False) as bar:
-        with (out / "images.jsonl").open("w") as log:
+        log = (out / "images.jsonl").open("w")
+        with log:
             for first in range(0, len(jobs), args.batch):
                 batch = jobs[first : first + args.batch]
                 documents = [Document((Part(prompt, learn=False),)) for prompt, _ in batch]
@@ -80,18 +81,24 @@ def describe(args: argparse.Namespace) -> int:
 def evaluate_digits(args: argparse.Namespace) -> int:
     """`unimodal evaluate digits`: scores.json, samples.png, index.html and a table on the terminal."""
     from unimodal.evaluation.digits import evaluate_digits as evaluate
+    from unimodal.evaluation.run import describe_run, merged_metrics
 
     if args.size is not None:
         raise ValueError("--size: the judge reads the recipe's own size, expected none")
     model = _model(args)
-    evaluate(model, args.out, run=args.folder, weights=args.weights, seed=args.seed, batch=args.batch,
-             sampling=_image_settings(args, model))  # fmt: skip
+    description, seconds = describe_run(args.folder, model)
+    evaluate(
+        model, args.out, seed=args.seed, batch=args.batch, sampling=_image_settings(args, model), weights=args.weights,
+        train_seconds=seconds, metrics=merged_metrics(args.folder, args.out / "metrics.csv"), description=description,
+    )  # fmt: skip
     return 0
 
 
 def _model(args: argparse.Namespace) -> UnifiedModel:
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        )
         return load_run(args.folder, args.weights).to(device)
     except RuntimeError as error:
         raise ValueError(f"--device: {args.device} cannot be used ({str(error).splitlines()[0]})") from error
@@ -148,4 +155,3 @@ def _folder(out: Path) -> Iterator[Path]:
             if target.is_dir():
                 shutil.rmtree(target)
             path.replace(target)
-

@@ -13,14 +13,14 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
-from unimodal_generators.base import Block, Embeddings, ImageTokens, SamplingSettings, TokenKind
-from unimodal_generators.choice import check_choice, choose
 
 from unimodal.attention import KVCache
 from unimodal.backbone.positions import Placed
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run
+from unimodal_generators.base import Block, Embeddings, ImageTokens, SamplingSettings, TokenKind
+from unimodal_generators.choice import check_choice, choose
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,9 @@ class _Row:
 class _Decoder:
     """The loop: text token by token, until every document waits for an image or is done; then those images together."""
 
-    def __init__(self, model: UnifiedModel, runs: list[list[Run]], settings: DecodingSettings, seeds: Sequence[int]) -> None:
+    def __init__(
+        self, model: UnifiedModel, runs: list[list[Run]], settings: DecodingSettings, seeds: Sequence[int]
+    ) -> None:
         self.model, self.settings, self.special = model, settings, model.text.special
         self.image = settings.image or model.generator.sampling
         height, width = settings.size or model.sequence.image_sizes[0]
@@ -234,9 +236,8 @@ class _Decoder:
                 self.session.rows(texts).append_text([runs[i][step] for i in texts])
             if images:
                 weight = self.model.backbone.embedding.weight
-                pixels = [runs[i][step].image for i in images]
-                tokens = self.model.tokenizer.encode_each([p.to(weight) for p in pixels if p is not None])
-                self._append_context(images, tokens)
+                pixels = [pixels.to(weight) for i in images if (pixels := runs[i][step].image) is not None]
+                self._append_context(images, self.model.tokenizer.encode_each(pixels))
 
     def _append_context(self, rows: list[int], tokens: ImageTokens) -> None:
         """The context form of one image a row; block by block, as generators plan it."""
@@ -304,10 +305,7 @@ class _Decoder:
     def _draw(self, images: list[int]) -> None:
         generator, view = self.model.generator, self.session.rows(images)
         rngs = [self.rows[i].rng for i in images]
-        tokens = None
-        for tokens in generator.sample(view, [self.grid] * len(images), self.image, rngs):
-            pass
-        assert tokens is not None
+        *_, tokens = generator.sample(view, [self.grid] * len(images), self.image, rngs)
         for i, pixels in zip(images, self.model.tokenizer.decode_each(tokens), strict=True):
             self.rows[i].parts.append(Part(to_image(pixels), role="generated"))
             self.rows[i].images += 1
@@ -349,7 +347,9 @@ def decode(
         raise ValueError(f"size: this recipe draws {allowed}, got {settings.size[1]}x{settings.size[0]}")
     image = settings.image or model.generator.sampling
     if image.guidance != 1 and model.sequence.drop_text == 0:
-        raise ValueError(f"guidance: this recipe never dropped text in training (sequence.drop_text), got {image.guidance}")
+        raise ValueError(
+            f"guidance: this recipe never dropped text in training (sequence.drop_text), got {image.guidance}"
+        )
     if not documents:
         return []
     training = model.training

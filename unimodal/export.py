@@ -1,9 +1,9 @@
 """Exports: a folder with config, safetensors and text tokenizer, loadable by a process that never saw the data.
 
-    export.json        format_version, kind, recipe, git commit, licence, which weights
-    config.json        class_path and init_args the object is built from
-    model.safetensors  weights (of a trained model: their moving average)
-    tokenizer.json     text tokenizer (models only)
+export.json        format_version, kind, recipe, git commit, licence, which weights
+config.json        class_path and init_args the object is built from
+model.safetensors  weights (of a trained model: their moving average)
+tokenizer.json     text tokenizer (models only)
 """
 
 import json
@@ -19,10 +19,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from unimodal_tokenizers.base import ImageTokenizer
 
 from unimodal.model import UnifiedModel
 from unimodal.text import TextTokenizer
+from unimodal_tokenizers.base import ImageTokenizer
 
 FORMAT_VERSION = 1
 PACKAGES = ("unimodal.", "unimodal_tokenizers.", "unimodal_generators.")
@@ -47,7 +47,9 @@ def save_export(folder: Path, module: nn.Module, config: dict[str, Any], info: E
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
         new = Path(temporary) / "export"
         new.mkdir()
-        save_file({name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}, new / "model.safetensors")
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}, new / "model.safetensors"
+        )
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (new / "export.json").write_text(json.dumps(asdict(info), indent=2) + "\n")
         if isinstance(module, UnifiedModel):
@@ -136,7 +138,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
-        raise ValueError(f"checkpoint: {path} is damaged, or holds more than weights ({type(error).__name__})") from error
+        raise ValueError(
+            f"checkpoint: {path} is damaged, or holds more than weights ({type(error).__name__})"
+        ) from error
 
 
 def load_run(run: Path, weights: str = "ema") -> UnifiedModel:
@@ -160,7 +164,9 @@ def load_run(run: Path, weights: str = "ema") -> UnifiedModel:
 def one_line(message: str) -> str:
     """The innermost reason of a nested parser message, on one line."""
     lines = [line for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines if not line.strip().startswith(("- Expected a <class 'NoneType'>", "Given value"))]
+    telling = [
+        line for line in lines if not line.strip().startswith(("- Expected a <class 'NoneType'>", "Given value"))
+    ]
     deepest = max(telling or lines or [message], key=lambda line: len(line) - len(line.lstrip()))
     keys = [line.split('"')[1] for line in lines if 'arser key "' in line]
     reason = deepest.strip().split(" Got value:")[0].rstrip(".")
@@ -191,4 +197,3 @@ def _check_class_paths(config: Any) -> None:
     elif isinstance(config, list):
         for value in config:
             _check_class_paths(value)
-

@@ -5,19 +5,20 @@ Letters: S tokens of a pack, C width, T image tokens, N images.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from unimodal_generators.base import Block, ImageGenerator, LossBreakdown, LossTerm, TokenKind
-from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout
 
 from unimodal.attention import packed_attention
 from unimodal.backbone import SCHEMES, Backbone, BackboneConfig
 from unimodal.packing import PackedSequence, Sequencer, SequenceRules, kind_order
 from unimodal.text import TextTokenizer
+from unimodal_generators.base import Block, ImageGenerator, LossBreakdown, LossTerm, TokenKind
+from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout
 
 
 class UnifiedModel(nn.Module):
@@ -49,6 +50,13 @@ class UnifiedModel(nn.Module):
         for height, width in sequence.image_sizes:
             tokenizer.layout.grid(height, width)  # refuses a size the tokenizer cannot cut
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "UnifiedModel":
+        """The model of an export or a run folder, in evaluation mode, with averaged weights."""
+        from unimodal.export import load_run
+
+        return load_run(Path(folder))
+
     def train(self, mode: bool = True) -> "UnifiedModel":
         """The tokenizer stays in evaluation mode."""
         super().train(mode)
@@ -66,7 +74,9 @@ class UnifiedModel(nn.Module):
     def text(self, tokenizer: TextTokenizer) -> None:
         rows = self.backbone.config.vocabulary
         if len(tokenizer) > rows:
-            raise ValueError(f"backbone.vocabulary: expected at least the text tokenizer's {len(tokenizer)}, got {rows}")
+            raise ValueError(
+                f"backbone.vocabulary: expected at least the text tokenizer's {len(tokenizer)}, got {rows}"
+            )
         self._text = tokenizer
 
     @property
@@ -116,7 +126,9 @@ class UnifiedModel(nn.Module):
             shape = (0, layout.dim) if layout.kind == "continuous" else (0, *layout.codebooks[1:2])
             dtype = self.backbone.embedding.weight.dtype if layout.kind == "continuous" else torch.long
             return ImageTokens(torch.empty(shape, dtype=dtype, device=self.device), ())
-        return ImageTokens.cat([self.tokenizer.encode(group.to(self.backbone.embedding.weight.dtype)) for group in images])
+        return ImageTokens.cat(
+            [self.tokenizer.encode(group.to(self.backbone.embedding.weight.dtype)) for group in images]
+        )
 
     def place(self, values: Float[Tensor, "T C"], blocks: Sequence[Block]) -> Float[Tensor, "T C"]:
         """Image embeddings plus what the position scheme adds to them."""

@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
-from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayout
 
 from unimodal.attention import TokenTable
 from unimodal.backbone import Experts, PositionScheme
 from unimodal.documents import Document
 from unimodal.text import TextTokenizer
+from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,7 @@ class Sequencer:
 
     def pixels(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
         """An RGB image as float32 in [-1, 1], scaled and centre-cropped to the recipe's nearest shape."""
-        ratio = image.height / image.width
-        height, width = min(self.rules.image_sizes, key=lambda s: (abs(np.log(s[0] / s[1] / ratio)), -s[0] * s[1]))
-        if image.size != (width, height):
-            scale = max(height / image.height, width / image.width)
-            size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
-            image = image.resize(size, Image.Resampling.LANCZOS)
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
-        return transforms.pil_to_tensor(image.convert("RGB")).float() / 127.5 - 1.0
+        return fit_image(image, self.rules.image_sizes)
 
 
 class _Draft:
@@ -183,6 +175,19 @@ class _Draft:
     def finish(self) -> tuple[Segment, ...]:
         self.close_text()
         return tuple(self.segments)
+
+
+def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> Float[Tensor, "3 _ _"]:
+    """An image as float32 RGB in [-1, 1], scaled and centre-cropped to the (height, width) nearest to its shape."""
+    ratio = image.height / image.width
+    height, width = min(sizes, key=lambda s: (abs(np.log(s[0] / s[1] / ratio)), -s[0] * s[1]))
+    if image.size != (width, height):
+        scale = max(height / image.height, width / image.width)
+        size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    return transforms.pil_to_tensor(image.convert("RGB")).float() / 127.5 - 1.0
 
 
 @dataclass(frozen=True)

@@ -72,5 +72,5 @@ class TextTokenizer:
             raise ValueError(f"text tokenizer: expected a file tokenizer.json, got {path}, which does not exist")
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
-        except Exception as error:  # noqa: BLE001 - the Rust library raises bare Exception
+        except Exception as error:
             raise ValueError(f"text tokenizer: {path} is no tokenizer.json ({error})") from error

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 from unimodal_generators.base import (
     Block,
@@ -27,6 +26,7 @@ from unimodal_generators.base import (
     guide,
 )
 from unimodal_generators.choice import choose
+from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 
 @dataclass(frozen=True)

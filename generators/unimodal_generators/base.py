@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 
@@ -95,7 +96,9 @@ class SamplingSettings:
         known = list(self.__dataclass_fields__)
         for name in asked:
             if name not in known:
-                raise ValueError(f"{name}: this recipe's generator has no such sampling setting; it has {', '.join(known)}")
+                raise ValueError(
+                    f"{name}: this recipe's generator has no such sampling setting; it has {', '.join(known)}"
+                )
         return replace(self, **asked)
 
 

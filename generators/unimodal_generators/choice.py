@@ -11,7 +11,11 @@ from torch import Tensor
 
 
 def choose(
-    logits: Float[Tensor, "R V"], rngs: Sequence[torch.Generator], temperature: float, top_k: int = 0, top_p: float = 1.0
+    logits: Float[Tensor, "R V"],
+    rngs: Sequence[torch.Generator],
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Int[Tensor, " R"]:
     """One id a row. Row i draws from `rngs[i]` alone, so a document's ids do not depend on its neighbours."""
     check_choice(temperature, top_k, top_p)
@@ -25,7 +29,10 @@ def choose(
 
 
 def restrict(logits: Float[Tensor, "R V"], top_k: int, top_p: float) -> Float[Tensor, "R V"]:
-    """Minus infinity for all but the k likeliest, then for all but the smallest set of probability >= top_p (nucleus sampling, arXiv 1904.09751)."""
+    """Minus infinity for all but the k likeliest, then outside the nucleus: the fewest whose probabilities reach p.
+
+    Top-p is nucleus sampling (arXiv 1904.09751).
+    """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from unimodal_tokenizers import diffusion
-from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 from unimodal_generators.base import (
     Block,
@@ -30,6 +28,8 @@ from unimodal_generators.base import (
     TokenKind,
     guide,
 )
+from unimodal_tokenizers import diffusion
+from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Flow(ImageGenerator):
         """One private block: its time and the seed of its noise."""
         t = diffusion.shift_time(diffusion.logit_normal_time(rng, self.time_mean, self.time_std), self.time_shift)
         seed = int(rng.integers(2**63))
-        return [Block(grid, TokenKind.LEARNED, bidirectional=True, private=True, time=t, seed=seed, n_targets=grid.length)]
+        return [
+            Block(grid, TokenKind.LEARNED, bidirectional=True, private=True, time=t, seed=seed, n_targets=grid.length)
+        ]
 
     def plan_context(self, grid: Grid) -> list[Block]:
         """One bidirectional block."""
@@ -89,7 +91,9 @@ class Flow(ImageGenerator):
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
         """x_t of every image, and the velocity there."""
         data = tokens.values
-        noise = torch.cat([data.new_empty(0, data.shape[1])] + [self._noise(b.grid, b.seed, data) for b in blocks])  # (T, D)
+        noise = torch.cat(
+            [data.new_empty(0, data.shape[1])] + [self._noise(b.grid, b.seed, data) for b in blocks]
+        )  # (T, D)
         time = data.new_tensor([b.time for b in blocks])  # (N,)
         x = diffusion.interpolate(noise, data, self._per_token(time, tokens.grids)[:, None])
         return Corrupted(x, time, tokens.grids, diffusion.velocity(noise, data))
@@ -125,13 +129,17 @@ class Flow(ImageGenerator):
         if not isinstance(settings, FlowSettings):
             raise ValueError(f"sampling: expected FlowSettings, got {type(settings).__name__}")
         weight = self.patch_in.weight
-        drawn = [torch.randn(g.length, self.layout.dim, generator=rng, dtype=torch.float64) for g, rng in zip(grids, rngs)]
+        drawn = [
+            torch.randn(g.length, self.layout.dim, generator=rng, dtype=torch.float64) for g, rng in zip(grids, rngs)
+        ]
         noise = torch.cat(drawn).to(weight.device, torch.promote_types(weight.dtype, torch.float32))  # (T, D)
         blocks = [Block(grid, TokenKind.LEARNED, bidirectional=True, private=True) for grid in grids]
 
         def velocity(x: Tensor, t: float) -> Tensor:
             noised = Corrupted(x, x.new_full((len(grids),), t), tuple(grids))
-            return guide(self.velocity(session.peek(self.embed(noised), blocks)), [settings.guidance] * (session.branches - 1))  # (T, D)
+            return guide(
+                self.velocity(session.peek(self.embed(noised), blocks)), [settings.guidance] * (session.branches - 1)
+            )  # (T, D)
 
         times = diffusion.sampling_times(settings.steps, settings.shift, settings.solver)
         for x in diffusion.SOLVERS[settings.solver](velocity, noise, times):
@@ -153,4 +161,3 @@ def timestep_embedding(t: Float[Tensor, " N"], dim: int = 256) -> Float[Tensor, 
     frequency = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
     angle = 1000.0 * t[:, None] * frequency  # (N, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
-

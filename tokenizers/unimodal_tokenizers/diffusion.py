@@ -41,9 +41,7 @@ def velocity(noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"]) -> Float[T
     return data - noise
 
 
-def velocity_to_data(
-    x: Float[Tensor, "T D"], v: Float[Tensor, "T D"], t: Float[Tensor, "T 1"]
-) -> Float[Tensor, "T D"]:
+def velocity_to_data(x: Float[Tensor, "T D"], v: Float[Tensor, "T D"], t: Float[Tensor, "T 1"]) -> Float[Tensor, "T D"]:
     """The data a point and its velocity point at: x + (1 - t) v."""
     return x + (1 - t) * v
 

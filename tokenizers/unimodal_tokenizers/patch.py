@@ -1,7 +1,7 @@
 """Pixel patches as continuous tokens: nothing is learned and nothing is lost.
 
-Letters: B images, H height, W width (pixels); h, w the token grid, N = h w; p the patch side (p_h = p_w = p), D = 3 p p;
-T tokens of all images end to end.
+Letters: B images, H height, W width (pixels); h, w the token grid, N = h w; p the patch side (p_h = p_w = p);
+D = 3 p p channels of a token; T tokens of all images end to end.
 """
 
 import torch

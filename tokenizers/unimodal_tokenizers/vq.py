@@ -5,8 +5,8 @@ K entries of the codebook, D channels of a code. z an encoder output and e a cod
 sg[.] stops the gradient.
 
 The codebook is the one of ViT-VQGAN (arXiv 2110.04627, section 3.2) and LlamaGen (arXiv 2406.06525, section 3.1): few
-channels, everything l2-normalised, learned by gradient. Against the moving average of VQ-VAE it reconstructed the digits
-0.2 to 0.4 dB better; besides, gradients accumulate and average over processes by themselves.
+channels, everything l2-normalised, learned by gradient. Against the moving average of VQ-VAE it reconstructed the
+digits 0.2 to 0.4 dB better; besides, gradients accumulate and average over processes by themselves.
 """
 
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ def codebook_usage(counts: Int64[Tensor, " K"]) -> Float[Tensor, ""]:
 
 
 def codebook_perplexity(counts: Int64[Tensor, " K"]) -> Float[Tensor, ""]:
-    """exp(-sum_k p_k log p_k): how many entries, used equally often, would carry as much; from 1 to K, 0 without tokens."""
+    """exp(-sum_k p_k log p_k): entries that carry as much when used equally often: 1 to K, 0 without tokens."""
     p = counts.float() / counts.sum().clamp(min=1)
     return torch.where(counts.sum() > 0, torch.exp(-torch.xlogy(p, p).sum()), 0.0)
 
@@ -94,11 +94,13 @@ class VectorQuantizer(nn.Module):
         revive_after: training batches without a token after which an entry is replaced.
         """
         super().__init__()
-        most = SEARCH_BYTES // torch.finfo(torch.float32).bits * 8
+        most = SEARCH_BYTES // torch.float32.itemsize  # else the similarities of one token are too many
         if not 2 <= entries <= most:
             raise ValueError(f"entries: expected between 2 and {most}, got {entries}")
         if dim < 2:
-            raise ValueError(f"dim: expected at least 2 channels (the unit sphere of one channel is two points), got {dim}")
+            raise ValueError(
+                f"dim: expected at least 2 channels (the unit sphere of one channel is two points), got {dim}"
+            )
         if revive_after < 1:
             raise ValueError(f"revive_after: expected at least 1 batch, got {revive_after}")
         self.entries, self.dim, self.revive_after = entries, dim, revive_after
@@ -125,7 +127,7 @@ class VectorQuantizer(nn.Module):
         """
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"tokens: expected integer ids of a codebook of {self.entries}, got {ids.dtype}")
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.entries):
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.entries):
             raise ValueError(
                 f"tokens: expected ids from 0 to {self.entries - 1}, got {int(ids.min())} to {int(ids.max())}"
             )
@@ -134,7 +136,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, vectors: Float[Tensor, "T D"]) -> Quantized:
         """Quantize encoder outputs of any length for training: codes, ids and the terms of the loss.
 
-        In training mode this also counts who was chosen and revives dead entries; in evaluation mode it changes nothing.
+        In training mode this also counts who was chosen and revives dead entries; in evaluation mode nothing changes.
         The loss of VQ-VAE (arXiv 1711.00937, eq. 3) is: reconstruction + codebook_loss + beta * commitment.
         """
         with torch.autocast(vectors.device.type, enabled=False):
@@ -163,7 +165,7 @@ class VectorQuantizer(nn.Module):
             return
         rng = torch.Generator().manual_seed(int(self.steps))
         drawn = torch.randperm(len(z), generator=rng)[: len(dead)].to(z.device)
-        # Before the codebook enters the graph of this step, so that an output that was drawn chooses its own copy at once.
+        # Before the codebook enters this step's graph, so that an output that was drawn chooses its own copy at once.
         self.codebook.weight[dead[: len(drawn)]] = z[drawn].to(self.codebook.weight.dtype)
         if _processes() > 1:
             torch.distributed.broadcast(self.codebook.weight, src=0)
@@ -190,8 +192,8 @@ def _processes() -> int:
 class VQTokenizer(ImageTokenizer):
     """An image as h x w ids of one codebook, through the convolutional encoder and decoder of latent diffusion.
 
-    The networks are those of diffusers' AutoencoderKL, without the distribution; LlamaGen (arXiv 2406.06525, section 3.1)
-    uses the same ones.
+    The networks are those of diffusers' AutoencoderKL, without the distribution; LlamaGen (arXiv 2406.06525, section
+    3.1) uses the same kind.
     """
 
     def __init__(

@@ -4,4 +4,13 @@ from unimodal.attention.cache import KVCache
 from unimodal.attention.packed import BACKENDS, PackedAttention, describe, packed_attention
 from unimodal.attention.visibility import TokenTable, dense_mask, visible
 
-__all__ = ["BACKENDS", "KVCache", "PackedAttention", "TokenTable", "dense_mask", "describe", "packed_attention", "visible"]
+__all__ = [
+    "BACKENDS",
+    "KVCache",
+    "PackedAttention",
+    "TokenTable",
+    "dense_mask",
+    "describe",
+    "packed_attention",
+    "visible",
+]

@@ -46,6 +46,7 @@ class ReferenceAttention:
         self.mask = dense_mask(table)[order][:, order]  # (S, S) in expert order
 
     def __call__(self, layer: int, q: Q, k: KV, v: KV) -> Q:
+        """Softmax over every visible key."""
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (S, H, E)
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -63,7 +64,7 @@ class _Pad(torch.autograd.Function):
         return x.index_select(0, gather)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         _, slots, _ = ctx.saved_tensors
         return grad.index_select(0, slots), None, None, None
 
@@ -77,7 +78,7 @@ class _Unpad(torch.autograd.Function):
         return x.index_select(0, slots)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         gather, _, real = ctx.saved_tensors
         return grad.index_select(0, gather) * real[:, None, None], None, None, None
 
@@ -109,24 +110,27 @@ class SdpaAttention:
             self.masks.append(mask[:, None])
             gathers.append(inverse[position].flatten())
             reals.append(real.flatten())
+        self.rows = [mask.shape[0] * mask.shape[2] for mask in self.masks]  # padded rows of each group
         self.gather, self.real = torch.cat(gathers), torch.cat(reals)  # (padded rows,)
         self.slots = torch.empty_like(inverse)  # where each token lies among the padded rows
         self.slots[self.gather[self.real]] = self.real.nonzero().squeeze(1)
 
     def __call__(self, layer: int, q: Q, k: KV, v: KV) -> Q:
+        """Pad, attend group by group, unpad."""
         index = (self.gather, self.slots, self.real)
-        heads = [q.shape[1], k.shape[1], v.shape[1]]
-        padded = _Pad.apply(torch.cat([q, k, v], 1), *index)  # (padded rows, H + 2K, E)
+        padded = [_Pad.apply(x, *index).split(self.rows) for x in (q, k, v)]  # (n*L, H | K | K, E) a group
         outputs = []
-        for mask, rows in zip(self.masks, padded.split([m.shape[0] * m.shape[2] for m in self.masks]), strict=True):
-            rows = rows.unflatten(0, (mask.shape[0], -1)).transpose(1, 2)  # (n, H + 2K, L, E)
-            o = attend(*rows.split(heads, 1), mask)  # (n, H, L, E)
-            outputs.append(o.transpose(1, 2).flatten(0, 1))  # (n*L, H, E)
+        for mask, *group in zip(self.masks, *padded, strict=True):
+            qg, kg, vg = (x.unflatten(0, (mask.shape[0], -1)).transpose(1, 2) for x in group)  # (n, H | K | K, L, E)
+            outputs.append(attend(qg, kg, vg, mask).transpose(1, 2).flatten(0, 1))  # (n*L, H, E)
         return _Unpad.apply(torch.cat(outputs), *index)  # (S, H, E)
 
 
 def attend(
-    q: Float[Tensor, "n H L E"], k: Float[Tensor, "n K M E"], v: Float[Tensor, "n K M E"], mask: Bool[Tensor, "n #h L M"]
+    q: Float[Tensor, "n H L E"],
+    k: Float[Tensor, "n K M E"],
+    v: Float[Tensor, "n K M E"],
+    mask: Bool[Tensor, "n #h L M"],
 ) -> Float[Tensor, "n H L E"]:
     """Masked attention of a batch; the kernel is chosen by device and type.
 

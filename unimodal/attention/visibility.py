@@ -18,7 +18,7 @@ bidirectional block) AND NOT (the key is in a private block other than the query
 Letters: S tokens of the packed sequence.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -43,8 +43,8 @@ class TokenTable:
 
     def to(self, device: torch.device | str) -> "TokenTable":
         """The same table on another device."""
-        moved = (t.to(device, non_blocking=True) for t in (self.document, self.block, self.bidirectional, self.private))
-        return TokenTable(*moved, document_lengths=self.document_lengths)
+        names = ("document", "block", "bidirectional", "private")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def visible(table: TokenTable, q: Int[Tensor, "..."], k: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:

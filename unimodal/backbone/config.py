@@ -24,13 +24,15 @@ class Experts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Experts in the order of the kinds they first appear in."""
+        """Experts in the order of the kinds they first appear in; one when nothing is held by expert."""
+        if not (self.attention or self.mlp or self.norms):
+            return ("shared",)
         return tuple(dict.fromkeys((self.text, self.understanding, self.clean, self.learned)))
 
     def index(self, kind: TokenKind) -> int:
         """Which expert reads tokens of `kind`."""
         name = (self.text, self.understanding, self.clean, self.learned)[kind]
-        return self.names.index(name)
+        return self.names.index(name) if len(self.names) > 1 else 0
 
 
 @dataclass(frozen=True)

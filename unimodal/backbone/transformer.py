@@ -1,9 +1,11 @@
 """A decoder whose every weight may be held once an expert.
 
-Letters: S tokens, C width, H query heads, K key/value heads, E channels of a head, F width of the MLP, A position axes.
+Letters: S tokens, n of them one expert's, C width, H query heads, K key/value heads, E channels of a head, F width of the
+MLP, A position axes.
 
-Tokens come in expert order: expert 0's first, then expert 1's; `splits` says how many each. So every projection is a plain
-matrix product on a contiguous slice, and only attention needs to know the order of the sequence.
+Tokens come in expert order: expert 0's first, then expert 1's; `splits` says how many each. The residual stream is kept as
+one slice an expert, so every projection is a plain matrix product on contiguous rows; slices meet in attention only, which
+alone needs to know the order of the sequence.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,21 +21,16 @@ from unimodal.backbone.positions import Rotary
 
 
 class Routed(nn.Module):
-    """One module an expert (`routed`), or one for all."""
+    """One module an expert (`routed`), or one for all; `routed[i]` is expert i's."""
 
     def __init__(self, build: Callable[[], nn.Module], experts: Sequence[str], routed: bool) -> None:
         super().__init__()
-        names = experts if routed and len(experts) > 1 else ["shared"]
-        self.experts = nn.ModuleDict({name: build() for name in names})
-
-    def forward(self, x: Float[Tensor, "S *c"], splits: Sequence[int]) -> Float[Tensor, "S *d"]:
-        """Each expert's rows through its own module."""
+        self.experts = nn.ModuleDict({name: build() for name in (experts if routed else ["shared"])})
         modules = list(self.experts.values())
-        if len(modules) == 1:
-            return modules[0](x)
-        # An expert without rows still runs in training, so that its gradient is zero rather than missing.
-        rows = zip(modules, x.split(list(splits)), strict=True)
-        return torch.cat([module(part) for module, part in rows if len(part) or torch.is_grad_enabled()])
+        self.by_index = [modules[i if routed else 0] for i in range(len(experts))]
+
+    def __getitem__(self, expert: int) -> nn.Module:
+        return self.by_index[expert]
 
 
 class RMSNorm(nn.Module):
@@ -50,6 +47,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.eps).to(x.dtype)
 
 
+class QKNorm(nn.Module):
+    """RMSNorm of every query head with one weight and every key head with another (arXiv 2302.05442)."""
+
+    def __init__(self, heads: Sequence[int], head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.eps = heads[:2], eps
+        self.q = nn.Parameter(torch.ones(head_dim))
+        self.k = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, qk: Float[Tensor, "n HK E"]) -> Float[Tensor, "n HK E"]:
+        """Same shape and type as qk, whose query heads come first."""
+        dtype = torch.promote_types(qk.dtype, torch.float32)
+        weight = torch.cat([w.to(dtype).expand(n, -1) for w, n in zip((self.q, self.k), self.heads, strict=True)])
+        return (F.rms_norm(qk.to(dtype), qk.shape[-1:], eps=self.eps) * weight).to(qk.dtype)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6)."""
 
@@ -64,48 +77,35 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Attention(nn.Module):
-    """Grouped-query attention: projections by expert, one attention over all tokens."""
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); grouped-query attention, each weight by expert."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        c, e = config.width, config.head_dim
-        names, routed = config.experts.names, config.experts.attention
+        c, e, eps = config.width, config.head_dim, config.norm_eps
+        experts, names = config.experts, config.experts.names
         self.heads = [config.heads, config.kv_heads, config.kv_heads]
         self.head_dim = e
-        self.qkv = Routed(lambda: nn.Linear(c, sum(self.heads) * e, bias=False), names, routed)
-        self.o = Routed(lambda: nn.Linear(config.heads * e, c, bias=False), names, routed)
-        self.q_norm = Routed(lambda: RMSNorm(e, config.norm_eps), names, routed) if config.qk_norm else None
-        self.k_norm = Routed(lambda: RMSNorm(e, config.norm_eps), names, routed) if config.qk_norm else None
+        self.attention_norm = Routed(lambda: RMSNorm(c, eps), names, experts.norms)
+        self.qkv = Routed(lambda: nn.Linear(c, sum(self.heads) * e, bias=False), names, experts.attention)
+        qk_norm: Callable[[], nn.Module] = (lambda: QKNorm(self.heads, e, eps)) if config.qk_norm else nn.Identity
+        self.qk_norm = Routed(qk_norm, names, experts.attention)
+        self.o = Routed(lambda: nn.Linear(config.heads * e, c, bias=False), names, experts.attention)
+        self.mlp_norm = Routed(lambda: RMSNorm(c, eps), names, experts.norms)
+        self.mlp = Routed(lambda: SwiGLU(c, config.mlp_width), names, experts.mlp)
 
-    def forward(
-        self, x: Float[Tensor, "S C"], layer: int, rotary: Rotary, splits: Sequence[int], attention: PackedAttention
-    ) -> Float[Tensor, "S C"]:
-        """Tokens to tokens."""
-        q, k, v = self.qkv(x, splits).unflatten(-1, (-1, self.head_dim)).split(self.heads, 1)  # (S, H | K | K, E)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, splits), self.k_norm(k, splits)
-        o = attention(layer, rotary(q), rotary(k), v)  # (S, H, E)
-        return self.o(o.flatten(1), splits)  # (S, H*E) -> (S, C)
+    def project(self, x: Float[Tensor, "n C"], rotary: Rotary, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (n, H, E), keys (n, K, E) and values (n, K, E) of one expert's tokens."""
+        qkv = self.qkv[expert](self.attention_norm[expert](x))
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))  # (n, H+2K, E)
+        h, k, _ = self.heads
+        qk = rotary(self.qk_norm[expert](qkv[:, : h + k]))  # (n, H+K, E): both at once, they are small
+        return qk[:, :h], qk[:, h:], qkv[:, h + k :]
 
-
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        experts = config.experts
-        self.attention_norm = Routed(lambda: RMSNorm(config.width, config.norm_eps), experts.names, experts.norms)
-        self.attention = Attention(config)
-        self.mlp_norm = Routed(lambda: RMSNorm(config.width, config.norm_eps), experts.names, experts.norms)
-        self.mlp = Routed(lambda: SwiGLU(config.width, config.mlp_width), experts.names, experts.mlp)
-
-    def forward(
-        self, x: Float[Tensor, "S C"], layer: int, rotary: Rotary, splits: Sequence[int], attention: PackedAttention
-    ) -> Float[Tensor, "S C"]:
-        """Tokens to tokens."""
-        x = x + self.attention(self.attention_norm(x, splits), layer, rotary, splits, attention)
-        return x + self.mlp(self.mlp_norm(x, splits), splits)
+    def finish(self, x: Float[Tensor, "n C"], o: Float[Tensor, "n H E"], expert: int) -> Float[Tensor, "n C"]:
+        """Both residual branches, given what attention found."""
+        x = x + self.o[expert](o.flatten(1))  # (n, H*E) -> (n, C)
+        return x + self.mlp[expert](self.mlp_norm[expert](x))
 
 
 class Backbone(nn.Module):
@@ -136,10 +136,18 @@ class Backbone(nn.Module):
         attention: PackedAttention,
     ) -> Float[Tensor, "S C"]:
         """Embeddings in expert order to hidden states in expert order, after the last norm."""
-        rotary = Rotary(positions, self.config.head_dim, self.config.rope_theta)
+        # An expert without rows still runs in training, so that its gradient is zero rather than missing.
+        used = [e for e, count in enumerate(splits) if count or torch.is_grad_enabled()]
+        counts = [splits[e] for e in used]
+        xs = list(x.split(counts))
+        rotaries = [Rotary(p, self.config.head_dim, self.config.rope_theta) for p in positions.split(counts)]
         for i, layer in enumerate(self.layers):
-            x = layer(x, i, rotary, splits, attention)
-        return self.norm(x, splits)
+            assert isinstance(layer, DecoderLayer)
+            projected = [layer.project(x, r, e) for x, r, e in zip(xs, rotaries, used, strict=True)]
+            q, k, v = (torch.cat(parts) for parts in zip(*projected, strict=True))  # (S, H | K | K, E)
+            o = attention(i, q, k, v).split(counts)  # (n, H, E) an expert
+            xs = [layer.finish(x, part, e) for x, part, e in zip(xs, o, used, strict=True)]
+        return torch.cat([self.norm[e](x) for x, e in zip(xs, used, strict=True)])
 
     def logits(self, hidden: Float[Tensor, "n C"]) -> Float[Tensor, "n V"]:
         """Scores over the vocabulary, in fp32 or better."""

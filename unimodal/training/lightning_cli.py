@@ -15,6 +15,20 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from unimodal.export import one_line
 from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal
 
+# Lightning's warnings about what is meant here: one stream in one process, a run folder that is continued.
+QUIET = (
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",
+    ".*treespec.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*Experiment logs directory.*",
+    ".*tensorboardX.*",
+    ".*args parameter is intended.*",
+    ".*in eval mode at the start of training.*",
+    ".*lr_scheduler.step.*",
+    ".*Trying to infer the `batch_size`.*",
+)
+
 
 class _Parser(LightningArgumentParser):
     """Says what is wrong in one line instead of fifty."""
@@ -27,7 +41,7 @@ class _SaveConfig(SaveConfigCallback):
     """Writes the resolved config into the run folder before anything else happens there."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and not trainer.fast_dev_run:
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             root = Path(trainer.default_root_dir)
             root.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, root / "config.yaml", skip_none=False, overwrite=True, multifile=False)
@@ -131,12 +145,5 @@ def quiet() -> None:
     """Progress, metrics and what matters; not Lightning's advertisements."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for pattern in (
-        ".*does not have many workers.*", ".*LeafSpec.*", ".*Checkpoint directory .* exists and is not empty.*",
-        ".*tensorboardX.*", ".*Experiment logs directory.*", ".*treespec.*", ".*`IterableDataset` has `__len__`.*",
-        ".*lr_scheduler.step.*", ".*JsonargparseDeprecationWarning.*", ".*Trying to infer the `batch_size`.*",
-    ):  # fmt: skip
+    for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
-
-
-

@@ -21,7 +21,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     """The trainable parameters of `module` in two optimizer groups: decayed, and not decayed.
 
     Not decayed: every parameter of a norm or an embedding, and every parameter with fewer than two axes (biases, gains,
-    scales), so that norms written by hand are found too. A module may name further ones, as parameters of its own, in an
+    scales), so that norms written by hand are found too. A module may name further ones of its own parameters in an
     attribute `no_weight_decay: tuple[str, ...]` (a bare `nn.Parameter` used as an embedding). A parameter shared by two
     modules is listed once, and is not decayed if either of them says so (an output head tied to an embedding).
 
@@ -30,7 +30,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         weight_decay: AdamW's coefficient for the decayed group.
 
     Returns:
-        `[{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]`, without empty groups.
+        `{"params": decayed, "weight_decay": weight_decay}` and `{"params": rest, "weight_decay": 0.0}`, empty ones left
+        out.
 
     Raises:
         ValueError: `weight_decay` is negative.
@@ -63,8 +64,8 @@ def learning_rate_scale(step: int, warmup_steps: int, total_steps: int, schedule
         linear     1 - (1 - floor) s
         cosine     floor + (1 - floor) (1 + cos(pi s)) / 2         (SGDR, arXiv 1608.03983, eq. 5)
 
-    Steps at or past `total_steps` stay at the floor. A training no longer than its warm-up (a trial run of one step) never
-    leaves the rise.
+    Steps at or past `total_steps` stay at the floor. A training no longer than its warm-up (a trial run of one step)
+    never leaves the rise.
 
     Args:
         step: optimizer steps already made.

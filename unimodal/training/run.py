@@ -36,7 +36,7 @@ class Progress(TQDMProgressBar):
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C and SIGTERM end the run behind the optimizer step in progress, with a checkpoint. A second Ctrl-C is at once."""
+    """Ctrl-C and SIGTERM end the run behind the step in progress, with a checkpoint; a second one ends it at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -94,7 +94,7 @@ class RunFolder(Callback):
         """Save the last step; write the export if the run came to its end."""
         self.seconds, self._started = self._elapsed(), 0.0
         root = Path(trainer.default_root_dir)
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         trainer.save_checkpoint(root / "checkpoints" / "last.ckpt")
         if not trainer.is_global_zero or self.signals.received is not None:

@@ -5,7 +5,6 @@ Letters: B images, H height, W width (pixels); K entries of the codebook.
 
 import math
 from pathlib import Path
-from typing import Any, cast
 
 import lightning as L
 import torch
@@ -16,10 +15,10 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio
 from torchvision.utils import make_grid, save_image
-from unimodal_tokenizers.base import ImageTokenizer
-from unimodal_tokenizers.vq import VQTokenizer, codebook_perplexity, codebook_usage
 
 from unimodal.training.optimizers import Schedule, learning_rate_scale, parameter_groups
+from unimodal_tokenizers.base import ImageTokenizer
+from unimodal_tokenizers.vq import VQTokenizer, codebook_perplexity, codebook_usage
 
 PICTURE_SIDE = 64  # pixels an image has at least in a reconstruction grid; small ones are enlarged
 
@@ -40,7 +39,7 @@ class CodebookCounts(Metric):
 
     def update(self, counts: Int64[Tensor, " K"]) -> None:
         """Add the counts of one batch."""
-        self.counts += counts
+        self.counts = self.counts + counts  # not in place: validation leaves an inference tensor behind
 
     def compute(self) -> Int64[Tensor, " K"]:
         """The sums."""
@@ -151,7 +150,7 @@ class TokenizerTraining(L.LightningModule):
 
     def _terms(self, x: Float[Tensor, "B 3 H W"]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The terms of the loss by name, unweighted but for their sum; the reconstruction; the codebook's counts."""
-        result = cast(VQTokenizer, self.tokenizer)(x)
+        result = self.tokenizer(x)
         y, quantized = result.images.float(), result.quantized
         terms = {
             "l1": F.l1_loss(y, x),
@@ -166,3 +165,31 @@ class TokenizerTraining(L.LightningModule):
             + self.commitment_weight * terms["commitment"]
         )
         return terms, y, quantized.counts
+
+    def _evaluate(self, x: Float[Tensor, "B 3 H W"], stage: str) -> Float[Tensor, "B 3 H W"]:
+        """Log one batch of held-out images; their reconstruction."""
+        terms, y, counts = self._terms(x)
+        self.psnr.update(y, x)
+        self.counts.update(counts)
+        self.log_dict({f"{stage}/{name}": term for name, term in terms.items()}, batch_size=len(x), sync_dist=True)
+        self.log(f"{stage}/psnr", self.psnr, prog_bar=True, batch_size=len(x))
+        return y
+
+    def _log_codebook(self, stage: str) -> None:
+        """Log how the images of the whole epoch used the codebook, and start counting anew."""
+        counts = self.counts.compute()
+        self.log(f"{stage}/codebook_usage", codebook_usage(counts), prog_bar=True)
+        self.log(f"{stage}/codebook_perplexity", codebook_perplexity(counts))
+        self.counts.reset()
+
+
+def write_reconstructions(
+    images: Float[Tensor, "B 3 H W"], reconstructions: Float[Tensor, "B 3 H W"], path: Path
+) -> None:
+    """A PNG of two rows, images in [-1, 1] above their reconstructions, small ones enlarged without smoothing."""
+    rows = torch.cat([images.float(), reconstructions.float()])  # (2 B, 3, H, W)
+    factor = math.ceil(PICTURE_SIDE / min(images.shape[-2:]))
+    rows = F.interpolate(rows, scale_factor=factor, mode="nearest")  # (2 B, 3, H factor, W factor)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid = make_grid(rows.clamp(-1, 1), nrow=len(images), padding=4, normalize=True, value_range=(-1, 1), pad_value=0.5)
+    save_image(grid, path)

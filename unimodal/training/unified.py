@@ -15,9 +15,8 @@ from unimodal.training.ema import EMA
 from unimodal.training.optimizers import learning_rate_scale, parameter_groups
 
 if TYPE_CHECKING:
-    from unimodal_generators.base import LossBreakdown
-
     from unimodal.data.module import DocumentData
+    from unimodal_generators.base import LossBreakdown
 
 
 class UnifiedTraining(LightningModule):
@@ -91,7 +90,7 @@ class UnifiedTraining(LightningModule):
         loss = torch.zeros((), device=self.device)
         for name, term in losses.items():
             loss = loss + self.loss_weights[name] * term.sum * (shares / max(batch.step_counts[name], 1))
-        if batch_idx % self.trainer.log_every_n_steps == 0:
+        if batch_idx % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name, term in losses.items():
                 if term.count:
                     self.log(f"train/{name}", term.sum.detach() / term.count, batch_size=term.count)

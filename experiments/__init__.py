@@ -1,0 +1,1 @@
+"""One folder a question: README, script, results."""

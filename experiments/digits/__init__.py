@@ -1,0 +1,1 @@
+"""Train, generate and score a small unified model on real images."""

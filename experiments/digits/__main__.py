@@ -1,0 +1,62 @@
+"""The demo: train a digits recipe (and its tokenizer, where it has one), score it, leave a page to look at."""
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from unimodal.cli import main as unimodal
+from unimodal.environment import choose_precision, describe_installation
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Every step is a command that a user may type; each is printed before it runs."""
+    parser = argparse.ArgumentParser("python -m experiments.digits", description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True, help="lightning_configs/models/*.yaml")
+    parser.add_argument("--tokenizer", type=Path, help="lightning_configs/tokenizers/*.yaml, trained first")
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs, scores and page")
+    args = parser.parse_args(argv)
+    started = time.monotonic()
+    precision, reason = choose_precision()
+    print(describe_installation())
+    print(f"precision {precision}: {reason}")
+    print("not compiled: compiling took 33 s and saved less than it cost at this size")
+    for folder in ("tokenizer", "run"):
+        shutil.rmtree(args.out / folder, ignore_errors=True)
+    extra: list[str] = []
+    if args.tokenizer is not None:
+        run = args.out / "tokenizer"
+        step(
+            ["fit", "-c", str(args.tokenizer), "--trainer.default_root_dir", str(run), "--trainer.precision", precision]
+        )
+        extra = ["--model.tokenizer_weights", str(run / "export")]
+    run = args.out / "run"
+    step(
+        [
+            "fit",
+            "-c",
+            str(args.recipe),
+            "--trainer.default_root_dir",
+            str(run),
+            "--trainer.precision",
+            precision,
+            *extra,
+        ]
+    )
+    step(["evaluate", "digits", "--run", str(run), "--out", str(args.out)])
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(f"done in {minutes} min {seconds} s: open {args.out / 'index.html'}")
+    return 0
+
+
+def step(command: list[str]) -> None:
+    """One `unimodal` command; its exit code ends the demo when it is not 0."""
+    print(f"\n$ unimodal {' '.join(command)}", flush=True)
+    code = unimodal(command)
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Training of the VQ tokenizer: it learns, logs, draws, resumes exactly and refuses what cannot be."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unimodal.training.tokenizer import CodebookCounts, TokenizerTraining, write_reconstructions
+from unimodal_tokenizers import PatchTokenizer, VQTokenizer
+
+RECIPE = Path(__file__).parents[2] / "lightning_configs" / "tokenizers" / "digits_vq.yaml"
+
+
+def bars(count: int) -> list[Tensor]:
+    """Images of one bright row or column each."""
+    images = torch.full((count, 3, 8, 8), -1.0)
+    for i in range(count):
+        if i % 2:
+            images[i, :, (i // 2) % 8] = 1
+        else:
+            images[i, :, :, (i // 2) % 8] = 1
+    return list(images)
+
+
+def training(**changed: Any) -> TokenizerTraining:
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(codebook=64, dim=4, channels=[8, 16], blocks=1, revive_after=2)
+    settings = {"lr": 1e-2, "l1_weight": 0.5, "l2_weight": 1.0, "commitment_weight": 0.25, **changed}
+    return TokenizerTraining(tokenizer, **settings)
+
+
+def trainer(folder: Path, steps: int, **changed: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
+    return L.Trainer(
+        accelerator="cpu", default_root_dir=folder, max_steps=steps, num_sanity_val_steps=0,
+        **{"enable_checkpointing": False, **quiet, **changed},
+    )  # fmt: skip
+
+
+def fit(folder: Path, model: TokenizerTraining, steps: int, ckpt_path: Path | None = None, **changed: Any) -> L.Trainer:
+    runner = trainer(folder, steps, **changed)
+    data = DataLoader(bars(16), batch_size=2)  # 32 tokens for 64 entries: revival at every step
+    runner.fit(model, data, DataLoader(bars(4), batch_size=4), ckpt_path=ckpt_path)
+    return runner
+
+
+def test_it_learns_logs_every_term_and_draws(tmp_path: Path) -> None:
+    model = training(warmup_steps=2)
+    runner = trainer(tmp_path, 40)
+    data = DataLoader(bars(16), batch_size=16)
+    runner.validate(model, data, verbose=False)
+    before = float(runner.callback_metrics["validation/psnr"])
+    runner.fit(model, data, data)
+    logged = {name: float(value) for name, value in runner.callback_metrics.items()}
+    for stage in ("train", "validation"):
+        for term in ("l1", "l2", "codebook_loss", "commitment", "loss", "codebook_usage", "codebook_perplexity"):
+            assert math.isfinite(logged[f"{stage}/{term}"])
+        assert logged[f"{stage}/loss"] == pytest.approx(
+            0.5 * logged[f"{stage}/l1"] + logged[f"{stage}/l2"]
+            + logged[f"{stage}/codebook_loss"] + 0.25 * logged[f"{stage}/commitment"],
+            rel=1e-4,
+        )  # fmt: skip
+    assert logged["validation/psnr"] > before + 3
+    images = torch.stack(bars(16))
+    model.eval()
+    error = (model(images) - images).square().mean((1, 2, 3))
+    assert logged["validation/psnr"] == pytest.approx(float((10 * torch.log10(4 / error)).mean()), abs=0.01)
+    ids = model.tokenizer.encode(images).values
+    assert logged["validation/codebook_usage"] == pytest.approx(len(ids.unique()) / 64)
+    with Image.open(tmp_path / "samples" / "reconstruction_step_40.png") as picture:
+        assert picture.size == (16 * 68 + 4, 2 * 68 + 4)  # 64 pixels an image, 4 between
+
+
+def test_stop_and_resume_equals_never_stopped(tmp_path: Path) -> None:
+    # The first epoch's eight batches in one go, and cut in the middle of training at an epoch's end.
+    whole, first, second = training(schedule="constant"), training(schedule="constant"), training(schedule="constant")
+    fit(tmp_path / "whole", whole, 16)
+    runner = fit(tmp_path / "first", first, 8)
+    runner.save_checkpoint(tmp_path / "stopped.ckpt")
+    torch.manual_seed(7)
+    fit(tmp_path / "second", second, 16, ckpt_path=tmp_path / "stopped.ckpt")
+    assert (whole.tokenizer.quantizer.idle > 0).any()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_the_rate_follows_the_schedule_and_decay_spares_the_codebook(tmp_path: Path) -> None:
+    model = training(warmup_steps=4, lr_floor=0.1, weight_decay=0.05)
+    runner = fit(tmp_path, model, 8)
+    decayed, kept = runner.optimizers[0].param_groups
+    assert decayed["lr"] == kept["lr"] == pytest.approx(1e-3)  # the floor, after the last step
+    assert decayed["weight_decay"] == 0.05
+    assert kept["weight_decay"] == 0
+    assert any(p is model.tokenizer.quantizer.codebook.weight for p in kept["params"])
+
+
+def test_a_schedule_without_an_end_is_refused(tmp_path: Path) -> None:
+    class Endless(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter(bars(2))
+
+    runner = trainer(tmp_path, -1, max_epochs=-1)
+    with pytest.raises(ValueError, match=r"trainer\.max_steps: the cosine schedule expects a number of steps"):
+        runner.fit(training(), DataLoader(Endless(), batch_size=2))
+
+
+def test_counts_add_up() -> None:
+    counts = CodebookCounts(3)
+    counts.update(torch.tensor([1, 0, 2]))
+    counts.update(torch.tensor([1, 0, 0]))
+    assert counts.compute().tolist() == [2, 0, 2]
+
+
+def test_the_picture_shows_images_above_reconstructions(tmp_path: Path) -> None:
+    white, black = torch.ones(2, 3, 32, 64), -2 * torch.ones(2, 3, 32, 64)  # out of range is clamped
+    write_reconstructions(white, black, tmp_path / "new" / "grid.png")
+    with Image.open(tmp_path / "new" / "grid.png") as picture:
+        assert picture.size == (2 * 132 + 4, 2 * 68 + 4)
+        assert picture.getpixel((10, 10)) == (255, 255, 255)
+        assert picture.getpixel((10, 80)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"l1_weight": -1.0}, "l1_weight: expected at least 0, got -1"),
+        ({"l1_weight": 0.0, "l2_weight": 0.0}, "l1_weight, l2_weight: expected at least one above 0"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(changed: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        training(**changed)
+
+
+def test_a_tokenizer_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tokenizer: expected one that is trained .* got PatchTokenizer"):
+        TokenizerTraining(PatchTokenizer(2), lr=1.0, l1_weight=1.0, l2_weight=0.0, commitment_weight=0.0)
+
+
+def recipe(*extra: str) -> LightningCLI:
+    """The model and trainer of the recipe, as `unimodal fit` builds them."""
+    args = ["--config", str(RECIPE), "--trainer.accelerator=cpu", "--trainer.logger=false", *extra]
+    return LightningCLI(
+        L.LightningModule, subclass_mode_model=True, run=False, args=args, save_config_callback=None,
+        parser_kwargs={"exit_on_error": True},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif("data:" in RECIPE.read_text(), reason="the command's own tests run recipes with data")
+def test_the_recipe_builds_a_small_tokenizer_and_takes_a_step() -> None:
+    cli = recipe("--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false")
+    assert cli.model.tokenizer.layout.stride == 2
+    assert sum(p.numel() for p in cli.model.parameters()) < 1_000_000
+    cli.trainer.fit(cli.model, DataLoader(bars(8), batch_size=8), DataLoader(bars(8), batch_size=8))
+    assert int(cli.model.tokenizer.quantizer.steps) == 1
+
+
+@pytest.mark.skipif("data:" in RECIPE.read_text(), reason="the command's own tests run recipes with data")
+def test_a_misspelt_key_of_the_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipe("--model.init_args.tokenizer.init_args.codebok=9")
+    assert "codebok" in capsys.readouterr().err
