@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -18,7 +19,7 @@ from unimodal.attention import KVCache
 from unimodal.backbone.positions import Placed
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run
+from unimodal.packing import Run, to_tensor
 from unimodal_generators.base import Block, Embeddings, ImageTokens, SamplingSettings, TokenKind
 from unimodal_generators.choice import check_choice, choose
 
@@ -88,8 +89,8 @@ class Session:
     def append_text(self, runs: Sequence[Run]) -> None:
         """One run of text ids a document. Branches without text get the structural ids only."""
         sequences, ids = [], []
-        for sequence in self._sequences():
-            branch, run = self._branch(sequence), runs[self._row(sequence)]
+        for sequence, run in zip(self._sequences(), list(runs) * self.branches, strict=True):
+            branch = self._state.branches[sequence // self._total]
             kept = [i for i, s in zip(run.ids, run.structural, strict=True) if s or branch.keep_text]
             if kept:
                 sequences.append(sequence)
@@ -141,12 +142,15 @@ class Session:
     ) -> Float[Tensor, "R T C"]:
         backbone = self._state.model.backbone
         r, t, _ = x.shape
-        positions = torch.nn.utils.rnn.pad_sequence([p.ids for p in placed], batch_first=True)  # (R, T, A)
+        ids = np.zeros((r, t, self._state.model.scheme.axes), dtype=np.int64)
+        for row, p in zip(ids, placed, strict=True):
+            row[: len(p.ids)] = p.ids
+        positions = torch.from_numpy(ids).flatten(0, 1).to(x.device)  # (R*T, A)
         splits = [0] * len(backbone.config.experts.names)
         splits[backbone.config.experts.index(kind)] = r * t
         view = self._state.cache.view(sequences, counts, bidirectional)
         x = x.flatten(0, 1).to(backbone.embedding.weight.dtype)  # (R*T, C)
-        return backbone(x, positions.flatten(0, 1).to(x.device), splits, view).unflatten(0, (r, t))
+        return backbone(x, positions, splits, view).unflatten(0, (r, t))
 
     def _keep(self, hidden: Float[Tensor, "R T C"], sequences: Sequence[int], counts: Sequence[int]) -> None:
         self._state.cache.advance(sequences, counts)
@@ -156,12 +160,6 @@ class Session:
 
     def _sequences(self) -> list[int]:
         return [g * self._total + d for g in range(self.branches) for d in self._documents]
-
-    def _branch(self, sequence: int) -> Branch:
-        return self._state.branches[sequence // self._total]
-
-    def _row(self, sequence: int) -> int:
-        return self._documents.index(sequence % self._total)
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,7 @@ class _Decoder:
 
     def _tokens(self, runs: Sequence[Run]) -> int:
         layout = self.model.tokenizer.layout
-        return sum(len(r.ids) if r.image is None else layout.grid(*r.image.shape[-2:]).length for r in runs)
+        return sum(len(r.ids) if r.image is None else layout.grid(*r.image.shape[:2]).length for r in runs)
 
     def _prefill(self, runs: list[list[Run]]) -> None:
         for i, run in enumerate(runs):
@@ -236,7 +234,7 @@ class _Decoder:
                 self.session.rows(texts).append_text([runs[i][step] for i in texts])
             if images:
                 weight = self.model.backbone.embedding.weight
-                pixels = [pixels.to(weight) for i in images if (pixels := runs[i][step].image) is not None]
+                pixels = [to_tensor([p])[0].to(weight) for i in images if (p := runs[i][step].image) is not None]
                 self._append_context(images, self.model.tokenizer.encode_each(pixels))
 
     def _append_context(self, rows: list[int], tokens: ImageTokens) -> None:

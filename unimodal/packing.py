@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from unimodal.attention import TokenTable
 from unimodal.backbone import Experts, PositionScheme
@@ -53,7 +52,7 @@ class Segment:
     """A run of tokens of one kind. Text has ids and says which are targets; images have a block and an index."""
 
     kind: TokenKind
-    positions: Int[Tensor, "n A"]
+    positions: Int[np.ndarray, "n A"]
     ids: tuple[int, ...] = ()
     targets: tuple[bool, ...] = ()
     block: Block | None = None
@@ -70,7 +69,7 @@ class SequencedDocument:
     """One document as segments, and the pixels they refer to."""
 
     segments: tuple[Segment, ...]
-    images: tuple[Float[Tensor, "3 _ _"], ...]
+    images: tuple[UInt8[np.ndarray, "_ _ 3"], ...]  # RGB, as they are stored
     kind: str = ""
 
     @property
@@ -85,7 +84,7 @@ class Run:
 
     ids: tuple[int, ...] = ()
     structural: tuple[bool, ...] = ()
-    image: Float[Tensor, "3 _ _"] | None = None
+    image: UInt8[np.ndarray, "_ _ 3"] | None = None
 
 
 @dataclass
@@ -102,7 +101,7 @@ class Sequencer:
         """Segments of a training document. Every random choice is a function of `key` and the part's number."""
         draft = _Draft(self)
         dropped = train and np.random.default_rng((*key, 0)).random() < self.rules.drop_text
-        images: list[Tensor] = []
+        images: list[np.ndarray] = []
         parts = document.parts
         draft.add_text([self.text.special.bos], learn=False)
         for number, part in enumerate(parts, start=1):
@@ -110,7 +109,7 @@ class Sequencer:
                 if not dropped:
                     draft.add_text(self.text.encode(part.content), part.learn)
                 continue
-            images.append(self.pixels(part.content))
+            images.append(fit_image(part.content, self.rules.image_sizes))
             draft.add_text([self.text.special.boi], learn=part.learn and not dropped)
             ends = part.learn and number == len(parts) and not self.rules.learn_end
             draft.add_image(images, np.random.default_rng((*key, number)), learn=part.learn, ends=ends)
@@ -130,13 +129,9 @@ class Sequencer:
                 ids, structural = ids + new, structural + [False] * len(new)
             else:
                 runs.append(Run((*ids, self.text.special.boi), (*structural, True)))
-                runs.append(Run(image=self.pixels(part.content)))
+                runs.append(Run(image=fit_image(part.content, self.rules.image_sizes)))
                 ids, structural = [self.text.special.eoi], [True]
         return [*runs, Run(tuple(ids), tuple(structural))]
-
-    def pixels(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
-        """An RGB image as float32 in [-1, 1], scaled and centre-cropped to the recipe's nearest shape."""
-        return fit_image(image, self.rules.image_sizes)
 
 
 class _Draft:
@@ -159,10 +154,10 @@ class _Draft:
             self.segments.append(Segment(TokenKind.TEXT, placed.ids, tuple(self.ids), tuple(self.targets)))
             self.ids, self.targets, self.next = [], [], placed.following
 
-    def add_image(self, images: Sequence[Tensor], rng: np.random.Generator, *, learn: bool, ends: bool) -> None:
+    def add_image(self, images: Sequence[np.ndarray], rng: np.random.Generator, *, learn: bool, ends: bool) -> None:
         self.close_text()
         generator, index = self.sequencer.generator, len(images) - 1
-        grid = self.sequencer.layout.grid(*images[-1].shape[-2:])
+        grid = self.sequencer.layout.grid(*images[-1].shape[:2])
         blocks = generator.plan(grid, rng) if learn else []
         if not learn or (generator.repeats and not ends):
             blocks = blocks + generator.plan_context(grid)
@@ -177,8 +172,8 @@ class _Draft:
         return tuple(self.segments)
 
 
-def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> Float[Tensor, "3 _ _"]:
-    """An image as float32 RGB in [-1, 1], scaled and centre-cropped to the (height, width) nearest to its shape."""
+def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> UInt8[np.ndarray, "_ _ 3"]:
+    """RGB pixels of an image, scaled and centre-cropped to the (height, width) of `sizes` nearest to its shape."""
     ratio = image.height / image.width
     height, width = min(sizes, key=lambda s: (abs(np.log(s[0] / s[1] / ratio)), -s[0] * s[1]))
     if image.size != (width, height):
@@ -187,7 +182,12 @@ def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> Float[Ten
         image = image.resize(size, Image.Resampling.LANCZOS)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
-    return transforms.pil_to_tensor(image.convert("RGB")).float() / 127.5 - 1.0
+    return np.asarray(image.convert("RGB"))
+
+
+def to_tensor(images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Tensor, "B 3 H W"]:
+    """Pixels of one size as the float32 in [-1, 1] that tokenizers read."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (B, H, W, 3) -> (B, 3, H, W)
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def pack(
         order=order,
         inverse=inverse,
         splits=tuple(splits),
-        positions=torch.cat([s.positions for _, s in segments])[order],
+        positions=torch.from_numpy(np.concatenate([s.positions for _, s in segments]))[order],
         text_ids=text_ids,
         text_reads=inverse[text_at],
         text_targets=text_ids[target],
@@ -309,6 +309,6 @@ def _gather_images(
     for d, document in enumerate(documents):
         for i, image in enumerate(document.images):
             sizes.setdefault(tuple(image.shape), []).append((d, i))
-    stacks = tuple(torch.stack([documents[d].images[i] for d, i in members]) for members in sizes.values())
+    stacks = tuple(to_tensor([documents[d].images[i] for d, i in members]) for members in sizes.values())
     ordered = [member for members in sizes.values() for member in members]
     return stacks, {member: number for number, member in enumerate(ordered)}

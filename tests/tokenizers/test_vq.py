@@ -159,6 +159,16 @@ def test_revival_continues_after_a_stop_as_if_never_stopped() -> None:
     assert not torch.equal(whole.codebook.weight, first.codebook.weight)
 
 
+def test_every_step_draws_other_vectors() -> None:
+    quantizer, z, drawn = VectorQuantizer(2, 3), sphere(0, 100, 3), []
+    for _ in range(3):
+        quantizer.idle.fill_(quantizer.revive_after)
+        quantizer(z)
+        drawn.append(quantizer.codes.clone())
+    assert not torch.allclose(drawn[0], drawn[1])
+    assert not torch.allclose(drawn[1], drawn[2])
+
+
 def quantize_on_one_of_two(rank: int, folder: str) -> None:
     """A process that quantizes batches of its own, of its own sizes, and writes its state down."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

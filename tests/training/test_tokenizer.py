@@ -56,7 +56,7 @@ def test_it_learns_logs_every_term_and_draws(tmp_path: Path) -> None:
     runner = trainer(tmp_path, 40)
     data = DataLoader(bars(16), batch_size=16)
     runner.validate(model, data, verbose=False)
-    before = float(runner.callback_metrics["validation/psnr"])
+    before = float(runner.callback_metrics["val/psnr"])
     runner.fit(model, data, data)
     logged = {name: float(value) for name, value in runner.callback_metrics.items()}
     for stage in ("train", "validation"):
@@ -67,13 +67,13 @@ def test_it_learns_logs_every_term_and_draws(tmp_path: Path) -> None:
             + logged[f"{stage}/codebook_loss"] + 0.25 * logged[f"{stage}/commitment"],
             rel=1e-4,
         )  # fmt: skip
-    assert logged["validation/psnr"] > before + 3
+    assert logged["val/psnr"] > before + 3
     images = torch.stack(bars(16))
     model.eval()
     error = (model(images) - images).square().mean((1, 2, 3))
-    assert logged["validation/psnr"] == pytest.approx(float((10 * torch.log10(4 / error)).mean()), abs=0.01)
+    assert logged["val/psnr"] == pytest.approx(float((10 * torch.log10(4 / error)).mean()), abs=0.01)
     ids = model.tokenizer.encode(images).values
-    assert logged["validation/codebook_usage"] == pytest.approx(len(ids.unique()) / 64)
+    assert logged["val/codebook_usage"] == pytest.approx(len(ids.unique()) / 64)
     with Image.open(tmp_path / "samples" / "reconstruction_step_40.png") as picture:
         assert picture.size == (16 * 68 + 4, 2 * 68 + 4)  # 64 pixels an image, 4 between
 

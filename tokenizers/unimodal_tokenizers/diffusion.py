@@ -20,8 +20,7 @@ def logit_normal_time(rng: np.random.Generator, mean: float = 0.0, std: float = 
 
 def shift_time(t: float, shift: float) -> float:
     """Move times towards the noise end: the noise fraction u = 1 - t becomes s u / (1 + (s - 1) u) (SD3, eq. 23)."""
-    u = 1.0 - t
-    return 1.0 - shift * u / (1.0 + (shift - 1.0) * u)
+    return t / (1.0 + (shift - 1.0) * (1.0 - t))  # the same in t: exact at both ends
 
 
 def unshift_time(t: float, shift: float) -> float:

@@ -5,8 +5,8 @@ K entries of the codebook, D channels of a code. z an encoder output and e a cod
 sg[.] stops the gradient.
 
 The codebook is the one of ViT-VQGAN (arXiv 2110.04627, section 3.2) and LlamaGen (arXiv 2406.06525, section 3.1): few
-channels, everything l2-normalised, learned by gradient. Against the moving average of VQ-VAE it reconstructed the
-digits 0.2 to 0.4 dB better; besides, gradients accumulate and average over processes by themselves.
+channels, everything l2-normalised, learned by gradient. The moving average of VQ-VAE did no better
+on the digits, and gradients accumulate and average over processes by themselves.
 """
 
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ Letters: n tokens, A axes of position ids (1 here; more for schemes that turn ea
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,7 +17,7 @@ from unimodal_tokenizers.base import Grid
 class Placed(NamedTuple):
     """Ids of a run of tokens, and the id that follows it."""
 
-    ids: Int[Tensor, "n A"]
+    ids: Int[np.ndarray, "n A"]  # host side: thousands of short runs a pack
     following: int
 
 
@@ -43,7 +44,7 @@ class Sequential:
 
     def text(self, start: int, count: int) -> Placed:
         """start, start + 1, ..."""
-        return Placed(torch.arange(start, start + count)[:, None], start + count)
+        return Placed(np.arange(start, start + count)[:, None], start + count)
 
     def image(self, start: int, grid: Grid) -> Placed:
         """As text."""
@@ -61,11 +62,11 @@ class BlockPositions:
 
     def text(self, start: int, count: int) -> Placed:
         """start, start + 1, ..."""
-        return Placed(torch.arange(start, start + count)[:, None], start + count)
+        return Placed(np.arange(start, start + count)[:, None], start + count)
 
     def image(self, start: int, grid: Grid) -> Placed:
         """start, for every token."""
-        return Placed(torch.full((grid.length, 1), start), start + 1)
+        return Placed(np.full((grid.length, 1), start), start + 1)
 
     def additive(self, grid: Grid, width: int) -> Float[Tensor, "n C"]:
         """Half of the channels for the row, half for the column."""

@@ -172,6 +172,7 @@ class DigitsSource:
         self.split: Split = split
         self._digits = digit_images(split)
         self._of_label = [np.flatnonzero(self._digits.labels == digit) for digit in range(10)]
+        self._images = self._digits.images()  # a few hundred kilobytes, made once
         self._sentences = number_sentences(split)
 
     def __len__(self) -> int:
@@ -188,7 +189,7 @@ class DigitsSource:
             return self._sum(rng)
         if self.kind == "text":
             return Document((Part(self._sentences[index]),), self.kind)
-        image, text = self._digits.image(index), caption(int(self._digits.labels[index]))
+        image, text = self._images[index], caption(int(self._digits.labels[index]))
         first, second = (text, image) if self.kind == "text_to_image" else (image, text)
         return Document((Part(first, learn=False), Part(second)), self.kind)
 
@@ -213,4 +214,4 @@ class DigitsSource:
         return Document(parts, self.kind)
 
     def _scan(self, digit: int, rng: np.random.Generator) -> Image.Image:
-        return self._digits.image(int(rng.choice(self._of_label[digit])))
+        return self._images[int(rng.choice(self._of_label[digit]))]

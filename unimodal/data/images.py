@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from unimodal.data.digits import digit_images
 from unimodal.data.folder import FolderSource
-from unimodal.packing import fit_image
+from unimodal.packing import fit_image, to_tensor
 
 
 class ImageData(LightningDataModule):
@@ -95,7 +95,7 @@ class _Pictures(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         picture = self.pictures[index]
-        return fit_image(picture() if callable(picture) else picture, [self.size])
+        return to_tensor([fit_image(picture() if callable(picture) else picture, [self.size])])[0]
 
 
 class DigitImageData(ImageData):

@@ -117,7 +117,8 @@ class UnimodalCLI(LightningCLI):
             root = str(self._root)
             config["logger"] = [CSVLogger(root, "logs"), TensorBoardLogger(root, "tensorboard")]
         resolved = self.config[self.subcommand].model.init_args
-        callbacks = [self.signals, Samples()]
+        keys = self._parser(self.subcommand).callback_keys
+        callbacks = [*(self._get(self.config_init, key) for key in keys), self.signals, Samples()]
         if config["logger"] and not config.get("fast_dev_run"):
             callbacks.append(LearningRateMonitor("step"))
         if part is not None:

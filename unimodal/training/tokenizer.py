@@ -56,6 +56,8 @@ class TokenizerTraining(L.LightningModule):
     Every validation writes `samples/reconstruction_step_<n>.png` into the run's folder.
     """
 
+    part = "tokenizer"  # what an export of this run holds
+
     def __init__(
         self,
         tokenizer: ImageTokenizer,
