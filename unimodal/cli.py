@@ -24,6 +24,7 @@ LIGHTNING_HELP = """usage: unimodal {command} -c FILE.yaml [-c FILE.yaml ...] [-
   --data.KEY VALUE                batch_tokens, weights, root ...
   --checkpoint.KEY VALUE          Lightning ModelCheckpoint: every_n_train_steps, save_top_k ...
   --seed_everything N             one seed for everything
+  --init EXPORT                   start from the weights of an export
   --ckpt_path PATH|last           continue exactly from a checkpoint
   --print_config                  print the resolved config and exit
   --help-all                      every key with its type (slow: imports everything)

@@ -8,10 +8,12 @@ tokenizer.json     text tokenizer (models only)
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -117,6 +119,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load every weight, or none and name every mismatch."""
+    check_weights(module, weights, source)
+    module.load_state_dict(dict(weights))
+
+
+def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that do not fit, naming every mismatch."""
     own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [f"{name} is unknown" for name in weights if name not in own]
@@ -128,7 +136,6 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     if problems:
         more = f", and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"weights: {source} does not fit this model: {'; '.join(problems[:20])}{more}")
-    module.load_state_dict(dict(weights))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -162,14 +169,19 @@ def load_run(run: Path, weights: str = "ema") -> UnifiedModel:
 
 
 def one_line(message: str) -> str:
-    """The innermost reason of a nested parser message, on one line."""
-    lines = [line for line in message.splitlines() if line.strip()]
-    telling = [
-        line for line in lines if not line.strip().startswith(("- Expected a <class 'NoneType'>", "Given value"))
-    ]
-    deepest = max(telling or lines or [message], key=lambda line: len(line) - len(line.lstrip()))
+    """The innermost reasons of a nested parser message, on one line."""
+    lines = [line for line in message.splitlines() if line.strip()] or [message]
+    skipped = ("- Expected a <class 'NoneType'>", "Given value")
+    telling = [line for line in lines if not line.strip().startswith(skipped)] or lines
+    depth = max(len(line) - len(line.lstrip()) for line in telling)
+    deepest = [line.strip().removeprefix("- ") for line in telling if len(line) - len(line.lstrip()) == depth]
+    given = [line.split("Given value: ", 1)[1] for line in lines if "Given value: " in line] if len(deepest) > 1 else []
+    reason = "; or ".join(line.rstrip(".") for line in deepest) + "".join(f". Got value: {value}" for value in given[:1])
+    reason, _, got = reason.partition(". Got value: ")
+    if got:
+        reason += f", got {got if len(got) <= 60 else got[:57] + '...'}"
+    reason = re.sub(r"<class '([^']+)'>", r"\1", reason)
     keys = [line.split('"')[1] for line in lines if 'arser key "' in line]
-    reason = deepest.strip().split(" Got value:")[0].rstrip(".")
     prefix = ".".join(keys[:-1] if keys and f'"{keys[-1]}"' in reason else keys)
     return f"{prefix}: {reason}" if prefix and prefix not in reason else reason
 
@@ -187,13 +199,18 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return record
 
 
-def _check_class_paths(config: Any) -> None:
+def _check_class_paths(config: Any, key: str = "") -> None:
+    """Refuse what would import or call anything but a class of this project. The parser reads strings as paths and YAML."""
     if isinstance(config, dict):
-        path = config.get("class_path")
-        if path is not None and not str(path).startswith(PACKAGES):
-            raise ValueError(f"export: class_path {path} is not of this project, it is not imported")
-        for value in config.values():
-            _check_class_paths(value)
+        for name, value in config.items():
+            if name == "class_path":
+                found = locate(value) if isinstance(value, str) and value.startswith(PACKAGES) else None
+                if not (isinstance(found, type) and f"{found.__module__}.".startswith(PACKAGES)):
+                    raise ValueError(f"export: class_path {value} is not of this project, it is not imported")
+            else:
+                _check_class_paths(value, f"{key}.{name}".removeprefix("."))
     elif isinstance(config, list):
         for value in config:
-            _check_class_paths(value)
+            _check_class_paths(value, key)
+    elif isinstance(config, str) and not re.fullmatch(r"[\w\- ]*", config):
+        raise ValueError(f"export: config.json: {key}: expected a word, got {config[:60]!r}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unimodal.attention import TokenTable
 from unimodal.backbone import Experts, PositionScheme
-from unimodal.documents import Document
+from unimodal.documents import Document, to_rgb
 from unimodal.text import TextTokenizer
 from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayout
 
@@ -100,7 +100,8 @@ class Sequencer:
     def document(self, document: Document, key: Sequence[int], *, train: bool = True) -> SequencedDocument:
         """Segments of a training document. Every random choice is a function of `key` and the part's number."""
         draft = _Draft(self)
-        dropped = train and np.random.default_rng((*key, 0)).random() < self.rules.drop_text
+        # Never a last 0: numpy seeds (a, b) and (a, b, 0) alike, and `key` itself is what the source draws from.
+        dropped = train and np.random.default_rng((*key, 1)).random() < self.rules.drop_text
         images: list[np.ndarray] = []
         parts = document.parts
         draft.add_text([self.text.special.bos], learn=False)
@@ -112,7 +113,7 @@ class Sequencer:
             images.append(fit_image(part.content, self.rules.image_sizes))
             draft.add_text([self.text.special.boi], learn=part.learn and not dropped)
             ends = part.learn and number == len(parts) and not self.rules.learn_end
-            draft.add_image(images, np.random.default_rng((*key, number)), learn=part.learn, ends=ends)
+            draft.add_image(images, np.random.default_rng((*key, 2, number)), learn=part.learn, ends=ends)
             if ends:
                 return SequencedDocument(draft.finish(), tuple(images), document.kind)
             draft.add_text([self.text.special.eoi], learn=False)
@@ -174,6 +175,7 @@ class _Draft:
 
 def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> UInt8[np.ndarray, "_ _ 3"]:
     """RGB pixels of an image, scaled and centre-cropped to the (height, width) of `sizes` nearest to its shape."""
+    image = to_rgb(image)
     ratio = image.height / image.width
     height, width = min(sizes, key=lambda s: (abs(np.log(s[0] / s[1] / ratio)), -s[0] * s[1]))
     if image.size != (width, height):
@@ -182,7 +184,7 @@ def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> UInt8[np.
         image = image.resize(size, Image.Resampling.LANCZOS)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image)
 
 
 def to_tensor(images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Tensor, "B 3 H W"]:

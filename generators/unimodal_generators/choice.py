@@ -46,7 +46,7 @@ def restrict(logits: Float[Tensor, "R V"], top_k: int, top_p: float) -> Float[Te
 
 def check_choice(temperature: float, top_k: int, top_p: float) -> None:
     """Refuse settings that mean nothing."""
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected 0 (the likeliest) or more, got {temperature}")
     if top_k < 0:
         raise ValueError(f"top_k: expected 0 (all) or more, got {top_k}")

@@ -36,6 +36,18 @@ def test_it_has_no_weights_and_tokens_are_their_own_vectors() -> None:
     assert tokenizer.lookup(tokens) is tokens
 
 
+def test_one_colour_keeps_grey_images_and_averages_others() -> None:
+    tokenizer = PatchTokenizer(2, colours=1)
+    grey = torch.rand(2, 1, 4, 6).expand(-1, 3, -1, -1)
+    assert tokenizer.encode(grey).values.shape == (2 * 6, 4)
+    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(grey)), grey)
+    colour = torch.rand(1, 3, 4, 6)
+    expected = colour.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(colour)), expected)
+    with pytest.raises(ValueError, match="colours: expected 1 .* got 2"):
+        PatchTokenizer(2, colours=2)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("patch", [0, -1])
 def test_a_side_below_one_pixel_is_refused(patch: int) -> None:
     with pytest.raises(ValueError, match=f"patch: expected .* got {patch}"):

@@ -51,22 +51,27 @@ class CacheView:
         self.cache = cache
         device = cache.k.device
         tokens = max(counts)
-        starts = torch.tensor([cache.lengths[s] for s in sequences], device=device)  # (R,)
-        ends = starts + torch.tensor(counts, device=device)
-        longest = max(cache.lengths[s] for s in sequences) + tokens
+        starts = torch.tensor([cache.lengths[s] for s in sequences])  # (R,), on the host as all that follows
+        ends = starts + torch.tensor(counts)
+        longest = int(ends.max())
         if longest > cache.capacity:
             raise ValueError(f"context: a document needs {longest} tokens, the session holds {cache.capacity}")
         # All sequences in order are read as a view of the cache; a choice of them is copied.
         everything = list(sequences) == list(range(len(cache.lengths)))
         self.rows: slice | Tensor = slice(None) if everything else torch.tensor(sequences, device=device)
-        self.where = torch.tensor(sequences, device=device)[:, None]  # (R, 1)
-        self.positions = starts[:, None] + torch.arange(tokens, device=device)  # (R, T)
-        self.longest = longest
-        self.mask = self._mask(starts, ends, bidirectional)  # (R, 1, T, M)
+        positions = starts[:, None] + torch.arange(tokens)  # (R, T)
+        real = positions < ends[:, None]  # padding is not written: a row may end where the cache does
+        self.real: slice | Tensor = (
+            slice(None) if min(counts) == tokens else real.flatten().nonzero().squeeze(1).to(device)
+        )
+        self.where = torch.tensor(sequences).repeat_interleave(ends - starts).to(device)  # (n,) new tokens, end to end
+        self.at = positions[real].to(device)  # (n,)
+        self.longest, self.shape = longest, tuple(positions.shape)
+        self.mask = self._mask(positions, starts, ends, bidirectional).to(device)  # (R, 1, T, M)
 
-    def _mask(self, starts: Tensor, ends: Tensor, bidirectional: bool) -> Bool[Tensor, "R 1 T M"]:
-        keys = torch.arange(self.longest, device=starts.device)
-        last = ends[:, None].expand_as(self.positions) - 1 if bidirectional else self.positions  # last key seen (R, T)
+    def _mask(self, positions: Tensor, starts: Tensor, ends: Tensor, bidirectional: bool) -> Bool[Tensor, "R 1 T M"]:
+        keys = torch.arange(self.longest)
+        last = ends[:, None].expand_as(positions) - 1 if bidirectional else positions  # last key seen (R, T)
         # Padded queries see what their block sees, so that no row is empty; nobody reads them.
         return (keys <= torch.maximum(last, starts[:, None])[:, :, None])[:, None]
 
@@ -74,11 +79,10 @@ class CacheView:
         self, layer: int, q: Float[Tensor, "RT H E"], k: Float[Tensor, "RT K E"], v: Float[Tensor, "RT K E"]
     ) -> Float[Tensor, "RT H E"]:
         """Write k and v behind the past, attend over both."""
-        r, t = self.positions.shape
         cache_k, cache_v = self.cache.k[layer], self.cache.v[layer]  # (N, capacity, K, E)
-        cache_k[self.where, self.positions] = k.unflatten(0, (r, t)).to(cache_k.dtype)
-        cache_v[self.where, self.positions] = v.unflatten(0, (r, t)).to(cache_v.dtype)
+        cache_k[self.where, self.at] = k[self.real].to(cache_k.dtype)
+        cache_v[self.where, self.at] = v[self.real].to(cache_v.dtype)
         past_k = cache_k[self.rows, : self.longest].transpose(1, 2)  # (R, K, M, E)
         past_v = cache_v[self.rows, : self.longest].transpose(1, 2)
-        o = attend(q.unflatten(0, (r, t)).transpose(1, 2), past_k.to(q.dtype), past_v.to(q.dtype), self.mask)
+        o = attend(q.unflatten(0, self.shape).transpose(1, 2), past_k.to(q.dtype), past_v.to(q.dtype), self.mask)
         return o.transpose(1, 2).flatten(0, 1)  # (R*T, H, E)

@@ -54,9 +54,9 @@ class BackboneConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or (self.width // self.heads) % 2:
+        if self.heads < 1 or self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"backbone.heads: expected heads of even size, got width {self.width}, heads {self.heads}")
-        if self.heads % self.kv_heads:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"backbone.kv_heads: expected a divisor of heads {self.heads}, got {self.kv_heads}")
 
     @property

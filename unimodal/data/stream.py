@@ -47,7 +47,7 @@ class Mixture:
         if not self.sources:
             raise ValueError("data: expected at least one source with a weight above 0, got none")
         self.seed = seed
-        # One epoch: the source that is shortest for its weight is seen about once, longer ones in part.
+        # One epoch has as many documents as the sources together; with weights in proportion to lengths, each comes once.
         total = sum(s.weight for s in self.sources)
         size = sum(len(s.source) for s in self.sources)
         self.counts = [max(1, round(size * s.weight / total)) for s in self.sources]

@@ -25,11 +25,14 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the weights as they are, unless a checkpoint brought an average."""
-        self._step = trainer.global_step
         weights = _trained(pl_module)
         if not self.shadow:
             self.shadow = {name: p.detach().clone() for name, p in weights.items()}
         self.shadow = {name: self.shadow[name].to(p.device) for name, p in weights.items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count on from here; only now is the step of a checkpoint restored."""
+        self._step = trainer.global_step
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -50,6 +53,9 @@ class EMA(Callback):
         """Train on with the weights."""
         if self._swapped:
             self.swap(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Never leave the average where the weights belong: a checkpoint may be saved next."""

@@ -1,18 +1,20 @@
 """fit, validate, test and predict through LightningCLI, with errors of one line and a run folder."""
 
 import logging
-import pickle
+import shutil
 import warnings
-import zipfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from unimodal.export import one_line
+from unimodal.export import check_weights, one_line, read_checkpoint
 from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal
 
 # Lightning's warnings about what is meant here: one stream in one process, a run folder that is continued.
@@ -52,14 +54,23 @@ class UnimodalCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.signals = StopOnSignal()
-        super().__init__(
-            LightningModule, LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, args=args,
-            save_config_callback=_SaveConfig, save_config_kwargs={"save_to_log_dir": False}, seed_everything_default=0,
-            trainer_defaults={
-                "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10, "max_epochs": -1,
-                "check_val_every_n_epoch": None, "devices": 1,
-            },
-        )  # fmt: skip
+        self._made: Path | None = None  # the run folder, while nothing but this command's first lines are in it
+        try:
+            super().__init__(
+                LightningModule, LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, args=args,
+                save_config_callback=_SaveConfig, save_config_kwargs={"save_to_log_dir": False},
+                seed_everything_default=0, trainer_defaults={
+                    "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10,
+                    "max_epochs": -1, "check_val_every_n_epoch": None, "devices": 1,
+                },
+            )  # fmt: skip
+        except (ValueError, MisconfigurationException) as error:
+            trainer = getattr(self, "trainer", None)
+            if self._made is not None and (trainer is None or (trainer.global_step == 0 and trainer.is_global_zero)):
+                shutil.rmtree(self._made, ignore_errors=True)
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"trainer: {error}") from error
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Our parser, for the command and for each subcommand."""
@@ -97,7 +108,16 @@ class UnimodalCLI(LightningCLI):
             )
         config.checkpoint.dirpath = str(root / "checkpoints")
         self._recipe, self._root = recipe, root
-        super().instantiate_classes()
+        self._made = None if root.exists() else root
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(one_line(str(error))) from error
+        if config.ckpt_path is not None:
+            check_weights(self.model, self._weights, config.ckpt_path)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: checkpoints hold no settings here, and `_checkpoint` reads them with care."""
 
     def _checkpoint(self, asked: str | None, root: Path) -> str | None:
         if asked is None and self.subcommand == "fit":
@@ -105,8 +125,10 @@ class UnimodalCLI(LightningCLI):
         path = root / "checkpoints" / "last.ckpt" if asked in (None, "last") else Path(str(asked))
         if not path.is_file():
             raise ValueError(f"ckpt_path: expected a checkpoint, got {asked or 'last'}: {path} does not exist")
-        if not zipfile.is_zipfile(path):
-            raise ValueError(f"ckpt_path: {path} is truncated or no checkpoint")
+        checkpoint = read_checkpoint(path)
+        if not {"state_dict", "loops", "pytorch-lightning_version"} <= set(checkpoint):
+            raise ValueError(f"ckpt_path: expected a checkpoint of a training, got {path}, which holds something else")
+        self._weights = checkpoint["state_dict"]
         return str(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -131,15 +153,27 @@ class UnimodalCLI(LightningCLI):
 def run(args: list[str]) -> int:
     """One of fit, validate, test, predict with its arguments; the exit code."""
     quiet()
-    try:
-        cli = UnimodalCLI(args)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"ckpt_path: the checkpoint holds more than weights and is not read ({reason})") from error
+    # An export to start from is a setting of the model with a name of its own.
+    args = [f"--model.init_args.init{a.removeprefix('--init')}" if a.split("=")[0] == "--init" else a for a in args]
+    for option, value in pairwise(args):
+        if option in ("-c", "--config"):
+            _check_config(Path(value))
+    cli = UnimodalCLI(args)
     if cli.signals.received is not None:
         print(f"stopped by signal {cli.signals.received}; continue with --ckpt_path last")
         return 128 + cli.signals.received
     return 0
+
+
+def _check_config(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"-c: expected a YAML file, got {path}, which does not exist")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"-c: {path} is no YAML ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"-c: expected keys such as model, data and trainer, got {path}, which holds none")
 
 
 def quiet() -> None:

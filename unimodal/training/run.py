@@ -10,11 +10,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from PIL import Image
 
+from unimodal.attention import describe
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, write_html
 from unimodal.export import ExportInfo, save_export
@@ -93,6 +93,14 @@ class RunFolder(Callback):
         gc.collect()
         gc.freeze()
         self._started = time.monotonic()
+        if trainer.is_global_zero:
+            model = getattr(pl_module, "model", None)
+            kernel = f", {describe(model.backbone.config.attention, pl_module.device)}" if model is not None else ""
+            parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            print(
+                f"{self.recipe}: {parameters / 1e6:.2f} M trained parameters, precision {trainer.precision}{kernel}, "
+                f"run folder {trainer.default_root_dir}"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step; write the export if the run came to its end."""
@@ -174,8 +182,3 @@ def git_commit() -> str:
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
-
-def matmul_precision() -> None:
-    """TF32 for fp32 products on GPUs that have it; of no effect on CPU."""
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")

@@ -1,0 +1,295 @@
+"""The flow generator: what it learns, and how it samples."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unimodal.decoding import Branch, DecodingSettings, Session, decode
+from unimodal.documents import Document, Part
+from unimodal.model import UnifiedModel
+from unimodal.packing import Run, pack
+from unimodal_generators import Autoregressive, AutoregressiveSettings, Flow, FlowSettings
+from unimodal_generators.base import Block, Corrupted, Embeddings, Grid, ImageTokens, TokenKind
+from unimodal_generators.flow import timestep_embedding
+from unimodal_tokenizers.base import TokenLayout
+
+LAYOUT = TokenLayout("continuous", dim=12, stride=2)
+GRIDS = (Grid(4, 4), Grid(2, 4), Grid(1, 3))
+
+
+def flow(**settings: object) -> Flow:
+    torch.manual_seed(0)
+    made = Flow(LAYOUT, 32, **settings)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def tokens(grids: Sequence[Grid] = GRIDS, seed: int = 1) -> ImageTokens:
+    rng = torch.Generator().manual_seed(seed)
+    return ImageTokens(torch.randn(sum(g.length for g in grids), 12, generator=rng), tuple(grids))
+
+
+def block(grid: Grid, time: float, seed: int) -> Block:
+    return Block(grid, TokenKind.LEARNED, bidirectional=True, private=True, time=time, seed=seed, n_targets=grid.length)
+
+
+BLOCKS = [block(g, t, s) for g, t, s in zip(GRIDS, (0.0, 0.3, 1.0), (5, 6, 2**62), strict=True)]
+
+
+def test_the_target_is_data_minus_noise() -> None:
+    data = tokens()
+    corrupted = flow().corrupt(data, BLOCKS)
+    noise = torch.cat(
+        [torch.randn(b.length, 12, generator=torch.Generator().manual_seed(b.seed)) for b in BLOCKS]
+    )  # one generator an image
+    assert corrupted.targets is not None
+    torch.testing.assert_close(corrupted.targets, data.values - noise)
+    torch.testing.assert_close(corrupted.time, torch.tensor([0.0, 0.3, 1.0]))
+    torch.testing.assert_close(corrupted.inputs[:16], noise[:16])  # t = 0 is noise
+    torch.testing.assert_close(corrupted.inputs[16:24], 0.7 * noise[16:24] + 0.3 * data.values[16:24])
+    torch.testing.assert_close(corrupted.inputs[24:], data.values[24:])  # t = 1 is data
+
+
+def test_going_along_the_velocity_reaches_the_data() -> None:
+    data, corrupted = tokens(), flow().corrupt(tokens(), BLOCKS)
+    assert corrupted.targets is not None
+    time = torch.cat([t.expand(g.length) for t, g in zip(corrupted.time, GRIDS, strict=True)])[:, None]
+    torch.testing.assert_close(corrupted.inputs + (1 - time) * corrupted.targets, data.values, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_is_the_block_s_own() -> None:
+    """The same seed gives the same noise, whatever else is in the batch; another seed gives other noise."""
+    made, data = flow(), tokens()
+    together = made.corrupt(data, BLOCKS).inputs
+    for i, start in enumerate((0, 16, 24)):
+        alone = made.corrupt(data.select([i]), [BLOCKS[i]]).inputs
+        torch.testing.assert_close(alone, together[start : start + GRIDS[i].length], atol=1e-6, rtol=1e-6)
+    torch.manual_seed(123)
+    assert torch.equal(made.corrupt(data, BLOCKS).inputs, together)
+    other = made.corrupt(data.select([0]), [block(GRIDS[0], 0.0, 6)]).inputs
+    assert (other - together[:16]).abs().mean() > 0.5
+
+
+def test_context_is_the_data_at_time_one() -> None:
+    made, data = flow(), tokens()
+    context = made.context(data)
+    assert torch.equal(context.inputs, data.values)
+    assert torch.equal(context.time, torch.ones(3))
+    assert context.targets is None
+    (planned,) = made.plan_context(GRIDS[0])
+    assert (planned.kind, planned.bidirectional, planned.private) == (TokenKind.CLEAN, True, False)
+    assert (planned.time, planned.n_targets, planned.length) == (1.0, 0, 16)
+
+
+def test_a_plan_is_a_function_of_its_generator() -> None:
+    made = flow()
+    (one,), (same,), (other,) = (made.plan(GRIDS[0], np.random.default_rng(s)) for s in (1, 1, 2))
+    assert one == same
+    assert one.seed != other.seed
+    assert one.time != other.time
+    assert (one.kind, one.bidirectional, one.private, one.n_targets) == (TokenKind.LEARNED, True, True, 16)
+
+
+@pytest.mark.parametrize(("mean", "shift"), [(0.0, 1.0), (-0.5, 1.0), (0.0, 3.0)])
+def test_training_times_are_logit_normal_and_shifted(mean: float, shift: float) -> None:
+    made, rng = flow(time_mean=mean, time_std=0.8, time_shift=shift), np.random.default_rng(0)
+    times = np.array([made.plan(GRIDS[0], rng)[0].time for _ in range(4000)])
+    noise = 1 - times  # its fraction was moved by s u / (1 + (s - 1) u), so the odds of it by s
+    logits = np.log(times / noise) + np.log(shift)
+    assert logits.mean() == pytest.approx(mean, abs=0.05)
+    assert logits.std() == pytest.approx(0.8, abs=0.03)
+
+
+def test_embeddings_are_patches_plus_their_image_s_time() -> None:
+    made = flow()
+    corrupted = made.corrupt(tokens(), BLOCKS)
+    values = made.embed(corrupted).values
+    rows = []
+    for i, image in enumerate(corrupted.inputs.split([16, 8, 3])):
+        time = made.time_in(timestep_embedding(corrupted.time[i : i + 1]))
+        rows += [made.patch_in(token) + time[0] for token in image]
+    torch.testing.assert_close(values, torch.stack(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_times_are_told_apart() -> None:
+    embedded = timestep_embedding(torch.linspace(0, 1, 21))
+    assert embedded.shape == (21, 256)
+    assert (torch.cdist(embedded, embedded) + 1e9 * torch.eye(21)).min() > 1.0
+    torch.testing.assert_close(embedded[0], torch.cat([torch.ones(128), torch.zeros(128)]))
+
+
+def test_the_loss_is_a_sum_over_tokens_of_channel_means() -> None:
+    made = flow()
+    corrupted = made.corrupt(tokens(), BLOCKS)
+    hidden = torch.randn(27, 32, generator=torch.Generator().manual_seed(3))
+    losses = made.loss(hidden, Embeddings(hidden), corrupted)
+    assert corrupted.targets is not None
+    total = 0.0
+    for state, target in zip(hidden, corrupted.targets, strict=True):
+        v = made.velocity_out.weight @ state + made.velocity_out.bias
+        total += sum(float(a - b) ** 2 for a, b in zip(v, target, strict=True)) / 12
+    assert list(losses) == ["image"]
+    assert losses["image"].count == 27
+    assert float(losses["image"].sum) == pytest.approx(total, rel=1e-5)
+
+
+def test_no_images_are_an_exact_zero() -> None:
+    made, none = flow(), ImageTokens(torch.empty(0, 12), ())
+    corrupted = made.corrupt(none, [])
+    loss = made.loss(torch.empty(0, 32), made.embed(corrupted), corrupted)["image"]
+    assert (float(loss.sum), loss.count) == (0.0, 0)
+    assert made.embed(made.context(none)).values.shape == (0, 32)
+
+
+def test_a_fresh_generator_predicts_zero() -> None:
+    assert Flow(LAYOUT, 32).velocity(torch.randn(3, 32)).abs().max() == 0
+
+
+def test_velocity_is_in_full_precision() -> None:
+    assert flow().bfloat16().velocity(torch.randn(3, 32).bfloat16()).dtype == torch.float32
+
+
+def test_discrete_tokenizers_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="tokenizer: Flow takes continuous tokens, got discrete"):
+        Flow(TokenLayout("discrete", dim=1, stride=2, codebooks=(16,)), 32)
+
+
+class Counted:
+    """A session that counts what is asked of the network, and of how many tokens."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.peeks = session, 0
+
+    @property
+    def branches(self) -> int:
+        return self.session.branches
+
+    @property
+    def last(self) -> torch.Tensor:
+        return self.session.last
+
+    def peek(self, embeddings: Embeddings, blocks: Sequence[Block]) -> torch.Tensor:
+        self.peeks += 1
+        return self.session.peek(embeddings, blocks)
+
+    def append(self, embeddings: Embeddings, blocks: Sequence[Block]) -> torch.Tensor:
+        raise AssertionError("flow appends nothing")
+
+    def rows(self, indices: Sequence[int]) -> "Counted":
+        return Counted(self.session.rows(indices))
+
+
+def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
+    """A session in which every prompt waits for an image."""
+    branches = [Branch()] + ([Branch(keep_text=False)] if guided else [])
+    session = Session.start(model, len(prompts), branches, 96)
+    special = model.text.special
+    runs = []
+    for prompt in prompts:
+        ids = (special.bos, *model.text.encode(prompt), special.boi)
+        runs.append(Run(ids, tuple(i in (special.bos, special.boi) for i in ids)))
+    with torch.no_grad():
+        session.append_text(runs)
+    return session
+
+
+def sampled(session: object, model: UnifiedModel, grids: Sequence[Grid], settings: FlowSettings,
+            seeds: Sequence[int]) -> list[ImageTokens]:  # fmt: skip
+    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with torch.no_grad():
+        return list(model.generator.sample(session, grids, settings, rngs))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("solver", "steps", "previews"), [
+    ("euler", 1, 1), ("euler", 2, 2), ("euler", 7, 7), ("heun", 1, 1), ("heun", 3, 2), ("heun", 9, 5),
+])  # fmt: skip
+@pytest.mark.parametrize("guided", [False, True])
+def test_steps_are_network_evaluations(
+    make: Callable[..., UnifiedModel], solver: str, steps: int, previews: int, guided: bool
+) -> None:
+    model = make("flow")
+    session = Counted(begun(model, ["seven"], guided))
+    settings = FlowSettings(guidance=3.0 if guided else 1.0, steps=steps, solver=solver)  # type: ignore[arg-type]
+    states = sampled(session, model, [Grid(4, 4)], settings, [0])
+    assert session.peeks == steps
+    assert len(states) == previews
+    assert all(state.values.shape == (16, 12) for state in states)
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("heun", 2), ("heun", 20), ("euler", 0), ("heun", 0)])
+def test_counts_a_solver_cannot_make_are_refused(make: Callable[..., UnifiedModel], solver: str, steps: int) -> None:
+    model = make("flow")
+    with pytest.raises(ValueError, match=f"steps: .* got {steps}"):
+        sampled(begun(model, ["seven"]), model, [Grid(4, 4)], FlowSettings(steps=steps, solver=solver), [0])  # type: ignore[arg-type]
+
+
+def test_one_euler_step_by_hand(make: Callable[..., UnifiedModel]) -> None:
+    """Noise of the document's generator, the velocity at t = 0, guided: nothing else."""
+    model = make("flow")
+    session = begun(model, ["seven"], guided=True)
+    (final,) = sampled(session, model, [Grid(4, 4)], FlowSettings(guidance=2.5, steps=1), [11])
+    noise = torch.randn(16, 12, generator=torch.Generator().manual_seed(11), dtype=torch.float64).float()
+    with torch.no_grad():
+        embedded = model.generator.embed(Corrupted(noise, torch.zeros(1), (Grid(4, 4),)))
+        hidden = session.peek(embedded, [Block(Grid(4, 4), TokenKind.LEARNED, bidirectional=True, private=True)])
+        c, u = model.generator.velocity(hidden)
+    torch.testing.assert_close(final.values, noise + u + 2.5 * (c - u), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_an_image_does_not_depend_on_its_neighbours(make: Callable[..., UnifiedModel], solver: str) -> None:
+    model = make("flow").double()
+    settings = FlowSettings(guidance=2.0, steps=3, solver=solver, shift=2.0)  # type: ignore[arg-type]
+    prompts, grids, seeds = ["a handwritten seven", "three", ""], [Grid(4, 4), Grid(2, 4), Grid(4, 4)], [3, 4, 5]
+    together = sampled(begun(model, prompts, True), model, grids, settings, seeds)[-1].split()
+    for i, one in enumerate(together):
+        (alone,) = sampled(begun(model, prompts[i : i + 1], True), model, grids[i : i + 1], settings, seeds[i : i + 1])[
+            -1
+        ].split()
+        torch.testing.assert_close(one.values, alone.values, atol=1e-9, rtol=1e-9)
+    again = sampled(begun(model, prompts, True), model, grids, settings, [3, 4, 6])[-1].split()
+    torch.testing.assert_close(again[1].values, together[1].values, atol=1e-9, rtol=1e-9)
+    assert (again[2].values - together[2].values).abs().mean() > 0.1
+
+
+def test_settings_of_another_generator_are_refused(make: Callable[..., UnifiedModel]) -> None:
+    model = make("flow")
+    with pytest.raises(ValueError, match="sampling: expected FlowSettings, got AutoregressiveSettings"):
+        sampled(begun(model, ["seven"]), model, [Grid(4, 4)], AutoregressiveSettings(), [0])  # type: ignore[arg-type]
+    assert Autoregressive.accepts != Flow.accepts
+
+
+def quarters(seed: int) -> Image.Image:
+    """Four plain colours."""
+    colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    return Image.fromarray(colours.repeat(4, 0).repeat(4, 1))
+
+
+def test_overfits_four_images(make: Callable[..., UnifiedModel]) -> None:
+    """Each of four captions draws its own image: a mean error below 20 of 255 levels, where the others are over 50 away."""
+    model = make("flow", learn_end=False, drop_text=0.0, context_length=96)
+    words = ["one", "two", "three", "four"]
+    learned = [Document((Part(word, learn=False), Part(quarters(i))), "") for i, word in enumerate(words)]
+    steps = 250
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        documents = [model.sequencer.document(d, (step, i)) for i, d in enumerate(learned * 2)]
+        term = model(pack(documents, model.backbone.config.experts, model.generator.reads))["image"]
+        optimizer.zero_grad()
+        (term.sum / term.count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    prompts = [Document((Part(word, learn=False),)) for word in words]
+    settings = DecodingSettings(start="image", max_tokens=0, max_images=1, image=FlowSettings(steps=20))
+    for drawn, own in zip(decode(model, prompts, settings, [1, 2, 3, 4]), learned, strict=True):
+        pixels = np.asarray(drawn.images[0], dtype=float)
+        errors = {d.text: np.abs(pixels - np.asarray(d.images[0], dtype=float)).mean() for d in learned}
+        assert errors.pop(own.text) < 20
+        assert min(errors.values()) > 50
