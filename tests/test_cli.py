@@ -24,6 +24,7 @@ model:
   init_args:
     model:
       backbone: {width: 32, depth: 2, heads: 2, kv_heads: 2, mlp_width: 48, vocabulary: 300}
+      sequence: {image_sizes: [[8, 8]], context_length: 192, drop_text: 0.1}
     warmup_steps: 1
 data:
   init_args: {batch_tokens: 512, validation_documents: 4, prompts: 1}
@@ -74,7 +75,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         capsys.readouterr()
         code = main([str(arg) for arg in args])
         captured = capsys.readouterr()
-        lines = [line.split("\r")[-1] for line in captured.err.splitlines()]  # a progress bar wipes itself away
+        lines = captured.err.splitlines()
         assert code == 2, captured
         assert len(lines) == 1, captured.err
         assert lines[0].startswith("unimodal: ")
@@ -115,13 +116,22 @@ def test_help_lists_exactly_the_commands_that_work(capsys: pytest.CaptureFixture
     assert listed == ["fit", "validate", "test", "predict", "generate", "describe", "evaluate"]
 
 
-def test_the_script_reports_on_standard_error_and_exits_with_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "unimodal.cli", "fit", "-c", str(tmp_path / "none.yaml")]
+def test_the_script_reports_on_standard_error_and_exits_with_2() -> None:
+    command = [sys.executable, "-m", "unimodal.cli", "fitt"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [
-        f"unimodal: -c: expected a YAML file, got {tmp_path}/none.yaml, which does not exist"
-    ]
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("unimodal: argument COMMAND: invalid choice: 'fitt'")
+
+
+def test_a_solver_that_does_not_exist_is_named(run: Path, tmp_path: Path) -> None:
+    # In a process without the tests' own type checks.
+    command = [sys.executable, "-m", "unimodal.cli", *map(str, draw(run, tmp_path / "out", "--solver", "rk45"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "rk45" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +193,7 @@ def test_unknown_commands_and_arguments(args: list[str], name: str, refused: Ref
         ("model: {class_path: unimodal.training.Nope}", "Nope"),
         ("model: {init_args: {model: {generator: {class_path: unimodal_generators.Nope}}}}", "Nope"),
         ("model: {init_args: {model: {tokenizer: {class_path: no_such_package.Nope}}}}", "no_such_package"),
-        ("model: {init_args: {model: {tokenizer: {class_path: unimodal_tokenizers.VQTokenizer}}}}", "VQTokenizer"),
+        ("model: {init_args: {model: {tokenizer: {class_path: unimodal_tokenizers.VQTokenizer}}}}", "codebook"),
         ("data: {class_path: unimodal.data.Nope}", "Nope"),
     ],
 )
@@ -272,10 +282,8 @@ def test_a_checkpoint_never_runs_code(tiny: Path, run: Path, tmp_path: Path, ref
     draw = ["generate", "image", "--run", copy, "--prompt", "a", "--out", out, "--weights", "raw"]
     refused(*draw, names=("last.ckpt", "more than weights"), absent=out)
     assert not marker.exists()
-    with pytest.raises(FileNotFoundError):  # the payload does work where nobody refuses it
-        torch.load(evil, weights_only=False)
-        marker.rmdir()
-        marker.stat()
+    torch.load(evil, weights_only=False)
+    assert marker.exists()  # it does work where nobody refuses it
 
 
 def test_code_in_checkpoints_cannot_be_allowed(tiny: Path, run: Path, tmp_path: Path, refused: Refused) -> None:
@@ -329,7 +337,7 @@ def test_a_missing_or_damaged_file_of_an_export_is_named(
         path.write_bytes(content[:size])
         refused(*draw(export, out), names=name, absent=out)
     path.unlink()
-    refused(*draw(export, out), names=name, absent=out)
+    refused(*draw(export, out), names=str(export) if name == "export.json" else name, absent=out)
 
 
 def test_a_newer_format_is_refused_by_number(export: Path, tmp_path: Path, refused: Refused) -> None:
@@ -339,7 +347,6 @@ def test_a_newer_format_is_refused_by_number(export: Path, tmp_path: Path, refus
 
 def test_an_export_says_what_does_not_fit(export: Path, tmp_path: Path, refused: Refused) -> None:
     out = tmp_path / "out"
-    edit(export / "config.json", lambda record: record["backbone"].update(width=64) if "backbone" in record else None)
     edit(export / "config.json", lambda record: record.get("init_args", record)["backbone"].update(width=64))
     refused(*draw(export, out), names=("backbone.embedding.weight", "[300, 32]", "[300, 64]"), absent=out)
     edit(export / "config.json", lambda record: record.get("init_args", record)["backbone"].update(wdith=64))
@@ -427,12 +434,12 @@ def test_prompts_that_are_none(run: Path, tmp_path: Path, refused: Refused) -> N
 def test_more_than_the_context_holds(run: Path, tmp_path: Path, refused: Refused) -> None:
     out = tmp_path / "out"
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "many.md").write_text("![](a.png)\n" * 20)  # 20 x (16 tokens, begin, end and a new line) and more
+    (tmp_path / "many.md").write_text("![](a.png)\n" * 60)
     line = refused(
         "generate", "document", "--run", run, "--prompt", tmp_path / "many.md", "--out", out,
         names=("context_length 192", "tokens"), absent=out,
     )  # fmt: skip
-    assert [int(word) for word in line.replace(",", "").split() if word.isdigit()][0] > 20 * 18
+    assert next(int(word) for word in line.split() if word.isdigit() and word != "0") > 192
     refused(*draw(run, out)[:4], "--prompt", "long " * 200, "--out", out, names="192", absent=out)
 
 
@@ -443,7 +450,6 @@ def test_settings_that_the_recipe_does_not_have(
     refused(*draw(run, out, "--size", "16x8"), names=("16x8", "8x8"), absent=out)
     refused(*draw(run, out, "--size", "big"), names="big", absent=out)
     refused(*draw(run, out, "--top-k", "3"), names="top_k", absent=out)
-    refused(*draw(run, out, "--solver", "rk45"), names="rk45", absent=out)
     refused(*draw(run, out, "--steps", "0"), names="steps", absent=out)
     refused(*draw(run, out, "--solver", "heun", "--steps", "20"), names="steps", absent=out)
     refused(*draw(run, out, "--shift", "-1"), names="shift", absent=out)

@@ -1,5 +1,6 @@
 """Documents laid out and packed: what is read where, spelled out by hand."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -278,7 +279,7 @@ def test_expert_order(
     assert p.splits == tuple(expert_of.count(e) for e in range(len(experts.names)))
     assert p.positions.tolist() == [position for _, position, _ in moved]
     runs = [kind for kind, _, _ in moved]
-    assert sum(a != b for a, b in zip(runs, runs[1:], strict=False)) == len(set(runs)) - 1  # every kind in one piece
+    assert sum(a != b for a, b in itertools.pairwise(runs)) == len(set(runs)) - 1  # every kind in one piece
     assert p.text_ids.tolist() == [i for kind, _, i in moved if kind == T]
     # a target is read one place before it, wherever experts have put the two
     targets = [j for j, flag in enumerate(t for d in documents for s in d.segments

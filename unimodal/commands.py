@@ -32,7 +32,7 @@ def generate_image(args: argparse.Namespace) -> int:
     image = _image_settings(args, model)
     settings = DecodingSettings("image", max_tokens=0, max_images=1, image=image, size=_size(args.size))
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
-    with _folder(args.out) as out, tqdm(total=len(jobs), unit="image", leave=False) as bar:
+    with _folder(args.out) as out, tqdm(total=len(jobs), unit="image", leave=False, disable=None) as bar:
         log = (out / "images.jsonl").open("w")
         with log:
             for first in range(0, len(jobs), args.batch):
@@ -122,9 +122,7 @@ def _read_prompt(text: str) -> Document:
     """A Markdown file when it names one, text otherwise."""
     if text.endswith(".md"):
         path = Path(text)
-        if not path.is_file():
-            raise ValueError(f"--prompt: {path} does not exist")
-        document = read_markdown(path.read_text(encoding="utf-8"), path.parent)
+        document = read_markdown(_text("--prompt", path), path.parent)
     else:
         document = read_markdown(text, Path())
     if not any(part.is_image or part.text.strip() for part in document.parts):
@@ -133,12 +131,19 @@ def _read_prompt(text: str) -> Document:
 
 
 def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"--prompts: {path} does not exist")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _text("--prompts", path).splitlines()
     if not lines:
         raise ValueError(f"--prompts: {path} holds no prompt")
     return lines
+
+
+def _text(option: str, path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{option}: {path} does not exist")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option}: {path} is no text in UTF-8") from error
 
 
 @contextmanager

@@ -176,9 +176,11 @@ def one_line(message: str) -> str:
     depth = max(len(line) - len(line.lstrip()) for line in telling)
     deepest = [line.strip().removeprefix("- ") for line in telling if len(line) - len(line.lstrip()) == depth]
     given = [line.split("Given value: ", 1)[1] for line in lines if "Given value: " in line] if len(deepest) > 1 else []
-    reason = "; or ".join(line.rstrip(".") for line in deepest) + "".join(f". Got value: {value}" for value in given[:1])
+    reason = "; or ".join(line.rstrip(".") for line in deepest) + "".join(
+        f". Got value: {value}" for value in given[:1]
+    )
     reason, _, got = reason.partition(". Got value: ")
-    if got:
+    if got and not got.startswith(("Namespace(", "NestedArg(")):
         reason += f", got {got if len(got) <= 60 else got[:57] + '...'}"
     reason = re.sub(r"<class '([^']+)'>", r"\1", reason)
     keys = [line.split('"')[1] for line in lines if 'arser key "' in line]

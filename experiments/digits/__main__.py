@@ -6,8 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from unimodal.cli import main as unimodal
 from unimodal.environment import choose_precision, describe_installation
+
+# Both measured on two Xeon cores with AMX, packs of 4,096 tokens, in steps of this training a second.
+BF16_SLOWER = "at width 128 with a new shape every step it is slower (0.9 against 2.2 steps a second)"
+NOT_COMPILED = "not compiled: 38 s of compiling would buy 1.3 times the speed, which five minutes of training hardly repay"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,10 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for runs, scores and page")
     args = parser.parse_args(argv)
     started = time.monotonic()
-    precision, reason = choose_precision()
+    precision, reason = demo_precision()
     print(describe_installation())
     print(f"precision {precision}: {reason}")
-    print("not compiled: compiling took 33 s and saved less than it cost at this size")
+    print(NOT_COMPILED)
     for folder in ("tokenizer", "run"):
         shutil.rmtree(args.out / folder, ignore_errors=True)
     extra: list[str] = []
@@ -48,6 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"done in {minutes} min {seconds} s: open {args.out / 'index.html'}")
     return 0
+
+
+def demo_precision() -> tuple[str, str]:
+    """Lightning's precision and why."""
+    precision, reason = choose_precision()
+    if precision == "bf16-mixed" and not torch.cuda.is_available():
+        return "32-true", f"{reason}, but {BF16_SLOWER}"
+    return precision, reason
 
 
 def step(command: list[str]) -> None:

@@ -210,7 +210,7 @@ def test_what_writes_to_the_residual_stream_begins_smaller() -> None:
     for name, parameter in made.named_parameters():
         if parameter.ndim == 2:
             expected = 0.005 if ".o." in name or name.endswith("down.weight") else 0.02
-            assert float(parameter.std()) == pytest.approx(expected, rel=0.1), name
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.1), name
         else:
             assert (parameter == 1).all(), name
 

@@ -131,18 +131,18 @@ def test_the_loss_is_a_sum_over_tokens_of_channel_means() -> None:
     assert corrupted.targets is not None
     total = 0.0
     for state, target in zip(hidden, corrupted.targets, strict=True):
-        v = made.velocity_out.weight @ state + made.velocity_out.bias
+        v = (made.velocity_out.weight @ state + made.velocity_out.bias).detach()
         total += sum(float(a - b) ** 2 for a, b in zip(v, target, strict=True)) / 12
     assert list(losses) == ["image"]
     assert losses["image"].count == 27
-    assert float(losses["image"].sum) == pytest.approx(total, rel=1e-5)
+    assert float(losses["image"].sum.detach()) == pytest.approx(total, rel=1e-5)
 
 
 def test_no_images_are_an_exact_zero() -> None:
     made, none = flow(), ImageTokens(torch.empty(0, 12), ())
     corrupted = made.corrupt(none, [])
     loss = made.loss(torch.empty(0, 32), made.embed(corrupted), corrupted)["image"]
-    assert (float(loss.sum), loss.count) == (0.0, 0)
+    assert (loss.sum.detach().item(), loss.count) == (0.0, 0)
     assert made.embed(made.context(none)).values.shape == (0, 32)
 
 
@@ -275,7 +275,7 @@ def test_overfits_four_images(make: Callable[..., UnifiedModel]) -> None:
     model = make("flow", learn_end=False, drop_text=0.0, context_length=96)
     words = ["one", "two", "three", "four"]
     learned = [Document((Part(word, learn=False), Part(quarters(i))), "") for i, word in enumerate(words)]
-    steps = 250
+    steps = 200
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
     for step in range(steps):

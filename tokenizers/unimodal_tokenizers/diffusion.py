@@ -53,6 +53,10 @@ def sampling_times(evaluations: int, shift: float, solver: str) -> list[float]:
 
     Euler evaluates once a step; Heun twice, but for the last step (which it takes as Euler does), so its count is odd.
     """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: expected {' or '.join(SOLVERS)}, got {solver}")
+    if not shift > 0:
+        raise ValueError(f"shift: expected a number above 0, got {shift}")
     if evaluations < 1:
         raise ValueError(f"steps: expected at least 1 network evaluation, got {evaluations}")
     if solver == "heun" and evaluations % 2 == 0:

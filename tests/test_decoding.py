@@ -1,0 +1,302 @@
+"""Decoding documents: limits, refusals, and what comes back."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unimodal.decoding import DecodingSettings, decode, to_image
+from unimodal.documents import GENERATED, Document, Part
+from unimodal.model import UnifiedModel
+from unimodal.text import TextTokenizer
+from unimodal_generators import FlowSettings
+
+Make = Callable[..., UnifiedModel]
+PROMPT = Document((Part("a handwritten seven", learn=False),), "text_to_image")
+
+
+def picture(seed: int = 0, height: int = 8, width: int = 8) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def prefer(model: UnifiedModel, monkeypatch: pytest.MonkeyPatch, *script: int | str) -> None:
+    """Make the model want to say `script` (ids, or texts), then the last of it for ever.
+
+    Documents of one batch follow it together, step by step; where an id is ruled out, the likeliest other one is said.
+    """
+    ids = [i for s in script for i in (model.text.encode(s) if isinstance(s, str) else [s])]
+    logits, steps = model.backbone.logits, itertools.count()
+
+    def scripted(hidden: torch.Tensor) -> torch.Tensor:
+        scores = logits(hidden)
+        scores[:, ids[min(next(steps), len(ids) - 1)]] += 1e6
+        return scores
+
+    monkeypatch.setattr(model.backbone, "logits", scripted)
+
+
+def contents(document: Document) -> list[str | bytes]:
+    return [p.content if isinstance(p.content, str) else p.content.tobytes() for p in document.parts]
+
+
+def new(document: Document, prompt: Document) -> tuple[Part, ...]:
+    return document.parts[len(prompt.parts) :]
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5])
+def test_max_tokens(model: UnifiedModel, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    prefer(model, monkeypatch, "n")
+    (out,) = decode(model, [PROMPT], DecodingSettings(max_tokens=limit), [0])
+    assert [p.content for p in new(out, PROMPT)] == (["n" * limit] if limit else [])
+
+
+def test_max_tokens_counts_over_all_texts(model: UnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(model, monkeypatch, "ab", model.text.special.boi, "c")
+    (out,) = decode(model, [PROMPT], DecodingSettings(max_tokens=5, max_images=1), [0])
+    first, image, second = new(out, PROMPT)
+    assert (first.content, second.content) == ("ab", "ccc")
+    assert image.is_image
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_max_images(model: UnifiedModel, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """A model that wants nothing but images gets as many as it may, and has to say something else then."""
+    prefer(model, monkeypatch, model.text.special.boi)
+    (out,) = decode(model, [PROMPT], DecodingSettings(max_tokens=3, max_images=limit), [0])
+    assert len(out.images) == limit
+    assert [p.is_image for p in new(out, PROMPT)][:limit] == [True] * limit
+
+
+def test_an_end_ends(model: UnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(model, monkeypatch, "ab", model.text.special.eos)
+    (out,) = decode(model, [PROMPT], DecodingSettings(max_tokens=50), [0])
+    assert [p.content for p in new(out, PROMPT)] == ["ab"]
+    monkeypatch.undo()
+    prefer(model, monkeypatch, model.text.special.eos)
+    (out,) = decode(model, [PROMPT], DecodingSettings(max_tokens=50), [0])
+    assert out == PROMPT  # no empty text
+
+
+def test_an_image_first(model: UnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(model, monkeypatch, model.text.special.eos)
+    (out,) = decode(model, [PROMPT], DecodingSettings(start="image", max_images=1), [0])
+    (part,) = new(out, PROMPT)
+    assert part.image.size == (8, 8)
+    (wide,) = decode(model, [PROMPT], DecodingSettings(start="image", max_images=1, size=(4, 8)), [0])
+    assert wide.images[0].size == (8, 4)
+
+
+# ---- the context
+
+
+@pytest.mark.parametrize("generator", ["flow", "autoregressive"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_document_stops_where_its_context_ends(
+    make: Make, monkeypatch: pytest.MonkeyPatch, generator: str, guidance: float
+) -> None:
+    model = make(generator, context_length=40)
+    prefer(model, monkeypatch, "n")
+    image = model.generator.sampling.override(guidance=guidance)
+    (out,) = decode(model, [PROMPT], DecodingSettings(max_tokens=1000, image=image), [0])
+    prompt = 1 + len(model.text.encode("a handwritten seven"))
+    assert [p.content for p in new(out, PROMPT)] == ["n" * (40 - prompt)]
+
+
+def test_an_image_that_does_not_fit_is_not_begun(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for one image of 4 x 4 and its two boundaries, not for two."""
+    for generator in ("flow", "autoregressive"):
+        model = make(generator)
+        prompt = 1 + len(model.text.encode("a handwritten seven"))
+        for context, drawn in ((prompt + 17, 0), (prompt + 18, 1), (prompt + 35, 1), (prompt + 36, 2)):
+            model = make(generator, context_length=context)
+            with monkeypatch.context() as patch:
+                prefer(model, patch, model.text.special.boi)
+                (out,) = decode(model, [PROMPT], DecodingSettings(max_tokens=1000, max_images=9), [0])
+            assert len(out.images) == drawn
+
+
+def test_documents_stop_one_by_one(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reaches the end of its context while its neighbours go on."""
+    model = make("flow", context_length=40)
+    prompts = [Document((Part("x" * n, learn=False),)) for n in (30, 10, 38)]
+    prefer(model, monkeypatch, "n")
+    out = decode(model, prompts, DecodingSettings(max_tokens=20), [0, 1, 2])
+    lengths = [1 + len(model.text.encode("x" * n)) for n in (30, 10, 38)]
+    assert [d.text.count("n") for d in out] == [min(20, 40 - n) for n in lengths]
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_numbers(make: Make) -> None:
+    model = make("flow", context_length=40)
+    long = Document((Part(picture(), learn=False), Part(picture(1), learn=False), Part("seven", learn=False)))
+    tokens = 1 + 2 * 18 + len(model.text.encode("seven"))
+    assert tokens > 40 - 2
+    with pytest.raises(ValueError, match=r"prompt 1: it has \d+ tokens, .* sequence\.context_length 40") as error:
+        decode(
+            model, [PROMPT, Document((*long.parts, Part(" and some more", learn=False)))], DecodingSettings(), [0, 1]
+        )
+    more = tokens + len(model.text.encode("seven and some more")) - len(model.text.encode("seven"))
+    assert int(str(error.value).split("it has ")[1].split()[0]) == pytest.approx(more, abs=3)  # merges across parts
+
+
+def test_an_image_asked_for_without_room_is_refused_with_numbers(make: Make) -> None:
+    model = make("flow", context_length=30)
+    prompt = Document((Part("x" * 20, learn=False),))
+    tokens = 1 + len(model.text.encode("x" * 20))
+    with pytest.raises(
+        ValueError, match=rf"prompt 0: {tokens} tokens and an image of 16 .* sequence\.context_length 30"
+    ):
+        decode(model, [prompt], DecodingSettings(start="image"), [0])
+
+
+def test_prompts_of_any_shape_share_a_batch(model: UnifiedModel) -> None:
+    """Long text then an image, beside an image then long text: each needs no more room than alone."""
+    words = "a handwritten seven plus three plus seven equals ten and so on and on and on"
+    prompts = [
+        Document((Part(words, learn=False), Part(picture(0), learn=False))),
+        Document((Part(picture(1, 4, 8), learn=False), Part(words, learn=False))),
+        Document(()),
+    ]
+    model = model.double()
+    try:
+        settings = DecodingSettings(max_tokens=2, max_images=0, temperature=1.0)
+        together = decode(model, prompts, settings, [1, 2, 3])
+        alone = [decode(model, [p], settings, [s])[0] for p, s in zip(prompts, (1, 2, 3), strict=True)]
+    finally:
+        model.float()
+    assert [contents(d) for d in together] == [contents(d) for d in alone]
+
+
+# ---- what comes back
+
+
+def test_a_prompt_s_parts_are_kept(model: UnifiedModel) -> None:
+    prompt = Document(
+        (Part("three", learn=False, role="question"), Part(picture(), learn=False), Part(" plus ")), "sum"
+    )
+    (out,) = decode(model, [prompt], DecodingSettings(max_tokens=4, max_images=1), [0])
+    assert out.kind == "sum"
+    assert out.parts[:3] == prompt.parts
+    assert all(part.role == GENERATED for part in new(out, prompt))
+    assert len(out.parts) > 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
+def test_text_never_holds_special_or_unused_ids(
+    make: Make, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Ids are watched where they become text: a model that prefers bos, eoi and rows without a token gets none of them."""
+    model = make("flow")
+    model.text = TextTokenizer.train(["a handwritten seven"], 270)
+    special, rows = model.text.special, model.backbone.config.vocabulary
+    assert rows > len(model.text)
+    logits, seen = model.backbone.logits, []
+
+    def tempting(hidden: torch.Tensor) -> torch.Tensor:
+        scores = logits(hidden)
+        scores[:, [special.bos, special.eoi, *range(len(model.text), rows)]] += 1e4
+        return scores
+
+    def watched(ids: Sequence[int]) -> str:
+        seen.extend(ids)
+        return "text"
+
+    monkeypatch.setattr(model.backbone, "logits", tempting)
+    monkeypatch.setattr(model.text, "decode", watched)
+    decode(model, [PROMPT] * 3, DecodingSettings(max_tokens=10, max_images=1, temperature=temperature), [0, 1, 2])
+    assert len(seen) > 5
+    assert max(seen) < special.bos
+
+
+def test_the_same_seeds_give_the_same_documents(model: UnifiedModel) -> None:
+    settings = DecodingSettings(max_tokens=8, max_images=1, temperature=2.0, start="image")
+    first, again = (decode(model, [PROMPT, PROMPT], settings, [5, 6]) for _ in range(2))
+    assert [contents(d) for d in first] == [contents(d) for d in again]
+    assert contents(first[0]) != contents(first[1])
+    torch.manual_seed(99)
+    swapped = decode(model, [PROMPT, PROMPT], settings, [6, 5])
+    assert [contents(d) for d in swapped] == [contents(d) for d in first[::-1]]
+
+
+def test_greedy_text_needs_no_seed(model: UnifiedModel) -> None:
+    settings = DecodingSettings(max_tokens=8, max_images=0)
+    (a,), (b,) = decode(model, [PROMPT], settings, [1]), decode(model, [PROMPT], settings, [2])
+    assert contents(a) == contents(b)
+    (k,) = decode(model, [PROMPT], DecodingSettings(max_tokens=8, max_images=0, temperature=5.0, top_k=1), [3])
+    assert contents(k) == contents(a)
+    (p,) = decode(model, [PROMPT], DecodingSettings(max_tokens=8, max_images=0, temperature=1.0, top_p=1e-9), [4])
+    assert contents(p) == contents(a)
+
+
+def test_an_empty_document_is_continued(model: UnifiedModel) -> None:
+    (out,) = decode(model, [Document(())], DecodingSettings(max_tokens=4, start="image", max_images=1), [0])
+    assert out.parts[0].is_image
+
+
+def test_no_documents_give_none(model: UnifiedModel) -> None:
+    assert decode(model, [], DecodingSettings(), []) == []
+
+
+def test_a_model_in_training_is_left_in_training(model: UnifiedModel) -> None:
+    model.train()
+    try:
+        (out,) = decode(model, [PROMPT], DecodingSettings(max_tokens=2, max_images=0), [0])
+        assert model.training
+        assert not model.tokenizer.training
+        with pytest.raises(ValueError, match="prompt 0"):
+            decode(model, [Document((Part("x " * 400),))], DecodingSettings(), [0])
+        assert model.training
+    finally:
+        model.eval()
+    assert contents(out) == contents(decode(model, [PROMPT], DecodingSettings(max_tokens=2, max_images=0), [0])[0])
+
+
+def test_pixels_become_pictures() -> None:
+    pixels = torch.tensor([-1.0, 1.0, 0.0, -2.0, 2.0, 0.5]).view(1, 1, 6).expand(3, 1, 6)
+    assert np.asarray(to_image(pixels))[0, :, 0].tolist() == [0, 255, 128, 0, 255, 191]
+    every = torch.arange(256).view(1, 16, 16).expand(3, 16, 16) / 127.5 - 1
+    assert np.array_equal(np.asarray(to_image(every))[..., 1], np.arange(256).reshape(16, 16))
+
+
+# ---- refusals
+
+
+def refused(
+    model: UnifiedModel, message: str, documents: int = 1, seeds: int | None = None, **settings: object
+) -> None:
+    chosen = DecodingSettings(**settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        decode(model, [PROMPT] * documents, chosen, range(documents if seeds is None else seeds))
+
+
+def test_a_size_the_recipe_does_not_draw_is_refused(model: UnifiedModel) -> None:
+    refused(model, "size: this recipe draws 8x8, 8x4, got 12x16", size=(16, 12))
+    refused(model, "size: .* got 4x8", size=(8, 4))  # sizes are (height, width), said as width x height
+
+
+def test_guidance_without_dropped_text_is_refused(make: Make) -> None:
+    model = make("flow", drop_text=0.0)
+    refused(model, r"guidance: .*sequence\.drop_text.* got 2\.0", image=FlowSettings(guidance=2.0))
+    assert len(decode(model, [PROMPT], DecodingSettings(max_tokens=0, image=FlowSettings(guidance=1.0)), [0])) == 1
+
+
+@pytest.mark.parametrize(("documents", "seeds"), [(2, 1), (1, 2), (1, 0), (0, 1)])
+def test_seeds_are_one_a_document(model: UnifiedModel, documents: int, seeds: int) -> None:
+    refused(model, rf"seeds: expected one a document \({documents}\), got {seeds}", documents, seeds)
+
+
+def test_choices_that_mean_nothing_are_refused(model: UnifiedModel) -> None:
+    refused(model, "temperature: .* got -1", temperature=-1.0)
+    refused(model, "top_p: .* got 0", top_p=0.0)
+    refused(model, r"top_p: .* got 1\.1", top_p=1.1)
+    refused(model, "top_k: .* got -3", top_k=-3)
+
+
+def test_another_generator_s_settings_are_refused(make: Make) -> None:
+    model = make("autoregressive")
+    refused(model, "sampling: expected AutoregressiveSettings, got FlowSettings", start="image", image=FlowSettings())
