@@ -13,7 +13,9 @@ from unimodal.environment import choose_precision, describe_installation
 
 # Both measured on two Xeon cores with AMX, packs of 4,096 tokens, in steps of this training a second.
 BF16_SLOWER = "at width 128 with a new shape every step it is slower (0.9 against 2.2 steps a second)"
-NOT_COMPILED = "not compiled: 38 s of compiling would buy 1.3 times the speed, which five minutes of training hardly repay"
+NOT_COMPILED = (
+    "not compiled: 38 s of compiling would buy 1.3 times the speed, which five minutes of training hardly repay"
+)
 
 
 def main(argv: list[str] | None = None) -> int:

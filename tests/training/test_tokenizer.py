@@ -59,7 +59,7 @@ def test_it_learns_logs_every_term_and_draws(tmp_path: Path) -> None:
     before = float(runner.callback_metrics["val/psnr"])
     runner.fit(model, data, data)
     logged = {name: float(value) for name, value in runner.callback_metrics.items()}
-    for stage in ("train", "validation"):
+    for stage in ("train", "val"):
         for term in ("l1", "l2", "codebook_loss", "commitment", "loss", "codebook_usage", "codebook_perplexity"):
             assert math.isfinite(logged[f"{stage}/{term}"])
         assert logged[f"{stage}/loss"] == pytest.approx(

@@ -54,6 +54,11 @@ class BackboneConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name in ("width", "depth", "mlp_width", "vocabulary"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"backbone.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.positions == "block" and self.width % 4:
+            raise ValueError(f"backbone.width: positions block need a multiple of 4, got {self.width}")
         if self.heads < 1 or self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"backbone.heads: expected heads of even size, got width {self.width}, heads {self.heads}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:

@@ -44,6 +44,9 @@ class Mixture:
 
     def __init__(self, sources: Sequence[Weighted], seed: int) -> None:
         self.sources = [s for s in sources if s.weight > 0]
+        for weighted in self.sources:
+            if not len(weighted.source):
+                raise ValueError(f"data: source {weighted.source.kind} has weight {weighted.weight} and no document")
         if not self.sources:
             raise ValueError("data: expected at least one source with a weight above 0, got none")
         self.seed = seed

@@ -3,6 +3,8 @@
 import math
 from typing import Any, Literal
 
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 Schedule = Literal["constant", "cosine", "linear"]
@@ -90,3 +92,28 @@ def learning_rate_scale(step: int, warmup_steps: int, total_steps: int, schedule
     s = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     fall = s if schedule == "linear" else (1 - math.cos(math.pi * s)) / 2
     return 1 - (1 - floor) * fall
+
+
+def scheduled_adamw(
+    module: nn.Module,
+    max_steps: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    warmup_steps: int,
+    schedule: Schedule,
+    floor: float,
+) -> OptimizerLRScheduler:
+    """AdamW over `parameter_groups(module)`, its rate moved at every optimizer step; what Lightning wants of a module.
+
+    Raises:
+        ValueError: no number of steps, which every run needs: its data has no end.
+    """
+    if max_steps < 1:
+        raise ValueError(f"trainer.max_steps: expected at least 1 (the data has no end), got {max_steps}")
+    optimizer = torch.optim.AdamW(parameter_groups(module, weight_decay), lr=lr, betas=betas)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_scale(step, warmup_steps, max_steps, schedule, floor)
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -104,6 +104,7 @@ class RunFolder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step; write the export if the run came to its end."""
+        gc.unfreeze()
         self.seconds, self._started = self._elapsed(), 0.0
         root = Path(trainer.default_root_dir)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

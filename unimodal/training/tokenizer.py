@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio
 from torchvision.utils import make_grid, save_image
 
-from unimodal.training.optimizers import Schedule, learning_rate_scale, parameter_groups
+from unimodal.training.optimizers import Schedule, scheduled_adamw
 from unimodal_tokenizers.base import ImageTokenizer
 from unimodal_tokenizers.vq import VQTokenizer, codebook_perplexity, codebook_usage
 
@@ -117,7 +117,7 @@ class TokenizerTraining(L.LightningModule):
 
     def validation_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
         """The same terms on held-out images, PSNR in dB, and a picture of the first of them."""
-        reconstruction = self._evaluate(batch, "validation")
+        reconstruction = self._evaluate(batch, "val")
         if batch_idx == 0 and self.samples and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             folder = Path(self.trainer.default_root_dir) / "samples"
             path = folder / f"reconstruction_step_{self.global_step}.png"
@@ -129,7 +129,7 @@ class TokenizerTraining(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Usage and perplexity of the codebook over all validation images."""
-        self._log_codebook("validation")
+        self._log_codebook("val")
 
     def on_test_epoch_end(self) -> None:
         """Usage and perplexity of the codebook over all test images."""
@@ -137,18 +137,10 @@ class TokenizerTraining(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW without decay on norms, biases and codebooks; the learning rate moves every step."""
-        groups = parameter_groups(self.tokenizer, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
-        total = self.trainer.estimated_stepping_batches
-        if self.schedule != "constant" and math.isinf(total):
-            raise ValueError(f"trainer.max_steps: the {self.schedule} schedule expects a number of steps, got none")
-
-        def scale(step: int) -> float:
-            steps = 0 if math.isinf(total) else int(total)
-            return learning_rate_scale(step, self.warmup_steps, steps, self.schedule, self.lr_floor)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled_adamw(
+            self.tokenizer, self.trainer.max_steps, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps, schedule=self.schedule, floor=self.lr_floor,
+        )  # fmt: skip
 
     def _terms(self, x: Float[Tensor, "B 3 H W"]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The terms of the loss by name, unweighted but for their sum; the reconstruction; the codebook's counts."""

@@ -12,7 +12,7 @@ from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence
 from unimodal.text import TextTokenizer
 from unimodal.training.ema import EMA
-from unimodal.training.optimizers import learning_rate_scale, parameter_groups
+from unimodal.training.optimizers import scheduled_adamw
 
 if TYPE_CHECKING:
     from unimodal.data.module import DocumentData
@@ -134,15 +134,10 @@ class UnifiedTraining(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and schedule by optimizer step."""
-        groups = parameter_groups(self.model, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
-        total = int(self.trainer.estimated_stepping_batches)
-
-        def scale(step: int) -> float:
-            return learning_rate_scale(step, self.warmup_steps, total, self.schedule, self.lr_floor)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled_adamw(
+            self.model, self.trainer.max_steps, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps, schedule=self.schedule, floor=self.lr_floor,
+        )  # fmt: skip
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The text tokenizer travels with the weights."""
