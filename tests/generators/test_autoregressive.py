@@ -198,3 +198,21 @@ def test_overfits_four_images(make: Callable[..., UnifiedModel]) -> None:
     expected = model.tokenizer.encode(to_tensor(noise)).values
     got = model.tokenizer.encode(to_tensor([np.asarray(d.images[0]) for d in drawn])).values
     assert torch.equal(got, expected)
+
+
+def test_token_noise_changes_what_is_read_and_never_what_is_predicted() -> None:
+    made = Autoregressive(LAYOUT, 32, token_noise=0.25)
+    grid = Grid(16, 16)
+    ids = torch.randint(16, (2 * 256,), generator=torch.Generator().manual_seed(0))
+    tokens = ImageTokens(ids, (grid, grid))
+    blocks = made.plan(grid, np.random.default_rng(1)) + made.plan(grid, np.random.default_rng(2))
+    read = made.corrupt(tokens, blocks)
+    assert torch.equal(read.targets, ids)
+    changed = (read.inputs != ids).float().mean()
+    assert 0.17 < changed < 0.30  # a quarter, of which one in sixteen happens upon the same id
+    assert torch.equal(made.corrupt(tokens, blocks).inputs, read.inputs)
+    alone = made.corrupt(ImageTokens(ids[256:], (grid,)), blocks[1:])
+    assert torch.equal(alone.inputs, read.inputs[256:])
+    assert torch.equal(made.context(tokens).inputs, ids)
+    with pytest.raises(ValueError, match=r"token_noise: expected a share .* got 1"):
+        Autoregressive(LAYOUT, 32, token_noise=1.0)
