@@ -41,6 +41,7 @@ class UnifiedModel(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         self.generator = generator(tokenizer.layout, backbone.width)
+        self.generator.bind(tokenizer.lookup)
         self.backbone = Backbone(backbone)
         self.sequence = sequence
         self.scheme = SCHEMES[backbone.positions]

@@ -5,7 +5,7 @@ Letters: R documents of a session, T tokens of all images, V entries of the code
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,11 +39,12 @@ class AutoregressiveSettings(SamplingSettings):
 
 
 class Autoregressive(ImageGenerator):
-    """Learns the next id of one codebook, with an embedding and a head of its own beside the text's (Janus, section 3.2).
+    """Learns the next id of one codebook, with an input and a head of its own beside the text's (Janus, section 3.2).
 
     Args:
         layout: of the image tokenizer.
         width: of the backbone.
+        inputs: what is read of an id: a learned row ("ids"), or its code vector through an MLP ("codes", as Janus does).
         token_noise: share of a learned image's ids that are replaced by random ones where they are read, never where
             they are predicted; small data sets are learned by heart without it.
         sampling: defaults of the sampler.
@@ -57,6 +58,7 @@ class Autoregressive(ImageGenerator):
         self,
         layout: TokenLayout,
         width: int,
+        inputs: Literal["ids", "codes"] = "ids",
         token_noise: float = 0.0,
         sampling: AutoregressiveSettings = AutoregressiveSettings(),
     ) -> None:
@@ -68,9 +70,11 @@ class Autoregressive(ImageGenerator):
             raise ValueError(f"token_noise: expected a share from 0 to below 1, got {token_noise}")
         self.layout, self.token_noise, self.sampling = layout, token_noise, sampling
         (entries,) = layout.codebooks
-        self.embedding = nn.Embedding(entries, width)
+        mlp = (nn.Linear(layout.dim, width), nn.GELU(), nn.Linear(width, width))
+        self.embedding = nn.Embedding(entries, width) if inputs == "ids" else nn.Sequential(*mlp)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, entries))
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        if isinstance(self.embedding, nn.Embedding):
+            nn.init.normal_(self.embedding.weight, std=0.02)
 
     def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
         """One causal block, its own context."""
@@ -100,8 +104,11 @@ class Autoregressive(ImageGenerator):
         return Corrupted(tokens.values, torch.ones(len(tokens), device=tokens.values.device), tokens.grids)
 
     def embed(self, corrupted: Corrupted) -> Embeddings:
-        """A row of the embedding an id."""
-        return Embeddings(self.embedding(corrupted.inputs))
+        """A vector an id."""
+        ids = corrupted.inputs
+        if isinstance(self.embedding, nn.Embedding):
+            return Embeddings(self.embedding(ids))
+        return Embeddings(self.embedding(self.lookup(ids)))
 
     def logits(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest V"]:
         """Scores over the codebook, in fp32 or better."""

@@ -5,7 +5,7 @@ R documents of a session, G guidance branches.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -136,6 +136,10 @@ class ImageGenerator(nn.Module, ABC):
     repeats: ClassVar[bool]  # a learned image that is followed by something appears again in its context form
     layout: TokenLayout
     sampling: SamplingSettings
+
+    def bind(self, lookup: Callable[[Tensor], Tensor]) -> None:
+        """Called once by the model with its tokenizer's `lookup`, for generators that read code vectors."""
+        self.lookup = lookup
 
     def check(self, layout: TokenLayout) -> None:
         """Refuse a tokenizer this generator cannot learn."""

@@ -60,7 +60,7 @@ def training(model: UnifiedModel, accumulate: int = 1, **settings: Any) -> Unifi
     """The module as a trainer on one device would drive it."""
     module = UnifiedTraining(model, lr=1e-3, **settings)
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
-        world_size=1, accumulate_grad_batches=accumulate, log_every_n_steps=1000, estimated_stepping_batches=10
+        world_size=1, accumulate_grad_batches=accumulate, log_every_n_steps=1000, max_steps=10
     )
     return module
 
@@ -204,7 +204,7 @@ def test_the_average_follows_its_formula(decay: float, accumulate: int, recorder
         d = min(decay, (1 + step) / (10 + step))
         averages.append({n: d * averages[-1][n] + (1 - d) * w for n, w in weights.items()})
     shadow = checkpoint(folder)["callbacks"]["EMA"]["shadow"]
-    assert {n for n in shadow} == set(averages[-1])
+    assert set(shadow) == set(averages[-1])
     for name, average in shadow.items():
         torch.testing.assert_close(average, averages[-1][name], rtol=1e-5, atol=1e-6)
     # Validation after steps 2 and 4 saw the average; training went on with the weights.

@@ -18,6 +18,10 @@ class Weighted:
     source: Source
     weight: float
 
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"data.weights.{self.source.kind}: expected at least 0, got {self.weight}")
+
 
 @dataclass(frozen=True)
 class Packing:

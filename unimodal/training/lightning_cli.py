@@ -69,6 +69,9 @@ class UnimodalCLI(LightningCLI):
             if self._made is not None and (trainer is None or (trainer.global_step == 0 and trainer.is_global_zero)):
                 shutil.rmtree(self._made, ignore_errors=True)
             if isinstance(error, ValueError):
+                message = str(error)
+                if "Original Traceback" in message:  # from a loader's worker
+                    raise ValueError(message.rpartition("ValueError: ")[2]) from error
                 raise
             raise ValueError(f"trainer: {error}") from error
 
@@ -141,6 +144,9 @@ class UnimodalCLI(LightningCLI):
         resolved = self.config[self.subcommand].model.init_args
         keys = self._parser(self.subcommand).callback_keys
         callbacks = [*(self._get(self.config_init, key) for key in keys), self.signals, Samples()]
+        if config.get("fast_dev_run"):  # its last.ckpt would take the place of a run's
+            callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
+            config["enable_checkpointing"] = False
         if config["logger"] and not config.get("fast_dev_run"):
             callbacks.append(LearningRateMonitor("step"))
         if part is not None:

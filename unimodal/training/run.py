@@ -152,6 +152,8 @@ class Samples(Callback):
             one = DecodingSettings("image", max_tokens=0, max_images=1)
             many = DecodingSettings("text", max_tokens=min(tokens, 48), max_images=4)
             written += decode(model, chosen, one if start == "image" else many, list(range(len(chosen))))
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{trainer.global_step:06d}"

@@ -1,0 +1,185 @@
+"""Every recipe parses, builds and takes a step; every model recipe trains on a folder of your own pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from unimodal.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "lightning_configs"
+MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
+TOKENIZERS = sorted((CONFIGS / "tokenizers").glob("*.yaml"))
+DATA = sorted((CONFIGS / "data").glob("*.yaml"))
+FOLDER = CONFIGS / "data" / "folder.yaml"
+QUICK = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.enable_progress_bar", "false"]
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+def context(recipe: Path) -> str:
+    return str(yaml.safe_load(recipe.read_text())["model"]["init_args"]["model"]["sequence"]["context_length"])
+
+
+def model_options(recipe: Path, folder: Path) -> list[str]:
+    """Small where size is not the point: the smallest batch, hardly any validation, an untrained tokenizer."""
+    options = ["--trainer.default_root_dir", str(folder), "--data.init_args.batch_tokens", context(recipe), *QUICK]
+    options += ["--data.init_args.validation_documents", "2", "--data.init_args.prompts", "1"]
+    if "tokenizer_weights" in yaml.safe_load(recipe.read_text())["model"]["init_args"]:
+        options += ["--model.init_args.tokenizer_weights", "null"]
+    return options
+
+
+def test_there_is_something_to_test() -> None:
+    assert {"digits_mot_flow", "digits_vq_ar"} <= {name(path) for path in MODELS}
+    assert {"digits_vq"} <= {name(path) for path in TOKENIZERS}
+    assert {"folder"} <= {name(path) for path in DATA}
+
+
+@pytest.mark.parametrize("recipe", [*MODELS, *TOKENIZERS, *DATA], ids=name)
+def test_the_head_of_a_recipe_says_what_paper_command_and_measured(recipe: Path) -> None:
+    head = [line.split(":")[0] for line in recipe.read_text().splitlines()[:4]]
+    assert head == ["# What", "# Paper", "# Command", "# Measured"]
+    assert str(recipe.relative_to(CONFIGS.parent)) in recipe.read_text().splitlines()[2]
+
+
+@pytest.mark.parametrize("recipe", MODELS, ids=name)
+def test_a_model_recipe_builds_and_takes_a_step(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["fit", "-c", str(recipe), *model_options(recipe, out), "--trainer.fast_dev_run", "true"]) == 0
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("recipe", TOKENIZERS, ids=name)
+def test_a_tokenizer_recipe_builds_and_takes_a_step(recipe: Path, tmp_path: Path) -> None:
+    options = ["--trainer.default_root_dir", str(tmp_path / "run"), "--data.init_args.batch_size", "4", *QUICK]
+    assert main(["fit", "-c", str(recipe), *options, "--trainer.fast_dev_run", "true"]) == 0
+
+
+def test_a_dry_run_leaves_a_run_alone(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fit = ["fit", "-c", str(MODELS[0]), *model_options(MODELS[0], out)]
+    assert main([*fit, "--trainer.max_steps", "1"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert main([*fit, "--trainer.fast_dev_run", "true"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("recipe", [*MODELS, *TOKENIZERS], ids=name)
+def test_the_config_a_recipe_resolves_to_is_printed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "-c", str(recipe), "--print_config"])
+    assert end.value.code == 0
+    printed, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(recipe.read_text())
+    assert printed["model"]["init_args"]["lr"] == written["model"]["init_args"]["lr"]
+    assert printed["trainer"]["max_steps"] == written["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("where", ["model.init_args", "data.init_args", "trainer", "checkpoint", ""])
+@pytest.mark.parametrize("recipe", [*MODELS, *TOKENIZERS, *DATA], ids=name)
+def test_a_misspelt_key_is_one_line(
+    recipe: Path, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real key of the recipe, two of its letters swapped."""
+    config = yaml.safe_load(recipe.read_text())
+    level = config
+    for key in where.split("."):
+        level = level.get(key, {}) if key else level
+    if not level:
+        pytest.skip(f"{recipe.name} has no {where}")
+    key = max(level, key=len)
+    wrong = f"{key[1]}{key[0]}{key[2:]}"
+    level[wrong] = level.pop(key)
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(config))
+    first = ["-c", str(MODELS[0])] if recipe in DATA else []
+    assert main(["fit", *first, "-c", str(path), "--trainer.default_root_dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert wrong in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of several sizes with .txt beside them."""
+    folder = tmp_path_factory.mktemp("captioned")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        height, width = 8 + 5 * (i % 3), 8 + 9 * (i % 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"noise number {i}, grün")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def listed(captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures in a JSONL."""
+    folder = tmp_path_factory.mktemp("listed")
+    lines = []
+    for path in sorted(captioned.glob("*.png")):
+        (folder / path.name).write_bytes(path.read_bytes())
+        lines.append(json.dumps({"image": path.name, "caption": path.with_suffix(".txt").read_text()}))
+    (folder / "list.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["captioned", "listed"])
+@pytest.mark.parametrize("recipe", MODELS, ids=name)
+def test_your_own_pictures_with_any_recipe(
+    recipe: Path, form: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue(form)
+    options = ["--data.root", str(root), *model_options(recipe, tmp_path / "run"), "--trainer.fast_dev_run", "true"]
+    assert main(["fit", "-c", str(recipe), "-c", str(FOLDER), *options]) == 0
+
+
+@pytest.mark.parametrize("recipe", MODELS, ids=name)
+def test_your_own_pictures_trained_exported_and_drawn(recipe: Path, captioned: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    options = [*model_options(recipe, run), "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    assert main(["fit", "-c", str(recipe), "-c", str(FOLDER), "--data.root", str(captioned), *options]) == 0
+    assert json.loads((run / "export" / "export.json").read_text())["recipe"] == recipe.stem
+    assert list((run / "samples").glob("step_000002.*"))
+    draw = ["generate", "image", "--run", str(run), "--prompt", "noise number 3", "-n", "2", "--out", str(out)]
+    assert main(draw) == 0
+    height, width = yaml.safe_load(recipe.read_text())["model"]["init_args"]["model"]["sequence"]["image_sizes"][0]
+    assert Image.open(out / "00001.png").size == (width, height)
+    assert main(["describe", "--run", str(run), str(captioned / "0.png"), "--max-tokens", "2"]) == 0
+
+
+def test_a_folder_without_captions_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    for root, said in ((tmp_path / "pictures", "caption"), (tmp_path / "none", "missing")):
+        options = ["--data.root", str(root), *model_options(MODELS[0], tmp_path / "run")]
+        capsys.readouterr()
+        assert main(["fit", "-c", str(MODELS[0]), "-c", str(FOLDER), *options]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1, error
+        assert str(root) in error
+        assert said in error
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_is_named_wherever_it_is_read(
+    workers: str, captioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for path in captioned.iterdir():
+        (root / path.name).write_bytes(path.read_bytes()[:90])  # of the texts all, of the pictures a part
+    options = ["--data.root", str(root), "--data.workers", workers, *model_options(MODELS[0], tmp_path / "run")]
+    capsys.readouterr()
+    assert main(["fit", "-c", str(MODELS[0]), "-c", str(FOLDER), *options]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "Traceback" not in error
+    assert f"{root}/" in error
+    assert "whole image" in error
+    assert not (tmp_path / "run").exists()
