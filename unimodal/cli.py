@@ -23,7 +23,6 @@ LIGHTNING_HELP = """usage: unimodal {command} -c FILE.yaml [-c FILE.yaml ...] [-
                                   and below --model.model.: tokenizer, generator, backbone, sequence
   --data.KEY VALUE                batch_tokens, weights, root ...
   --checkpoint.KEY VALUE          Lightning ModelCheckpoint: every_n_train_steps, save_top_k ...
-  --init EXPORT                   start from the weights of an export (short for --model.init)
   --seed_everything N             one seed for everything
   --init EXPORT                   start from the weights of an export
   --ckpt_path PATH|last           continue exactly from a checkpoint
@@ -53,8 +52,7 @@ def _dispatch(args: list[str]) -> int:
             return 0
         from unimodal.training.lightning_cli import run
 
-        long = {"--help-all": "--help", "--init": "--model.init"}
-        return run([command, *(long.get(arg, arg) for arg in rest)])
+        return run([command, *("--help" if arg == "--help-all" else arg for arg in rest)])
     parsed = _parser().parse_args(args or ["--help"])
     return parsed.run(parsed)
 

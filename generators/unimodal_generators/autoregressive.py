@@ -70,8 +70,7 @@ class Autoregressive(ImageGenerator):
             raise ValueError(f"token_noise: expected a share from 0 to below 1, got {token_noise}")
         self.layout, self.token_noise, self.sampling = layout, token_noise, sampling
         (entries,) = layout.codebooks
-        mlp = (nn.Linear(layout.dim, width), nn.GELU(), nn.Linear(width, width))
-        self.embedding = nn.Embedding(entries, width) if inputs == "ids" else nn.Sequential(*mlp)
+        self.embedding = nn.Embedding(entries, width) if inputs == "ids" else _code_mlp(layout.dim, width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, entries))
         if isinstance(self.embedding, nn.Embedding):
             nn.init.normal_(self.embedding.weight, std=0.02)
@@ -142,3 +141,11 @@ class Autoregressive(ImageGenerator):
             one = Corrupted(ids[-1], torch.ones(len(grids)), (Grid(1, 1),) * len(grids))
             hidden = session.append(self.embed(one), [block.piece(i, 1)] * len(grids))
         yield ImageTokens(torch.stack(ids, dim=1).flatten(), tuple(grids))  # (R, n) -> (T,)
+
+
+def _code_mlp(dim: int, width: int) -> nn.Sequential:
+    """Codes of length 1 to vectors of entries about 1, which added position embeddings do not drown."""
+    first, second = nn.Linear(dim, width), nn.Linear(width, width)
+    nn.init.normal_(first.weight, std=1.0)
+    nn.init.normal_(second.weight, std=2.0 * width**-0.5)
+    return nn.Sequential(first, nn.GELU(), second)
