@@ -88,7 +88,10 @@ class DocumentData(LightningDataModule):
         return DataLoader(packs, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
     test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> Iterable[list[Document]]:
+        """The prompts, many at a time."""
+        return DataLoader(self.prompts(), batch_size=64, collate_fn=list)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: tensors and plain lists only, so that checkpoints load without code."""

@@ -15,11 +15,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from PIL import Image
 
 from unimodal.attention import describe
-from unimodal.decoding import DecodingSettings, decode
-from unimodal.documents import Document, write_html
+from unimodal.documents import GENERATED, Document, write_html, write_jsonl
 from unimodal.export import ExportInfo, save_export
 from unimodal.training.ema import EMA
-from unimodal.training.unified import UnifiedTraining
+from unimodal.training.unified import UnifiedTraining, continue_prompts
 
 
 class Progress(TQDMProgressBar):
@@ -137,30 +136,40 @@ class RunFolder(Callback):
 
 
 class Samples(Callback):
-    """Continues the same held-out prompts with the same seeds at every validation."""
+    """Writes what a model makes of held-out prompts: the same prompts with the same seeds at every validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._predicted: list[Document] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `samples/step_N.html` and, of what was drawn, `samples/step_N.png`. The average's weights are still in."""
-        if trainer.sanity_checking or not trainer.is_global_zero or not isinstance(pl_module, UnifiedTraining):
+        dry = trainer.fast_dev_run or trainer.sanity_checking  # type: ignore[attr-defined]
+        if dry or not trainer.is_global_zero or not isinstance(pl_module, UnifiedTraining):
             return
-        prompts: list[Document] = trainer.datamodule.prompts()  # type: ignore[attr-defined]
-        model = pl_module.model
-        tokens = model.sequence.context_length
-        written: list[Document] = []
-        for start in ("image", "text"):
-            chosen = [p for p in prompts if (p.kind == "text_to_image") == (start == "image")]
-            one = DecodingSettings("image", max_tokens=0, max_images=1)
-            many = DecodingSettings("text", max_tokens=min(tokens, 48), max_images=4)
-            written += decode(model, chosen, one if start == "image" else many, list(range(len(chosen))))
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        folder = Path(trainer.default_root_dir) / "samples"
+        written = continue_prompts(pl_module.model, trainer.datamodule.prompts())  # type: ignore[attr-defined]
+        folder, name = Path(trainer.default_root_dir) / "samples", f"step_{trainer.global_step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"step_{trainer.global_step:06d}"
         write_html(written, folder / f"{name}.html", f"Samples after {trainer.global_step} steps")
-        drawn = [part.image for d in written for part in d.parts if part.is_image and part.role == "generated"]
+        drawn = [part.image for d in written for part in d.parts if part.is_image and part.role == GENERATED]
         if drawn:
             grid(drawn).save(folder / f"{name}.png")
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Keep the continued documents."""
+        if isinstance(pl_module, UnifiedTraining):
+            self._predicted += outputs
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write `predictions/documents.jsonl` with its images, and `predictions/documents.html`."""
+        if self._predicted and trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir) / "predictions"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_jsonl(folder / "documents.jsonl", self._predicted, folder / "images")
+            write_html(self._predicted, folder / "documents.html", "Held-out prompts, continued")
+            print(f"{len(self._predicted)} documents in {folder}")
 
 
 def grid(images: Sequence[Image.Image], columns: int = 10) -> Image.Image:

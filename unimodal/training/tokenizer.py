@@ -118,10 +118,18 @@ class TokenizerTraining(L.LightningModule):
     def validation_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
         """The same terms on held-out images, PSNR in dB, and a picture of the first of them."""
         reconstruction = self._evaluate(batch, "val")
-        if batch_idx == 0 and self.samples and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            folder = Path(self.trainer.default_root_dir) / "samples"
-            path = folder / f"reconstruction_step_{self.global_step}.png"
-            write_reconstructions(batch[: self.samples], reconstruction[: self.samples], path)
+        dry = self.trainer.sanity_checking or self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if batch_idx == 0 and not dry:
+            self._draw(batch, reconstruction, f"samples/reconstruction_step_{self.global_step}.png")
+
+    def predict_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
+        """A picture of a batch of held-out images beside their reconstructions, in `predictions/`."""
+        self._draw(batch, self.tokenizer(batch).images.float(), f"predictions/reconstruction_{batch_idx:04d}.png")
+
+    def _draw(self, images: Float[Tensor, "B 3 H W"], reconstruction: Float[Tensor, "B 3 H W"], name: str) -> None:
+        if self.samples and self.trainer.is_global_zero:
+            path = Path(self.trainer.default_root_dir) / name
+            write_reconstructions(images[: self.samples], reconstruction[: self.samples], path)
 
     def test_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
         """The same terms and PSNR on test images."""

@@ -7,6 +7,8 @@ import torch
 from lightning import Callback, LightningModule
 from torch import Tensor
 
+from unimodal.decoding import DecodingSettings, decode
+from unimodal.documents import Document
 from unimodal.export import load_weights, read_info, read_weights
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence
@@ -119,18 +121,19 @@ class UnifiedTraining(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Held-out loss by kind of document, and the sum that checkpoints are chosen by."""
         total = torch.zeros((), device=self.device, dtype=torch.float64)
+        stage = "test" if self.trainer.testing else "val"
         for key, (value, count) in sorted(self._sums.items()):
-            self.log(f"val/{key}", (value / count).float())
+            self.log(f"{stage}/{key}", (value / count).float())
             total = total + self.loss_weights[key.split("/")[1]] * value / count
-        self.log("val/loss", (total / max(len(self._sums), 1)).float(), prog_bar=True)
+        self.log(f"{stage}/loss", (total / max(len(self._sums), 1)).float(), prog_bar=True)
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, batch: PackedSequence, batch_idx: int) -> dict[str, float]:
-        """Loss of each kind over one pack."""
-        return {name: float(term.sum) / max(term.count, 1) for name, term in self.model(batch).items()}
+    def predict_step(self, batch: list[Document], batch_idx: int) -> list[Document]:
+        """Held-out prompts, continued; `Samples` writes them into the run folder."""
+        return continue_prompts(self.model, batch)
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and schedule by optimizer step."""
@@ -146,3 +149,14 @@ class UnifiedTraining(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """And comes back with them."""
         self.model.text = TextTokenizer.from_json(checkpoint["text_tokenizer"])
+
+
+def continue_prompts(model: UnifiedModel, prompts: list[Document]) -> list[Document]:
+    """Held-out prompts as a user would have them continued: a caption is drawn, all else goes on with text."""
+    written: list[Document] = []
+    drawing = DecodingSettings("image", max_tokens=0, max_images=1)
+    writing = DecodingSettings("text", max_tokens=min(model.sequence.context_length, 48), max_images=4)
+    for settings in (drawing, writing):
+        chosen = [p for p in prompts if (p.kind == "text_to_image") == (settings is drawing)]
+        written += decode(model, chosen, settings, list(range(len(chosen))))
+    return written
