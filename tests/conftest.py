@@ -1,5 +1,6 @@
 """Tiny models that every test may ask for, and one thread, so that tests do not fight over the cores."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -51,7 +52,8 @@ def build(generator: str = "flow", experts: Experts = FULL, width: int = 32, **r
     )  # fmt: skip
     settings = {"image_sizes": [(8, 8), (4, 8)], "context_length": 192, "drop_text": 0.1, **rules}
     tokenizer = PatchTokenizer(2) if generator == "flow" else GrayLevels()
-    made = {"flow": Flow, "autoregressive": Autoregressive}[generator]
+    codes = functools.partial(Autoregressive, inputs="codes", token_noise=0.2)
+    made = {"flow": Flow, "autoregressive": Autoregressive, "codes": codes}[generator]
     model = UnifiedModel(tokenizer, made, config, SequenceRules(**settings))
     model.text = TextTokenizer.train(CORPUS, 300)
     with torch.no_grad():
@@ -98,7 +100,7 @@ def make() -> Callable[..., UnifiedModel]:
     return build
 
 
-@pytest.fixture(scope="session", params=["flow", "autoregressive"])
+@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes"])
 def model(request: pytest.FixtureRequest) -> UnifiedModel:
     """One model a generator."""
     return build(request.param)

@@ -70,6 +70,18 @@ def test_a_training_sequence_equals_its_parts_fed_to_a_session(model: UnifiedMod
         torch.testing.assert_close(hidden_in_session(model, document), trained, atol=2e-5, rtol=1e-4)
 
 
+def test_and_in_float64_to_the_last_digits(model: UnifiedModel, mixed: list[Document]) -> None:
+    model = model.double()
+    try:
+        for document in sequenced(model, mixed):
+            trained = hidden_in_sequence_order(model, packed(model, [document]))
+            assert trained.dtype == torch.float64
+            # Rotary tables are fp32, alike on both sides; nothing else is.
+            torch.testing.assert_close(hidden_in_session(model, document), trained, atol=1e-10, rtol=1e-8)
+    finally:
+        model.float()
+
+
 def test_packed_equals_each_document_alone(model: UnifiedModel, mixed: list[Document]) -> None:
     documents = sequenced(model, mixed)
     together = hidden_in_sequence_order(model, packed(model, documents))

@@ -183,3 +183,23 @@ def test_a_broken_picture_is_named_wherever_it_is_read(
     assert f"{root}/" in error
     assert "whole image" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_the_short_overrides_of_the_readme_reach_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    short = [
+        "--trainer.max_steps", "2000", "--model.lr", "1e-3", "--model.model.tokenizer.patch", "8",
+        "--model.model.tokenizer.colours", "3", "--model.model.sequence.image_sizes", "[[64, 64]]",
+        "--model.model.sequence.context_length", "512", "--data.batch_tokens", "8192",
+    ]  # fmt: skip
+    flow = next(path for path in MODELS if name(path) == "digits_mot_flow")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "-c", str(flow), *short, "--print_config"])
+    assert end.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    settings = config["model"]["init_args"]
+    assert config["trainer"]["max_steps"] == 2000
+    assert settings["lr"] == 1e-3
+    assert settings["model"]["init_args"]["tokenizer"]["init_args"] == {"patch": 8, "colours": 3}
+    assert settings["model"]["init_args"]["sequence"]["image_sizes"] == [[64, 64]]
+    assert settings["model"]["init_args"]["sequence"]["context_length"] == 512
+    assert config["data"]["init_args"]["batch_tokens"] == 8192

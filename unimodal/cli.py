@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
-    except ValueError as error:
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
         if os.environ.get("UNIMODAL_TRACEBACK"):
             raise
         print(f"unimodal: {' '.join(str(error).split())}", file=sys.stderr)
@@ -54,7 +56,9 @@ def _dispatch(args: list[str]) -> int:
 
         return run([command, *("--help" if arg == "--help-all" else arg for arg in rest)])
     parsed = _parser().parse_args(args or ["--help"])
-    return parsed.run(parsed)
+    from unimodal import commands
+
+    return getattr(commands, parsed.run)(parsed)
 
 
 class _OneLine(argparse.ArgumentParser):
@@ -78,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     image.add_argument("--out", type=Path, required=True, help="folder for PNGs and images.jsonl")
     image.add_argument("--batch", type=int, default=64, help="images drawn at once (64); changes no image")
     _add_image_sampling(image)
-    image.set_defaults(run=_generate_image)
+    image.set_defaults(run="generate_image")
     document = kinds.add_parser("document", help="a document of text and images, continued")
     _add_model(document)
     document.add_argument("--prompt", required=True, metavar="FILE.md|TEXT", help="Markdown with image links, or text")
@@ -87,12 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     document.add_argument("--max-images", type=int, default=4, help="most images (4)")
     document.add_argument("--text-temperature", type=float, default=0.0, help="0: the likeliest word (0)")
     _add_image_sampling(document)
-    document.set_defaults(run=_generate_document)
+    document.set_defaults(run="generate_document")
     describe = commands.add_parser("describe", help="text about an image")
     _add_model(describe)
     describe.add_argument("image", type=Path, help="an image file")
     describe.add_argument("--max-tokens", type=int, default=64, help="most text tokens (64)")
-    describe.set_defaults(run=_describe)
+    describe.set_defaults(run="describe")
     evaluate = commands.add_parser("evaluate", help="scores")
     names = evaluate.add_subparsers(metavar="digits", required=True)
     digits = names.add_parser("digits", help="drawn, read and added up digits, judged by a classifier")
@@ -100,14 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("--out", type=Path, required=True, help="folder for scores.json, samples.png, index.html")
     digits.add_argument("--batch", type=int, default=100, help="documents at once (100); changes no score")
     _add_image_sampling(digits)
-    digits.set_defaults(run=_evaluate_digits)
+    digits.set_defaults(run="evaluate_digits")
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", dest="folder", type=Path, required=True, help="run folder, or an export")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step (ema)")
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="(0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
 
 
@@ -125,28 +129,10 @@ def _add_image_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, help="of image tokens")
 
 
-def _generate_image(args: argparse.Namespace) -> int:
-    from unimodal import commands
-
-    return commands.generate_image(args)
-
-
-def _generate_document(args: argparse.Namespace) -> int:
-    from unimodal import commands
-
-    return commands.generate_document(args)
-
-
-def _describe(args: argparse.Namespace) -> int:
-    from unimodal import commands
-
-    return commands.describe(args)
-
-
-def _evaluate_digits(args: argparse.Namespace) -> int:
-    from unimodal import commands
-
-    return commands.evaluate_digits(args)
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

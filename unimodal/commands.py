@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ def describe(args: argparse.Namespace) -> int:
     settings = DecodingSettings(max_tokens=args.max_tokens, max_images=0)
     (document,) = decode(model, [Document((Part(image, learn=False),))], settings, [args.seed])
     print("".join(part.text for part in document.parts if part.is_text))
+    print(f"({args.weights} weights)", file=sys.stderr)
     return 0
 
 
@@ -95,11 +97,10 @@ def evaluate_digits(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> UnifiedModel:
+    model = load_run(args.folder, args.weights)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        )
-        return load_run(args.folder, args.weights).to(device)
+        return model.to(torch.device(device))
     except RuntimeError as error:
         raise ValueError(f"--device: {args.device} cannot be used ({str(error).splitlines()[0]})") from error
 

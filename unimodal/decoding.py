@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from unimodal.attention import KVCache
 from unimodal.backbone.positions import Placed
-from unimodal.documents import Document, Part
+from unimodal.documents import GENERATED, Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, to_tensor
 from unimodal_generators.base import Block, Embeddings, ImageTokens, SamplingSettings, TokenKind
@@ -186,6 +186,15 @@ class DecodingSettings:
     image: SamplingSettings | None = None
     size: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_tokens < 0 or self.max_images < 0:
+            raise ValueError(
+                f"max_tokens and max_images: expected 0 or more, got {self.max_tokens} and {self.max_images}"
+            )
+        if self.start == "image" and self.max_images == 0:
+            raise ValueError("max_images: expected at least 1 to start with an image, got 0")
+        check_choice(self.temperature, self.top_k, self.top_p)
+
 
 @dataclass
 class _Row:
@@ -238,10 +247,10 @@ class _Decoder:
                 self._append_context(images, self.model.tokenizer.encode_each(pixels))
 
     def _append_context(self, rows: list[int], tokens: ImageTokens) -> None:
-        """The context form of one image a row; block by block, as generators plan it."""
+        """The context form of one image a row, which is one block."""
         generator = self.model.generator
-        plans = [generator.plan_context(grid) for grid in tokens.grids]
-        self.session.rows(rows).append(generator.embed(generator.context(tokens)), [plan[0] for plan in plans])
+        blocks = [block for grid in tokens.grids for (block,) in [generator.plan_context(grid)]]
+        self.session.rows(rows).append(generator.embed(generator.context(tokens)), blocks)
 
     def run(self) -> list[list[Part]]:
         """Parts written behind each prompt."""
@@ -305,7 +314,7 @@ class _Decoder:
         rngs = [self.rows[i].rng for i in images]
         *_, tokens = generator.sample(view, [self.grid] * len(images), self.image, rngs)
         for i, pixels in zip(images, self.model.tokenizer.decode_each(tokens), strict=True):
-            self.rows[i].parts.append(Part(to_image(pixels), role="generated"))
+            self.rows[i].parts.append(Part(to_image(pixels), role=GENERATED))
             self.rows[i].images += 1
             self.rows[i].state = "text" if self._may_write(i) else "done"
         going = [r for r, i in enumerate(images) if self.rows[i].state == "text"]
@@ -318,7 +327,7 @@ class _Decoder:
     def _close_text(self, i: int) -> None:
         row = self.rows[i]
         if row.ids:
-            row.parts.append(Part(self.model.text.decode(row.ids), role="generated"))
+            row.parts.append(Part(self.model.text.decode(row.ids), role=GENERATED))
             row.ids = []
 
     def _finish(self, i: int) -> None:
@@ -337,7 +346,6 @@ def decode(
     model: UnifiedModel, documents: Sequence[Document], settings: DecodingSettings, seeds: Sequence[int]
 ) -> list[Document]:
     """Continue documents, all at once. Each draws from its own seed, so its result does not depend on its neighbours."""
-    check_choice(settings.temperature, settings.top_k, settings.top_p)
     if len(seeds) != len(documents):
         raise ValueError(f"seeds: expected one a document ({len(documents)}), got {len(seeds)}")
     if settings.size is not None and tuple(settings.size) not in {tuple(s) for s in model.sequence.image_sizes}:
@@ -353,8 +361,9 @@ def decode(
     training = model.training
     model.eval()
     try:
-        runs = [model.sequencer.prompt(document) for document in documents]
-        parts = _Decoder(model, runs, settings, seeds).run()
+        with torch.autocast(model.device.type, enabled=False):
+            runs = [model.sequencer.prompt(document) for document in documents]
+            parts = _Decoder(model, runs, settings, seeds).run()
     finally:
         model.train(training)
     return [Document((*d.parts, *new), d.kind) for d, new in zip(documents, parts, strict=True)]

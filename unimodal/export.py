@@ -162,7 +162,7 @@ def load_run(run: Path, weights: str = "ema") -> UnifiedModel:
     model = load_export(folder, "model")
     assert isinstance(model, UnifiedModel)
     if weights == "raw":
-        state = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+        state = read_checkpoint(run / "checkpoints" / "last.ckpt").get("state_dict", {})
         raw = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
         load_weights(model, raw, str(run / "checkpoints" / "last.ckpt"))
     return model

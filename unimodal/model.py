@@ -97,7 +97,7 @@ class UnifiedModel(nn.Module):
 
     def forward(self, packed: PackedSequence) -> LossBreakdown:
         """Sums and counts of every loss over a packed sequence."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # the ids that decoding will read
             tokens = self.encode(packed.images)
         learned = self.generator.corrupt(tokens.select(packed.learned_images), packed.learned_blocks)
         context = self.generator.context(tokens.select(packed.context_images))
@@ -115,8 +115,8 @@ class UnifiedModel(nn.Module):
 
     def hidden(self, values: dict[TokenKind, Float[Tensor, "_ C"]], packed: PackedSequence) -> Float[Tensor, "S C"]:
         """Hidden states, in expert order, of embeddings given by kind."""
-        x = torch.cat([values[kind].float() for kind in self.kinds if kind in values])  # (S, C), residual in fp32
-        x = x.to(self.backbone.embedding.weight.dtype)
+        dtype = self.backbone.embedding.weight.dtype  # of the residual stream, also under autocast
+        x = torch.cat([values[kind].to(dtype) for kind in self.kinds if kind in values])  # (S, C)
         attention = packed_attention(self.backbone.config.attention, packed.table, packed.order, packed.inverse)
         return self.backbone(x, packed.positions, packed.splits, attention)
 

@@ -1,6 +1,7 @@
 """The demo: train a digits recipe (and its tokenizer, where it has one), score it, leave a page to look at."""
 
 import argparse
+import json
 import shutil
 import sys
 import time
@@ -9,13 +10,11 @@ from pathlib import Path
 import torch
 
 from unimodal.cli import main as unimodal
-from unimodal.environment import choose_precision, describe_installation
+from unimodal.environment import can_compile, choose_precision, describe_installation
 
-# Both measured on two Xeon cores with AMX, packs of 4,096 tokens, in steps of this training a second.
+# Measured on two Xeon cores with AMX, packs of 4,096 tokens, in steps of this training a second.
 BF16_SLOWER = "at width 128 with a new shape every step it is slower (0.9 against 2.2 steps a second)"
-NOT_COMPILED = (
-    "not compiled: 38 s of compiling would buy 1.3 times the speed, which five minutes of training hardly repay"
-)
+COMPILING = "38 s of compiling would buy 1.3 times the speed, which five minutes of training hardly repay"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     precision, reason = demo_precision()
     print(describe_installation())
     print(f"precision {precision}: {reason}")
-    print(NOT_COMPILED)
+    able, why = can_compile()
+    print(f"not compiled: {COMPILING if able else why}")
     for folder in ("tokenizer", "run"):
         shutil.rmtree(args.out / folder, ignore_errors=True)
     extra: list[str] = []
@@ -53,9 +53,15 @@ def main(argv: list[str] | None = None) -> int:
         ]
     )
     step(["evaluate", "digits", "--run", str(run), "--out", str(args.out)])
-    minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    print(f"done in {minutes} min {seconds} s: open {args.out / 'index.html'}")
+    trained = [json.loads(path.read_text())["train_seconds"] for path in args.out.glob("*/run.json")]
+    whole = time.monotonic() - started
+    print(f"trained {duration(sum(trained))}, done in {duration(whole)}: open {args.out / 'index.html'}")
     return 0
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds."""
+    return "{} min {} s".format(*divmod(round(seconds), 60))
 
 
 def demo_precision() -> tuple[str, str]:

@@ -138,7 +138,7 @@ class Autoregressive(ImageGenerator):
         for i in range(block.grid.length):
             logits = guide(self.logits(hidden), [settings.guidance] * (session.branches - 1))  # (R, V)
             ids.append(choose(logits, rngs, settings.temperature, settings.top_k, settings.top_p))
-            one = Corrupted(ids[-1], torch.ones(len(grids)), (Grid(1, 1),) * len(grids))
+            one = Corrupted(ids[-1], torch.ones(len(grids), device=hidden.device), (Grid(1, 1),) * len(grids))
             hidden = session.append(self.embed(one), [block.piece(i, 1)] * len(grids))
         yield ImageTokens(torch.stack(ids, dim=1).flatten(), tuple(grids))  # (R, n) -> (T,)
 

@@ -7,15 +7,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unimodal.training.tokenizer import CodebookCounts, TokenizerTraining, write_reconstructions
 from unimodal_tokenizers import PatchTokenizer, VQTokenizer
-
-RECIPE = Path(__file__).parents[2] / "lightning_configs" / "tokenizers" / "digits_vq.yaml"
 
 
 def bars(count: int) -> list[Tensor]:
@@ -142,28 +139,3 @@ def test_weights_that_cannot_be_are_refused(changed: dict[str, float], said: str
 def test_a_tokenizer_without_weights_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tokenizer: expected one that is trained .* got PatchTokenizer"):
         TokenizerTraining(PatchTokenizer(2), lr=1.0, l1_weight=1.0, l2_weight=0.0, commitment_weight=0.0)
-
-
-def recipe(*extra: str) -> LightningCLI:
-    """The model and trainer of the recipe, as `unimodal fit` builds them."""
-    args = ["--config", str(RECIPE), "--trainer.accelerator=cpu", "--trainer.logger=false", *extra]
-    return LightningCLI(
-        L.LightningModule, subclass_mode_model=True, run=False, args=args, save_config_callback=None,
-        parser_kwargs={"exit_on_error": True},
-    )  # fmt: skip
-
-
-@pytest.mark.skipif("data:" in RECIPE.read_text(), reason="the command's own tests run recipes with data")
-def test_the_recipe_builds_a_small_tokenizer_and_takes_a_step() -> None:
-    cli = recipe("--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false")
-    assert cli.model.tokenizer.layout.stride == 2
-    assert sum(p.numel() for p in cli.model.parameters()) < 1_000_000
-    cli.trainer.fit(cli.model, DataLoader(bars(8), batch_size=8), DataLoader(bars(8), batch_size=8))
-    assert int(cli.model.tokenizer.quantizer.steps) == 1
-
-
-@pytest.mark.skipif("data:" in RECIPE.read_text(), reason="the command's own tests run recipes with data")
-def test_a_misspelt_key_of_the_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        recipe("--model.init_args.tokenizer.init_args.codebok=9")
-    assert "codebok" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Training of unified models: normalisation, who is trained and how, averages, starts from exports."""
 
 import copy
+import csv
 import os
 import re
 import subprocess
@@ -17,7 +18,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from unimodal.cli import main
-from unimodal.documents import Document
+from unimodal.decoding import DecodingSettings, decode
+from unimodal.documents import Document, Part, read_jsonl
 from unimodal.export import load_run
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, pack
@@ -227,18 +229,39 @@ def test_an_average_needs_a_share() -> None:
             EMA(decay)
 
 
-def test_validate_test_and_predict_see_the_same_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def validation_losses(folder: Path) -> dict[str, float]:
+    """What the last validation of a fit logged."""
+    with (folder / "logs" / "version_0" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/loss"]]
+    return {name: float(value) for name, value in rows[-1].items() if name.startswith("val/")}
+
+
+def test_validate_test_and_predict_see_the_averaged_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    assert fit(FLOW, folder) == 0
-    losses = {}
-    for command in ("validate", "test"):
+    assert fit(FLOW, folder, "--trainer.val_check_interval", "4") == 0
+    expected = validation_losses(folder)
+    assert {"val/loss", "val/sum/image", "val/sum/text", "val/image_to_text/text"} <= set(expected)
+    options = ["-c", str(FLOW), "-c", str(tmp_path / "tiny.yaml"), "--trainer.default_root_dir", str(folder)]
+    samples = sorted((folder / "samples").iterdir())
+    for command, stage in (("validate", "val"), ("test", "test")):
         capsys.readouterr()
-        options = ["-c", str(FLOW), "-c", str(tmp_path / "tiny.yaml"), "--trainer.default_root_dir", str(folder)]
         assert main([command, *options]) == 0
-        found = re.findall(r"(val/\S+)\s+│\s+([\d.]+)", capsys.readouterr().out)
-        losses[command] = {name: float(value) for name, value in found}
-    assert {"val/loss", "val/sum/image", "val/sum/text", "val/image_to_text/text"} <= set(losses["validate"])
-    assert losses["validate"] == losses["test"]
+        found = re.findall(rf"({stage}/\S+)\s+│\s+([\d.]+)", capsys.readouterr().out)
+        assert len(found) == len(expected)
+        for name, value in found:
+            assert float(value) == pytest.approx(expected[name.replace("test/", "val/")], rel=1e-5)
+    assert main(["predict", *options]) == 0
+    written = read_jsonl(folder / "predictions" / "documents.jsonl")
+    averaged = load_run(folder, "ema")
+    captions = [d for d in written if d.kind == "text_to_image"]
+    assert captions
+    drawing = DecodingSettings("image", max_tokens=0, max_images=1)
+    prompt = Document((Part(captions[0].parts[0].text, learn=False),), "text_to_image")
+    (again,) = decode(averaged, [prompt], drawing, [0])
+    assert again.parts[-1].image.tobytes() == captions[0].parts[-1].image.tobytes()
+    # Looking at a checkpoint adds nothing to the run's own curves and samples.
+    assert sorted((folder / "samples").iterdir()) == samples
+    assert [p.name for p in (folder / "logs").iterdir()] == ["version_0"]
 
 
 def test_the_text_tokenizer_travels_with_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,17 +330,21 @@ def test_tokenizer_weights_are_loaded_frozen_and_checked(tmp_path: Path, capsys:
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_accumulation(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    assert fit(FLOW, one, "--trainer.accumulate_grad_batches", "4", "--trainer.gradient_clip_val", "0.1") == 0
+    # Sixteen micro-batches are four steps on one process, eight a rank on two.
+    shared = ["--trainer.gradient_clip_val", "0.1", "--data.validation_documents", "5"]
+    each = ["--trainer.accumulate_grad_batches", "4", "--trainer.val_check_interval", "16"]
+    assert fit(FLOW, one, *shared, *each) == 0
     command = [
         sys.executable, "-m", "unimodal.cli", "fit", "-c", str(FLOW), "-c", str(tmp_path / "tiny.yaml"),
         "--trainer.default_root_dir", str(two), "--trainer.accumulate_grad_batches", "2",
-        "--trainer.gradient_clip_val", "0.1", "--trainer.devices", "2", "--trainer.strategy", "ddp",
+        "--trainer.val_check_interval", "8", "--trainer.devices", "2", "--trainer.strategy", "ddp", *shared,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = checkpoint(one), checkpoint(two)
     assert a["DigitsData"] == b["DigitsData"]
+    assert validation_losses(two) == pytest.approx(validation_losses(one), rel=1e-4)
     for name, value in a["state_dict"].items():
         torch.testing.assert_close(
             b["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"

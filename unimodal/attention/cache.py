@@ -67,13 +67,13 @@ class CacheView:
         self.where = torch.tensor(sequences).repeat_interleave(ends - starts).to(device)  # (n,) new tokens, end to end
         self.at = positions[real].to(device)  # (n,)
         self.longest, self.shape = longest, tuple(positions.shape)
-        self.mask = self._mask(positions, starts, ends, bidirectional).to(device)  # (R, 1, T, M)
+        self.mask = self._mask(positions, ends, bidirectional).to(device)  # (R, 1, T, M)
 
-    def _mask(self, positions: Tensor, starts: Tensor, ends: Tensor, bidirectional: bool) -> Bool[Tensor, "R 1 T M"]:
+    def _mask(self, positions: Tensor, ends: Tensor, bidirectional: bool) -> Bool[Tensor, "R 1 T M"]:
         keys = torch.arange(self.longest)
         last = ends[:, None].expand_as(positions) - 1 if bidirectional else positions  # last key seen (R, T)
         # Padded queries see what their block sees, so that no row is empty; nobody reads them.
-        return (keys <= torch.maximum(last, starts[:, None])[:, :, None])[:, None]
+        return (keys <= last[:, :, None])[:, None]
 
     def __call__(
         self, layer: int, q: Float[Tensor, "RT H E"], k: Float[Tensor, "RT K E"], v: Float[Tensor, "RT K E"]

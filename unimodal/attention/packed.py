@@ -60,12 +60,12 @@ class _Pad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gather: Tensor, slots: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(gather, slots, real)
+        ctx.save_for_backward(slots)
         return x.index_select(0, gather)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        _, slots, _ = ctx.saved_tensors
+        (slots,) = ctx.saved_tensors
         return grad.index_select(0, slots), None, None, None
 
 
@@ -74,12 +74,12 @@ class _Unpad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gather: Tensor, slots: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(gather, slots, real)
+        ctx.save_for_backward(gather, real)
         return x.index_select(0, slots)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        gather, _, real = ctx.saved_tensors
+        gather, real = ctx.saved_tensors
         return grad.index_select(0, gather) * real[:, None, None], None, None, None
 
 

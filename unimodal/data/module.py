@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from unimodal.data.digits import DigitsSource
-from unimodal.data.folder import FolderSource
+from unimodal.data.folder import FolderSource, FolderSplit
 from unimodal.data.source import Source
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, validation_packs
 from unimodal.documents import Document
@@ -68,7 +69,7 @@ class DocumentData(LightningDataModule):
         for s, source in enumerate(self.validation_sources()):
             for index in range(min(self.prompt_count, len(source))):
                 document = source.document(index, np.random.default_rng((self.seed, s, index)))
-                kept = tuple(part for part in document.parts if not part.learn)
+                kept = tuple(takewhile(lambda part: not part.learn, document.parts))
                 prompts.append(Document(kept, document.kind))
         return prompts
 
@@ -85,13 +86,15 @@ class DocumentData(LightningDataModule):
     def val_dataloader(self) -> Iterable[PackedSequence]:
         """Held-out packs of one kind each."""
         packs = validation_packs(self.validation_sources(), self._packing(), self.seed, self.validation_documents)
-        return DataLoader(packs, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+        assert self.trainer is not None
+        mine = packs[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(mine, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> Iterable[list[Document]]:
-        """The prompts, many at a time."""
-        return DataLoader(self.prompts(), batch_size=64, collate_fn=list)  # type: ignore[arg-type]
+    def predict_dataloader(self) -> Iterable[list[tuple[int, Document]]]:
+        """The prompts with their numbers, many at a time."""
+        return DataLoader(list(enumerate(self.prompts())), batch_size=64, collate_fn=list)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: tensors and plain lists only, so that checkpoints load without code."""
@@ -204,17 +207,17 @@ class FolderData(DocumentData):
         self.root, self.weights, self.validation_share = Path(root), weights, validation_share
 
     def training_sources(self) -> list[Weighted]:
-        """Both directions."""
-        share = self.validation_share
-        return [
-            Weighted(FolderSource(self.root, "train", "text_to_image", share), self.weights.text_to_image),
-            Weighted(FolderSource(self.root, "train", "image_to_text", share), self.weights.image_to_text),
-        ]
+        """Both directions; documents of a JSONL have their own."""
+        drawn, read = self._sources("train")
+        both = [Weighted(drawn, self.weights.text_to_image), Weighted(read, self.weights.image_to_text)]
+        return [Weighted(drawn, 1.0)] if drawn.kind == "document" else both
 
     def validation_sources(self) -> list[Source]:
-        """Both directions over the held-out images."""
+        """The same over the held-out images."""
+        drawn, read = self._sources("val")
+        return [drawn] if drawn.kind == "document" else [drawn, read]
+
+    def _sources(self, split: FolderSplit) -> tuple[FolderSource, FolderSource]:
         share = self.validation_share
-        return [
-            FolderSource(self.root, "val", "text_to_image", share),
-            FolderSource(self.root, "val", "image_to_text", share),
-        ]
+        drawn = FolderSource(self.root, split, "text_to_image", share)
+        return drawn, FolderSource(self.root, split, "image_to_text", share)

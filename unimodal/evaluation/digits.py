@@ -402,14 +402,17 @@ def image_set_scores(fake: np.ndarray, seed: int) -> Scores:
     within = _train_distances()
     model = _compare(reference, within, fake, compared, rng)
     real = _compare(reference, within, unseen, compared, rng)
+    chaos = _compare(reference, within, noise, compared, rng)
     scores: Scores = {
         "frechet": model.frechet,
         "frechet_real": real.frechet,
-        "frechet_noise": frechet_distance(reference, noise),
+        "frechet_noise": chaos.frechet,
         "precision": model.precision,
         "recall": model.recall,
         "precision_real": real.precision,
         "recall_real": real.recall,
+        "precision_noise": chaos.precision,
+        "recall_noise": chaos.recall,
         "compared": compared,
     }
     for key in ("precision", "precision_real"):

@@ -90,8 +90,10 @@ def score_rows(scores: Scores, description: RunDescription) -> list[ScoreRow]:
         distance("frechet_noise", "the same, of noise"),
         share("precision", "samples that lie among the training scans"),
         share("precision_real", "the same, of unseen real scans"),
+        share("precision_noise", "the same, of noise"),
         share("recall", "training scans that lie among the samples", recall_aim, aim=f"≥ {100 * recall_aim:.1f} %"),
         share("recall_real", "the same, of unseen real scans"),
+        share("recall_noise", "the same, of noise"),
         share(
             "copies",
             "samples nearer to a training scan than 99 % of unseen scans are",

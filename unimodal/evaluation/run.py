@@ -22,8 +22,7 @@ def describe_run(run: Path, model: UnifiedModel) -> tuple[RunDescription, float 
     config, generator = model.backbone.config, type(model.generator).__name__
     experts = "mixture of transformers" if len(config.experts.names) > 1 else "dense decoder"
     summary = (
-        f"{type(model.tokenizer).__name__} + {experts} ({config.depth} layers of width {config.width}) + {generator}, "
-        f"trained on the 1,797 scans that ship inside scikit-learn."
+        f"{type(model.tokenizer).__name__} + {experts} ({config.depth} layers of width {config.width}) + {generator}"
     )
     config_file = run / "config.yaml"
     return (
@@ -31,7 +30,7 @@ def describe_run(run: Path, model: UnifiedModel) -> tuple[RunDescription, float 
             title=recipe,
             summary=summary,
             recipe=config_file.read_text() if config_file.is_file() else "",
-            command=f"unimodal fit -c lightning_configs/models/{recipe}.yaml",
+            command=record.get("command", ""),
             machine=machine(),
             asked_digit_aim=asked_digit_aim(model.generator),
         ),
@@ -61,7 +60,9 @@ def merged_metrics(run: Path, target: Path) -> Path | None:
     rows: list[dict[str, str]] = []
     for path in files:
         with path.open(newline="") as file:
-            rows += list(csv.DictReader(file))
+            new = list(csv.DictReader(file))
+        first = min((int(row["step"]) for row in new), default=0)
+        rows = [row for row in rows if int(row["step"]) < first] + new  # what was trained again counts once
     if not rows:
         return None
     names = list(dict.fromkeys(name for row in rows for name in row))

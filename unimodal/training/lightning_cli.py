@@ -1,12 +1,14 @@
 """fit, validate, test and predict through LightningCLI, with errors of one line and a run folder."""
 
 import logging
+import shlex
 import shutil
 import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -54,6 +56,7 @@ class UnimodalCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.signals = StopOnSignal()
+        self._command = shlex.join(["unimodal", *args])
         self._made: Path | None = None  # the run folder, while nothing but this command's first lines are in it
         try:
             super().__init__(
@@ -61,7 +64,8 @@ class UnimodalCLI(LightningCLI):
                 save_config_callback=_SaveConfig, save_config_kwargs={"save_to_log_dir": False},
                 seed_everything_default=0, trainer_defaults={
                     "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10,
-                    "max_epochs": -1, "check_val_every_n_epoch": None, "devices": 1,
+                    "max_epochs": -1, "check_val_every_n_epoch": None, "devices": 1, "use_distributed_sampler": False,
+                    "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
                 },
             )  # fmt: skip
         except (ValueError, MisconfigurationException) as error:
@@ -138,7 +142,9 @@ class UnimodalCLI(LightningCLI):
         """The trainer with loggers and callbacks of the run folder."""
         config = dict(self._get(self.config_init, "trainer", default={}), **kwargs)
         part = getattr(type(self.model), "part", None)
-        if config.get("logger") in (None, True):
+        if self.subcommand != "fit":  # a look at a checkpoint is no part of the run's curves
+            config["logger"] = False
+        elif config.get("logger") in (None, True):
             root = str(self._root)
             config["logger"] = [CSVLogger(root, "logs"), TensorBoardLogger(root, "tensorboard")]
         resolved = self.config[self.subcommand].model.init_args
@@ -150,7 +156,7 @@ class UnimodalCLI(LightningCLI):
         if config["logger"] and not config.get("fast_dev_run"):
             callbacks.append(LearningRateMonitor("step"))
         if part is not None:
-            callbacks.append(RunFolder(self._recipe, resolved[part].as_dict(), self.signals))
+            callbacks.append(RunFolder(self._recipe, resolved[part].as_dict(), self._command))
         if config.get("enable_progress_bar") is not False:
             callbacks.append(Progress(refresh_rate=10))
         return self._instantiate_trainer(config, callbacks)

@@ -59,9 +59,10 @@ class StopOnSignal(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop where the optimizer has just stepped."""
-        if self.received is not None and trainer.global_step > self._step:
+        stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        # One rank may have got the signal alone; all of them stop behind the same step.
+        if stepped and trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             trainer.should_stop = True
-        self._step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand the signals back."""
@@ -80,9 +81,9 @@ class StopOnSignal(Callback):
 class RunFolder(Callback):
     """Keeps time, and leaves `checkpoints/last.ckpt`, `run.json` and `export/` in the run folder."""
 
-    def __init__(self, recipe: str, config: dict[str, Any], signals: StopOnSignal) -> None:
+    def __init__(self, recipe: str, config: dict[str, Any], command: str) -> None:
         super().__init__()
-        self.recipe, self.config, self.signals = recipe, config, signals
+        self.recipe, self.config, self.command = recipe, config, command
         self.seconds = 0.0
         self._started = 0.0
 
@@ -102,15 +103,18 @@ class RunFolder(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step; write the export if the run came to its end."""
+        """Save the last step."""
         gc.unfreeze()
         self.seconds, self._started = self._elapsed(), 0.0
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the export once the last step is made, also when a resumed run finds nothing left to train."""
+        done = trainer.global_step >= trainer.max_steps
+        if trainer.fast_dev_run or not done or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
         root = Path(trainer.default_root_dir)
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        trainer.save_checkpoint(root / "checkpoints" / "last.ckpt")
-        if not trainer.is_global_zero or self.signals.received is not None:
-            return
         average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         if average is not None:
             average.swap(pl_module)
@@ -121,6 +125,7 @@ class RunFolder(Callback):
             average.swap(pl_module)
         parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         record = {"train_seconds": self.seconds, "steps": trainer.global_step, "parameters": parameters, **vars(info)}
+        record |= {"command": self.command}
         (root / "run.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def _elapsed(self) -> float:
@@ -147,8 +152,11 @@ class Samples(Callback):
         dry = trainer.fast_dev_run or trainer.sanity_checking  # type: ignore[attr-defined]
         if dry or not trainer.is_global_zero or not isinstance(pl_module, UnifiedTraining):
             return
-        written = continue_prompts(pl_module.model, trainer.datamodule.prompts())  # type: ignore[attr-defined]
-        folder, name = Path(trainer.default_root_dir) / "samples", f"step_{trainer.global_step:06d}"
+        prompts: list[Document] = trainer.datamodule.prompts()  # type: ignore[attr-defined]
+        written = continue_prompts(pl_module.model, prompts, range(len(prompts)))
+        # `unimodal validate` looks at a checkpoint; only training adds to the run's own samples.
+        folder = Path(trainer.default_root_dir) / ("samples" if trainer.state.fn == "fit" else "validation")
+        name = f"step_{trainer.global_step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         write_html(written, folder / f"{name}.html", f"Samples after {trainer.global_step} steps")
         drawn = [part.image for d in written for part in d.parts if part.is_image and part.role == GENERATED]

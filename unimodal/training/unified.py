@@ -1,5 +1,6 @@
 """Training of a unified model: text and image losses over packed documents."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,7 +64,7 @@ class UnifiedTraining(LightningModule):
         self.loss_weights = {"text": text_weight, "image": image_weight}
         self.ema_decay = ema_decay
         self._position: tuple[int, int] | None = None
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[float, int]] = {}
         if tokenizer_weights is not None:
             load_weights(model.tokenizer, read_weights(Path(tokenizer_weights)), str(tokenizer_weights))
         if init is not None:
@@ -109,31 +110,29 @@ class UnifiedTraining(LightningModule):
         """Add up held-out losses by kind of document."""
         for name, term in self.model(batch).items():
             if term.count:
-                key = f"{batch.kind}/{name}"
-                zero = torch.zeros(2, device=self.device, dtype=torch.float64)
-                value = torch.stack([term.sum.double(), torch.tensor(term.count, device=self.device).double()])
-                self._sums[key] = self._sums.get(key, zero) + value
+                value, count = self._sums.get(f"{batch.kind}/{name}", (0.0, 0))
+                self._sums[f"{batch.kind}/{name}"] = (value + float(term.sum), count + term.count)
 
     def on_validation_epoch_start(self) -> None:
         """Begin anew."""
         self._sums = {}
 
     def on_validation_epoch_end(self) -> None:
-        """Held-out loss by kind of document, and the sum that checkpoints are chosen by."""
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        """Held-out loss by kind of document over all ranks, and their weighted mean."""
+        sums, total = _over_ranks(self._sums), 0.0
         stage = "test" if self.trainer.testing else "val"
-        for key, (value, count) in sorted(self._sums.items()):
-            self.log(f"{stage}/{key}", (value / count).float())
-            total = total + self.loss_weights[key.split("/")[1]] * value / count
-        self.log(f"{stage}/loss", (total / max(len(self._sums), 1)).float(), prog_bar=True)
+        for key, (value, count) in sorted(sums.items()):
+            self.log(f"{stage}/{key}", value / count, sync_dist=True)
+            total += self.loss_weights[key.rpartition("/")[2]] * value / count
+        self.log(f"{stage}/loss", total / max(len(sums), 1), prog_bar=True, sync_dist=True)
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, batch: list[Document], batch_idx: int) -> list[Document]:
-        """Held-out prompts, continued; `Samples` writes them into the run folder."""
-        return continue_prompts(self.model, batch)
+    def predict_step(self, batch: list[tuple[int, Document]], batch_idx: int) -> list[Document]:
+        """Numbered held-out prompts, continued; `Samples` writes them into the run folder."""
+        return continue_prompts(self.model, [d for _, d in batch], [number for number, _ in batch])
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and schedule by optimizer step."""
@@ -151,12 +150,23 @@ class UnifiedTraining(LightningModule):
         self.model.text = TextTokenizer.from_json(checkpoint["text_tokenizer"])
 
 
-def continue_prompts(model: UnifiedModel, prompts: list[Document]) -> list[Document]:
+def continue_prompts(model: UnifiedModel, prompts: Sequence[Document], seeds: Sequence[int]) -> list[Document]:
     """Held-out prompts as a user would have them continued: a caption is drawn, all else goes on with text."""
-    written: list[Document] = []
     drawing = DecodingSettings("image", max_tokens=0, max_images=1)
     writing = DecodingSettings("text", max_tokens=min(model.sequence.context_length, 48), max_images=4)
+    written: dict[int, Document] = {}
     for settings in (drawing, writing):
-        chosen = [p for p in prompts if (p.kind == "text_to_image") == (settings is drawing)]
-        written += decode(model, chosen, settings, list(range(len(chosen))))
-    return written
+        chosen = [i for i, p in enumerate(prompts) if (p.kind == "text_to_image") == (settings is drawing)]
+        written |= zip(chosen, decode(model, [prompts[i] for i in chosen], settings, [seeds[i] for i in chosen]))
+    return [written[i] for i in range(len(prompts))]
+
+
+def _over_ranks(sums: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """Sums and counts of every rank, added up; ranks may lack a kind."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return sums
+    parts: list[dict[str, tuple[float, int]]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, sums)
+    keys = {key for part in parts for key in part}
+    found = {key: [part[key] for part in parts if key in part] for key in keys}
+    return {key: (sum(v for v, _ in values), sum(n for _, n in values)) for key, values in found.items()}
