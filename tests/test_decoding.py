@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -290,11 +291,20 @@ def test_seeds_are_one_a_document(model: UnifiedModel, documents: int, seeds: in
     refused(model, rf"seeds: expected one a document \({documents}\), got {seeds}", documents, seeds)
 
 
-def test_choices_that_mean_nothing_are_refused(model: UnifiedModel) -> None:
-    refused(model, "temperature: .* got -1", temperature=-1.0)
-    refused(model, "top_p: .* got 0", top_p=0.0)
-    refused(model, r"top_p: .* got 1\.1", top_p=1.1)
-    refused(model, "top_k: .* got -3", top_k=-3)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: .* got -1"),
+        ({"top_p": 0.0}, "top_p: .* got 0"),
+        ({"top_p": 1.1}, r"top_p: .* got 1\.1"),
+        ({"top_k": -3}, "top_k: .* got -3"),
+        ({"max_tokens": -1}, "max_tokens and max_images: .* got -1 and 4"),
+        ({"start": "image", "max_images": 0}, "max_images: expected at least 1 to start with an image, got 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecodingSettings(**settings)
 
 
 def test_another_generator_s_settings_are_refused(make: Make) -> None:
