@@ -107,7 +107,7 @@ class Autoregressive(ImageGenerator):
         ids = corrupted.inputs
         if isinstance(self.embedding, nn.Embedding):
             return Embeddings(self.embedding(ids))
-        return Embeddings(self.embedding(self.lookup(ids).to(self.head[0].weight.dtype)))
+        return Embeddings(self.embedding(self.lookup(ids).to(next(self.parameters()).dtype)))
 
     def logits(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest V"]:
         """Scores over the codebook, in fp32 or better."""
