@@ -168,7 +168,7 @@ def test_unknown_commands_and_arguments(args: list[str], name: str, refused: Ref
         ("model: {init_args: {model: {backbone: {experts: {mpl: true}}}}}", "mpl"),
         ("model: {init_args: {model: {sequence: {context: 3}}}}", "context"),
         ("data: {init_args: {btach_tokens: 3}}", "btach_tokens"),
-        ("data: {init_args: {weights: {summ: 3}}}", "summ"),
+        ("data: {init_args: {mixture: {summ: 3}}}", "summ"),
         ("trainer: {max_stepz: 3}", "max_stepz"),
         ("checkpoint: {every_step: 3}", "every_step"),
         ("trianer: {max_steps: 3}", "trianer"),
@@ -187,7 +187,7 @@ def test_unknown_commands_and_arguments(args: list[str], name: str, refused: Ref
         ("data: {init_args: {batch_tokens: many}}", "batch_tokens"),
         ("data: {init_args: {batch_tokens: 64}}", "batch_tokens"),
         ("data: {init_args: {workers: 2}}", "workers"),
-        ("data: {init_args: {weights: {sum: -2}}}", "weights.sum"),
+        ("data: {init_args: {mixture: {sum: -2}}}", "sum"),
         ("model: {init_args: {model: {backbone: {depth: -1}}}}", "depth"),
         ("model: {init_args: {model: {backbone: {vocabulary: 100}}}}", "vocabulary"),
         ("model: {init_args: {lr: -1}}", "learning rate"),
@@ -411,7 +411,7 @@ def test_every_ordinary_image_mode_is_read(
         Image.new(mode, (8, 8)).save(path)
     assert Image.open(path).mode == mode
     assert main(["describe", "--run", str(run), str(path), "--max-tokens", "2"]) == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "(ema weights)\n"
 
 
 def test_prompts_that_are_none(run: Path, tmp_path: Path, refused: Refused) -> None:

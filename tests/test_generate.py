@@ -247,7 +247,7 @@ def test_describing_prints_what_the_model_writes(run: Path, tmp_path: Path, caps
     settings = DecodingSettings(max_tokens=6, max_images=0)
     (expected,) = decode(load_run(run), [Document((Part(scan, learn=False),))], settings, [0])
     assert captured.out == "".join(p.text for p in expected.parts if p.is_text) + "\n"
-    assert captured.err == ""
+    assert captured.err == "(ema weights)\n"
 
 
 # ---- exports

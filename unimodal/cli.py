@@ -10,7 +10,7 @@ LIGHTNING = {
     "fit": "train a recipe: a model or a tokenizer",
     "validate": "held-out losses and samples of a checkpoint",
     "test": "held-out losses of a checkpoint",
-    "predict": "held-out prompts continued (or images reconstructed) by a checkpoint",
+    "predict": "held-out prompts continued by a checkpoint",
 }
 LIGHTNING_HELP = """usage: unimodal {command} -c FILE.yaml [-c FILE.yaml ...] [--KEY VALUE ...]
 

@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -96,6 +97,10 @@ class DocumentData(LightningDataModule):
         """The prompts with their numbers, many at a time."""
         return DataLoader(list(enumerate(self.prompts())), batch_size=64, collate_fn=list)  # type: ignore[arg-type]
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Packs move; the documents that `predict` continues stay on the host."""
+        return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: tensors and plain lists only, so that checkpoints load without code."""
         return {"position": list(self.position), "seed": self.seed}
@@ -122,7 +127,7 @@ class _Iterable(IterableDataset):
 
 
 @dataclass(frozen=True)
-class DigitWeights:
+class DigitMixture:
     """Shares of the four kinds of documents."""
 
     text_to_image: float = 1.0
@@ -136,7 +141,7 @@ class DigitsData(DocumentData):
 
     Args:
         batch_tokens: most tokens of one packed sequence, which is one micro-batch on one device.
-        weights: shares of the kinds of documents.
+        mixture: shares of the kinds of documents.
         validation_documents: most documents of each kind in validation.
         prompts: documents of each kind that are continued in validation, always the same.
         seed: of every draw; linked to `seed_everything`.
@@ -146,18 +151,18 @@ class DigitsData(DocumentData):
     def __init__(
         self,
         batch_tokens: int,
-        weights: DigitWeights = DigitWeights(),
+        mixture: DigitMixture = DigitMixture(),
         validation_documents: int = 200,
         prompts: int = 20,
         seed: int = 0,
         workers: int = 0,
     ) -> None:
         super().__init__(batch_tokens, validation_documents, prompts, seed, workers)
-        self.weights = weights
+        self.mixture = mixture
 
     def training_sources(self) -> list[Weighted]:
         """The four kinds over the training scans."""
-        w = self.weights
+        w = self.mixture
         return [
             Weighted(DigitsSource("text_to_image", "train"), w.text_to_image),
             Weighted(DigitsSource("image_to_text", "train"), w.image_to_text),

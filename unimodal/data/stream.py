@@ -20,7 +20,7 @@ class Weighted:
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
-            raise ValueError(f"data.weights.{self.source.kind}: expected at least 0, got {self.weight}")
+            raise ValueError(f"data: expected a weight of at least 0 for {self.source.kind}, got {self.weight}")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ QUIET = (
     ".*tensorboardX.*",
     ".*args parameter is intended.*",
     ".*in eval mode at the start of training.*",
+    ".*predict returned None.*",
     ".*lr_scheduler.step.*",
     ".*Trying to infer the `batch_size`.*",
 )

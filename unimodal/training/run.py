@@ -143,10 +143,6 @@ class RunFolder(Callback):
 class Samples(Callback):
     """Writes what a model makes of held-out prompts: the same prompts with the same seeds at every validation."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._predicted: list[Document] = []
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `samples/step_N.html` and, of what was drawn, `samples/step_N.png`. The average's weights are still in."""
         dry = trainer.fast_dev_run or trainer.sanity_checking  # type: ignore[attr-defined]
@@ -163,21 +159,16 @@ class Samples(Callback):
         if drawn:
             grid(drawn).save(folder / f"{name}.png")
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        """Keep the continued documents."""
-        if isinstance(pl_module, UnifiedTraining):
-            self._predicted += outputs
-
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `predictions/documents.jsonl` with its images, and `predictions/documents.html`."""
-        if self._predicted and trainer.is_global_zero:
+        if trainer.is_global_zero and isinstance(pl_module, UnifiedTraining):
             folder = Path(trainer.default_root_dir) / "predictions"
             folder.mkdir(parents=True, exist_ok=True)
-            write_jsonl(folder / "documents.jsonl", self._predicted, folder / "images")
-            write_html(self._predicted, folder / "documents.html", "Held-out prompts, continued")
-            print(f"{len(self._predicted)} documents in {folder}")
+            # A prompt without a part that was continued with nothing is no document.
+            written = [document for document in pl_module.predicted if document.parts]
+            write_jsonl(folder / "documents.jsonl", written, folder / "images")
+            write_html(pl_module.predicted, folder / "documents.html", "Held-out prompts, continued")
+            print(f"{len(pl_module.predicted)} documents in {folder}")
 
 
 def grid(images: Sequence[Image.Image], columns: int = 10) -> Image.Image:

@@ -65,6 +65,7 @@ class UnifiedTraining(LightningModule):
         self.ema_decay = ema_decay
         self._position: tuple[int, int] | None = None
         self._sums: dict[str, tuple[float, int]] = {}
+        self.predicted: list[Document] = []
         if tokenizer_weights is not None:
             load_weights(model.tokenizer, read_weights(Path(tokenizer_weights)), str(tokenizer_weights))
         if init is not None:
@@ -130,9 +131,9 @@ class UnifiedTraining(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, batch: list[tuple[int, Document]], batch_idx: int) -> list[Document]:
-        """Numbered held-out prompts, continued; `Samples` writes them into the run folder."""
-        return continue_prompts(self.model, [d for _, d in batch], [number for number, _ in batch])
+    def predict_step(self, batch: list[tuple[int, Document]], batch_idx: int) -> None:
+        """Numbered held-out prompts, continued; `Samples` writes `predicted` into the run folder."""
+        self.predicted += continue_prompts(self.model, [d for _, d in batch], [number for number, _ in batch])
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and schedule by optimizer step."""
