@@ -12,9 +12,9 @@ import torch
 from unimodal.cli import main as unimodal
 from unimodal.environment import can_compile, choose_precision, describe_installation
 
-# Measured on two Xeon cores with AMX, packs of 4,096 tokens, in steps of this training a second.
-BF16_SLOWER = "at width 128 with a new shape every step it is slower (0.9 against 2.2 steps a second)"
-COMPILING = "38 s of compiling would buy 1.3 times the speed, which five minutes of training hardly repay"
+# Seen in trials on a shared machine, not benchmarked: no figure is quoted.
+BF16_SLOWER = "a new shape every step makes it build new kernels, and in a trial it was slower"
+COMPILING = "in a trial, compiling cost about what it saved in five minutes of training"
 
 
 def main(argv: list[str] | None = None) -> int:
