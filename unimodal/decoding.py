@@ -19,7 +19,7 @@ from unimodal.attention import KVCache
 from unimodal.backbone.positions import Placed
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run, to_tensor
+from unimodal.packing import Run, place_block, to_tensor
 from unimodal_generators.base import Block, Embeddings, ImageTokens, SamplingSettings, TokenKind
 from unimodal_generators.choice import check_choice, choose
 
@@ -54,7 +54,7 @@ class Session:
         config, weight = model.backbone.config, model.backbone.embedding.weight
         n = documents * len(branches)
         cache = KVCache(
-            config.depth, n, capacity, config.kv_heads, config.head_dim, device=weight.device, dtype=weight.dtype
+            config.depth, n, capacity, config.kv_heads, config.head_size, device=weight.device, dtype=weight.dtype
         )
         last = weight.new_zeros(n, config.width)
         return cls(_State(model, list(branches), cache, [0] * n, last), range(documents), documents)
@@ -115,14 +115,14 @@ class Session:
         padded = padded.repeat(self.branches, 1, 1)  # (N, T, C): branch by branch
         counts = lengths * self.branches
         placed = [
-            state.model.scheme.image(state.next[s], block.grid)
+            place_block(state.model.scheme, state.next[s], block)
             for s, block in zip(sequences, list(blocks) * self.branches, strict=True)
         ]
-        pieces = [
-            Placed(p.ids[b.offset : b.offset + b.length], p.following)
-            for p, b in zip(placed, list(blocks) * self.branches, strict=True)
-        ]
-        hidden = self._forward(padded, pieces, sequences, counts, blocks[0].kind, blocks[0].bidirectional)
+        rows = None
+        if embeddings.condition is not None:
+            index = torch.arange(1, len(counts) + 1, device=padded.device).repeat_interleave(padded.shape[1])
+            rows = embeddings.condition.repeat(self.branches, 1), index  # (N, C), (N*T,)
+        hidden = self._forward(padded, placed, sequences, counts, blocks[0].kind, blocks[0].bidirectional, rows)
         if keep:
             self._keep(hidden, sequences, counts)
             for sequence, p, block in zip(sequences, placed, list(blocks) * self.branches, strict=True):
@@ -139,6 +139,7 @@ class Session:
         counts: Sequence[int],
         kind: TokenKind,
         bidirectional: bool,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "R T C"]:
         backbone = self._state.model.backbone
         r, t, _ = x.shape
@@ -146,11 +147,13 @@ class Session:
         for row, p in zip(ids, placed, strict=True):
             row[: len(p.ids)] = p.ids
         positions = torch.from_numpy(ids).flatten(0, 1).to(x.device)  # (R*T, A)
+        expert = backbone.config.experts.index(kind)
         splits = [0] * len(backbone.config.experts.names)
-        splits[backbone.config.experts.index(kind)] = r * t
+        splits[expert] = r * t
+        by_expert = None if rows is None else (rows[0], [rows[1]] * len(splits))
         view = self._state.cache.view(sequences, counts, bidirectional)
         x = x.flatten(0, 1).to(backbone.embedding.weight.dtype)  # (R*T, C)
-        return backbone(x, positions, splits, view).unflatten(0, (r, t))
+        return backbone(x, positions, splits, view, by_expert).unflatten(0, (r, t))
 
     def _keep(self, hidden: Float[Tensor, "R T C"], sequences: Sequence[int], counts: Sequence[int]) -> None:
         self._state.cache.advance(sequences, counts)

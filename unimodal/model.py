@@ -1,6 +1,6 @@
 """The unified model: text, image tokenizer, backbone and generator, wired.
 
-Letters: S tokens of a pack, C width, T image tokens, N images.
+Letters: S tokens of a pack, P places of its expert order, C width, T image tokens, N images.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unimodal.attention import packed_attention
+from unimodal.attention import choose_backend, packed_attention
 from unimodal.backbone import SCHEMES, Backbone, BackboneConfig
 from unimodal.packing import PackedSequence, Sequencer, SequenceRules, kind_order
 from unimodal.text import TextTokenizer
 from unimodal_generators.base import Block, ImageGenerator, LossBreakdown, LossTerm, TokenKind
+from unimodal_generators.cross_entropy import linear_cross_entropy
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout
 
 
@@ -73,7 +74,7 @@ class UnifiedModel(nn.Module):
 
     @text.setter
     def text(self, tokenizer: TextTokenizer) -> None:
-        rows = self.backbone.config.vocabulary
+        rows = self.backbone.config.rows
         if len(tokenizer) > rows:
             raise ValueError(
                 f"backbone.vocabulary: expected at least the text tokenizer's {len(tokenizer)}, got {rows}"
@@ -101,24 +102,39 @@ class UnifiedModel(nn.Module):
             tokens = self.encode(packed.images)
         learned = self.generator.corrupt(tokens.select(packed.learned_images), packed.learned_blocks)
         context = self.generator.context(tokens.select(packed.context_images))
-        learned_embeddings = self.generator.embed(learned)
+        embeddings = self.generator.embed(learned), self.generator.embed(context)
         values = {
             TokenKind.TEXT: self.backbone.embedding(packed.text_ids),
-            TokenKind.CLEAN: self.place(self.generator.embed(context).values, packed.context_blocks),
-            TokenKind.LEARNED: self.place(learned_embeddings.values, packed.learned_blocks),
+            TokenKind.LEARNED: self.place(embeddings[0].values, packed.learned_blocks),
+            TokenKind.CLEAN: self.place(embeddings[1].values, packed.context_blocks),
         }
-        hidden = self.hidden(values, packed)
-        losses = self.generator.loss(hidden[packed.image_reads], learned_embeddings, learned)
-        logits = self.backbone.logits(hidden[packed.text_reads])  # (M, V)
-        text = F.cross_entropy(logits, packed.text_targets, reduction="sum")
+        conditions = [e.condition for e in embeddings if e.condition is not None]
+        hidden = self.hidden(values, packed, torch.cat(conditions) if conditions else None)
+        losses = self.generator.loss(hidden[packed.image_reads], embeddings[0], learned)
+        text = linear_cross_entropy(hidden[packed.text_reads], self.backbone.tables, packed.text_targets)
+        router = self.backbone.router_loss()
+        if router is not None:  # a mean over the pack's tokens: its sum, so that packs weigh by their tokens
+            losses["router"] = LossTerm(router * len(packed), len(packed))
         return {"text": LossTerm(text, len(packed.text_targets)), **losses}
 
-    def hidden(self, values: dict[TokenKind, Float[Tensor, "_ C"]], packed: PackedSequence) -> Float[Tensor, "S C"]:
+    def hidden(
+        self,
+        values: dict[TokenKind, Float[Tensor, "_ C"]],
+        packed: PackedSequence,
+        condition: Float[Tensor, "N C"] | None = None,
+    ) -> Float[Tensor, "P C"]:
         """Hidden states, in expert order, of embeddings given by kind."""
-        dtype = self.backbone.embedding.weight.dtype  # of the residual stream, also under autocast
-        x = torch.cat([values[kind].to(dtype) for kind in self.kinds if kind in values])  # (S, C)
-        attention = packed_attention(self.backbone.config.attention, packed.table, packed.order, packed.inverse)
-        return self.backbone(x, packed.positions, packed.splits, attention)
+        experts, weight = self.backbone.config.experts, self.backbone.embedding.weight
+        slices = []
+        for expert, places in enumerate(packed.splits):
+            mine = [values[kind] for kind in self.kinds if kind in values and experts.index(kind) == expert]
+            empty = places - sum(len(x) for x in mine)
+            slices += [x.to(weight.dtype) for x in mine] + [weight.new_zeros(empty, weight.shape[1])]
+        backend = choose_backend(self.backbone.config.attention, self.device)
+        attention = packed_attention(backend, packed.table, packed.inverse, sum(packed.splits))
+        rows = None if condition is None else (condition, list(packed.image_rows.split(packed.splits)))
+        # The residual stream has the weights' type, also under autocast.
+        return self.backbone(torch.cat(slices), packed.positions, packed.splits, attention, rows)
 
     def encode(self, images: Sequence[Float[Tensor, "_ 3 _ _"]]) -> ImageTokens:
         """Tokens of images grouped by size."""
@@ -134,8 +150,12 @@ class UnifiedModel(nn.Module):
     def place(self, values: Float[Tensor, "T C"], blocks: Sequence[Block]) -> Float[Tensor, "T C"]:
         """Image embeddings plus what the position scheme adds to them."""
         config = self.backbone.config
-        added = [_additive(config.positions, block.grid, config.width, values.device) for block in blocks]
-        parts = [a[b.offset : b.offset + b.length] for a, b in zip(added, blocks, strict=True) if a is not None]
+        parts = []
+        for block in blocks:
+            added = _additive(config.positions, block.grid, config.width, values.device)
+            if added is not None:
+                own = added[block.offset : block.offset + block.length - block.prefix]
+                parts.append(F.pad(own, (0, 0, block.prefix, 0)) if block.prefix else own)
         return values + torch.cat(parts).to(values.dtype) if parts else values  # (T, C)
 
 

@@ -1,11 +1,13 @@
 """From documents to one packed sequence: segments of many documents end to end, no padding.
 
-Letters: S tokens of the pack, A axes of position ids, B images of one size, H, W pixels, M text targets, T learned image
-tokens.
+Letters: S tokens of the pack, P places of expert order, A axes of position ids, B images of one size, H, W pixels, M text
+targets, T learned image tokens.
 
 Two orders matter. *Sequence order* is the order of reading; visibility is defined on it. *Expert order* is the one the
 backbone computes in: kinds of tokens grouped by the expert that reads them, so that every projection is one matrix product
-on a contiguous slice. `order[i]` is the sequence position of the token at place i of expert order, `inverse` its inverse.
+on a contiguous slice. Each expert's slice is filled up to a multiple of `BUCKET` places and is never empty: shapes recur, so
+that compiled code and the matrix libraries meet few of them. `inverse[i]` is the place of the token at sequence position i;
+what fills up is zero, sees nothing, is seen by nobody and is never read.
 """
 
 from collections.abc import Sequence
@@ -17,11 +19,14 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from unimodal.attention import TokenTable
+from unimodal.attention import SegmentTable
 from unimodal.backbone import Experts, PositionScheme
+from unimodal.backbone.positions import Placed
 from unimodal.documents import Document, to_rgb
 from unimodal.text import TextTokenizer
 from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayout
+
+BUCKET = 64  # places of expert slices come in multiples of this
 
 
 @dataclass(frozen=True)
@@ -162,15 +167,22 @@ class _Draft:
         blocks = generator.plan(grid, rng) if learn else []
         if not learn or (generator.repeats and not ends):
             blocks = blocks + generator.plan_context(grid)
-        placed = self.sequencer.scheme.image(self.next, grid)
         for block in blocks:
-            ids = placed.ids[block.offset : block.offset + block.length]
-            self.segments.append(Segment(block.kind, ids, block=block, image=index))
+            placed = place_block(self.sequencer.scheme, self.next, block)
+            self.segments.append(Segment(block.kind, placed.ids, block=block, image=index))
         self.next = placed.following
 
     def finish(self) -> tuple[Segment, ...]:
         self.close_text()
         return tuple(self.segments)
+
+
+def place_block(scheme: PositionScheme, start: int, block: Block) -> Placed:
+    """Ids of one block of an image that begins at id `start`, and the id that follows the image."""
+    prefix = scheme.text(start, block.prefix)
+    image = scheme.image(prefix.following, block.grid)
+    own = image.ids[block.offset : block.offset + block.length - block.prefix]
+    return Placed(np.concatenate([prefix.ids, own]) if block.prefix else own, image.following)
 
 
 def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> UInt8[np.ndarray, "_ _ 3"]:
@@ -196,11 +208,11 @@ def to_tensor(images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Tensor, "B 
 class PackedSequence:
     """Many documents as one sequence, ready for the device. Index tensors count in expert order."""
 
-    table: TokenTable
-    order: Int[Tensor, " S"]
+    table: SegmentTable
     inverse: Int[Tensor, " S"]
-    splits: tuple[int, ...]  # tokens of each expert
-    positions: Int[Tensor, "S A"]
+    splits: tuple[int, ...]  # places of each expert
+    positions: Int[Tensor, "P A"]
+    image_rows: Int[Tensor, " P"]  # learned blocks, then context blocks, counted from 1; 0: of no image
     text_ids: Int[Tensor, " n"]
     text_reads: Int[Tensor, " M"]  # whose hidden state predicts ...
     text_targets: Int[Tensor, " M"]  # ... this id
@@ -217,7 +229,8 @@ class PackedSequence:
     @property
     def counts(self) -> dict[str, int]:
         """Targets of this pack, by loss."""
-        return {"text": len(self.text_targets), "image": sum(block.n_targets for block in self.learned_blocks)}
+        image = sum(block.n_targets for block in self.learned_blocks)
+        return {"text": len(self.text_targets), "image": image, "router": len(self)}
 
     @property
     def documents(self) -> int:
@@ -225,7 +238,7 @@ class PackedSequence:
         return len(self.table.document_lengths)
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.inverse)
 
     def announce(self, counts: dict[str, int], position: tuple[int, ...]) -> "PackedSequence":
         """The same pack, told the counts of its optimizer step and where the next one begins."""
@@ -233,9 +246,8 @@ class PackedSequence:
 
     def to(self, device: torch.device | str, **_: object) -> "PackedSequence":
         """The same pack on another device."""
-        names = ("order", "inverse", "positions", "text_ids", "text_reads", "text_targets", "image_reads")
+        names = ("inverse", "positions", "image_rows", "text_ids", "text_reads", "text_targets", "image_reads")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        moved["table"] = self.table.to(device)
         return replace(self, images=tuple(i.to(device, non_blocking=True) for i in self.images), **moved)
 
 
@@ -245,62 +257,84 @@ def kind_order(experts: Experts) -> list[TokenKind]:
 
 
 def pack(
-    documents: Sequence[SequencedDocument], experts: Experts, reads: str, position: tuple[int, ...] = ()
+    documents: Sequence[SequencedDocument],
+    experts: Experts,
+    reads: str,
+    position: tuple[int, ...] = (),
+    bucket: int = BUCKET,
 ) -> PackedSequence:
     """Put documents end to end. `reads` is the generator's: "own" or "previous"."""
     segments = [(d, s) for d, document in enumerate(documents) for s in document.segments]
     if not segments:
         raise ValueError("documents: expected at least one to pack, got none")
-    lengths = torch.tensor([s.length for _, s in segments])
-
-    def per_token(values: Sequence[int] | Sequence[bool]) -> Tensor:
-        return torch.tensor(values).repeat_interleave(lengths)  # (S,)
-
-    table = TokenTable(
-        document=per_token([d for d, _ in segments]),
-        block=per_token(list(range(len(segments)))),
-        bidirectional=per_token([s.block is not None and s.block.bidirectional for _, s in segments]),
-        private=per_token([s.block is not None and s.block.private for _, s in segments]),
-        document_lengths=tuple(document.length for document in documents),
+    lengths = np.array([s.length for _, s in segments])
+    table = SegmentTable(
+        document=np.array([d for d, _ in segments]),
+        length=lengths,
+        bidirectional=np.array([s.block is not None and s.block.bidirectional for _, s in segments]),
+        private=np.array([s.block is not None and s.block.private for _, s in segments]),
     )
-    kinds = per_token([s.kind for _, s in segments])
-    by_kind = {kind: (kinds == kind).nonzero().squeeze(1) for kind in TokenKind}  # sequence positions
-    order = torch.cat([by_kind[kind] for kind in kind_order(experts)])
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
-    splits = [0] * len(experts.names)
-    for kind in TokenKind:
-        splits[experts.index(kind)] += len(by_kind[kind])
+    kinds = np.repeat([s.kind for _, s in segments], lengths)  # (S,)
+    by_kind = {kind: np.flatnonzero(kinds == kind) for kind in TokenKind}  # sequence positions
+    inverse = np.empty(len(kinds), dtype=np.int64)
+    splits = _fill(by_kind, inverse, experts, bucket)
+    places = sum(splits)
 
-    learned_at = by_kind[TokenKind.LEARNED]
+    def by_place(values: np.ndarray) -> Tensor:
+        out = np.zeros((places, *values.shape[1:]), dtype=np.int64)
+        out[inverse] = values
+        return torch.from_numpy(out)
+
+    starts = np.cumsum(lengths) - lengths
+    learned = [i for i, (_, s) in enumerate(segments) if s.kind == TokenKind.LEARNED and s.block]
+    context = [i for i, (_, s) in enumerate(segments) if s.kind == TokenKind.CLEAN and s.block]
+    rows = np.zeros(len(segments), dtype=np.int64)
+    rows[learned + context] = np.arange(1, len(learned + context) + 1)
+    blocks = [s.block for _, s in segments]
+    spans = [np.arange(starts[i] + b.prefix, starts[i] + b.length) for i in learned if (b := blocks[i])]
+    learned_at = np.concatenate([*spans, np.zeros(0, dtype=np.int64)])
     if reads == "previous":
         learned_at = learned_at - 1
-    target = torch.tensor([t for _, s in segments if s.kind == TokenKind.TEXT for t in s.targets], dtype=torch.bool)
-    text_ids = torch.tensor([i for _, s in segments if s.kind == TokenKind.TEXT for i in s.ids])
+    target = np.array([t for _, s in segments if s.kind == TokenKind.TEXT for t in s.targets], dtype=bool)
+    text_ids = np.array([i for _, s in segments if s.kind == TokenKind.TEXT for i in s.ids], dtype=np.int64)
     text_at = by_kind[TokenKind.TEXT][target] - 1  # a text token is predicted by the one before it
 
     images, numbers = _gather_images(documents)
-    learned = [(numbers[d, s.image], s.block) for d, s in segments if s.kind == TokenKind.LEARNED and s.block]
-    context = [(numbers[d, s.image], s.block) for d, s in segments if s.kind == TokenKind.CLEAN and s.block]
     document_kinds = {document.kind for document in documents}
     return PackedSequence(
         table=table,
-        order=order,
-        inverse=inverse,
-        splits=tuple(splits),
-        positions=torch.from_numpy(np.concatenate([s.positions for _, s in segments]))[order],
-        text_ids=text_ids,
-        text_reads=inverse[text_at],
-        text_targets=text_ids[target],
-        image_reads=inverse[learned_at],
+        inverse=torch.from_numpy(inverse),
+        splits=splits,
+        positions=by_place(np.concatenate([s.positions for _, s in segments])),
+        image_rows=by_place(np.repeat(rows, lengths)),
+        text_ids=torch.from_numpy(text_ids),
+        text_reads=torch.from_numpy(inverse[text_at]),
+        text_targets=torch.from_numpy(text_ids[target]),
+        image_reads=torch.from_numpy(inverse[learned_at]),
         images=images,
-        learned_images=tuple(i for i, _ in learned),
-        learned_blocks=tuple(b for _, b in learned),
-        context_images=tuple(i for i, _ in context),
-        context_blocks=tuple(b for _, b in context),
+        learned_images=tuple(numbers[segments[i][0], segments[i][1].image] for i in learned),
+        learned_blocks=tuple(b for i in learned if (b := blocks[i])),
+        context_images=tuple(numbers[segments[i][0], segments[i][1].image] for i in context),
+        context_blocks=tuple(b for i in context if (b := blocks[i])),
         kind=document_kinds.pop() if len(document_kinds) == 1 else "",
         position=position,
     )
+
+
+def _fill(
+    by_kind: dict[TokenKind, Int[np.ndarray, " n"]], inverse: Int[np.ndarray, " S"], experts: Experts, bucket: int
+) -> tuple[int, ...]:
+    """Write the place of every token into `inverse`; the places of each expert."""
+    base, splits = 0, []
+    for expert in range(len(experts.names)):
+        at = base
+        for kind in kind_order(experts):
+            if experts.index(kind) == expert:
+                inverse[by_kind[kind]] = np.arange(at, at + len(by_kind[kind]))
+                at += len(by_kind[kind])
+        splits.append(max(1, -(-(at - base) // bucket)) * bucket)
+        base += splits[-1]
+    return tuple(splits)
 
 
 def _gather_images(

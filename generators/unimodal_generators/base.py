@@ -40,16 +40,17 @@ class Block:
     n_targets: int = 0
     offset: int = 0  # first token of the image held here, when it is appended in pieces
     count: int | None = None  # tokens held here; None: all
+    prefix: int = 0  # tokens before the image's own, which nobody reads: a time token
 
     @property
     def length(self) -> int:
         """Tokens of the block."""
-        return self.grid.length if self.count is None else self.count
+        return self.prefix + (self.grid.length if self.count is None else self.count)
 
     @property
     def complete(self) -> bool:
         """Whether the image ends with this block."""
-        return self.offset + self.length == self.grid.length
+        return self.offset + self.length - self.prefix == self.grid.length
 
     def piece(self, offset: int, count: int) -> "Block":
         """Tokens `offset` to `offset + count` of the image."""
@@ -68,9 +69,10 @@ class Corrupted:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What enters the backbone: a vector a token."""
+    """What enters the backbone: a vector a token, and a condition an image for backbones with `adaln`."""
 
     values: Float[Tensor, "T C"]
+    condition: Float[Tensor, "N C"] | None = None
 
 
 @dataclass(frozen=True)

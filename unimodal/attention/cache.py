@@ -1,16 +1,15 @@
 """Keys and values of documents being decoded: preallocated, written in place, each sequence at its own length.
 
 Letters: N sequences of the cache (branches x documents), R of them in one call, T new tokens a sequence (padded),
-M cached positions looked at, H query heads, K key/value heads, E channels of a head.
+M cached positions looked at, H query heads, K key/value heads, G = H / K, E channels of a head.
 """
 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
-
-from unimodal.attention.packed import attend
 
 
 class KVCache:
@@ -20,7 +19,7 @@ class KVCache:
         self, layers: int, sequences: int, capacity: int, heads: int, head_dim: int, *,
         device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        shape = (layers, sequences, capacity, heads, head_dim)
+        shape = (layers, sequences, heads, capacity, head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * sequences
@@ -28,7 +27,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Tokens a sequence can hold."""
-        return self.k.shape[2]
+        return self.k.shape[3]
 
     def view(self, sequences: Sequence[int], counts: Sequence[int], bidirectional: bool) -> "CacheView":
         """Attention for `counts[i]` new tokens of `sequences[i]`, which form one block each."""
@@ -40,49 +39,104 @@ class KVCache:
             self.lengths[sequence] += count
 
 
+class _Run:
+    """Neighbouring sequences of one call: rows `rows` of the new tokens, sequences `held` of the cache.
+
+    What is common to them is decided here, once for all layers: sequences of one length are written by one slice and, where
+    each new token sees everything, attended without a mask.
+    """
+
+    def __init__(
+        self, first: int, sequence: int, starts: list[int], counts: list[int], tokens: int, bidirectional: bool,
+        device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        n = len(starts)
+        self.rows, self.held = slice(first, first + n), slice(sequence, sequence + n)
+        ends = [a + b for a, b in zip(starts, counts, strict=True)]
+        self.longest = max(ends)
+        self.even = len(set(starts)) == 1 and min(counts) == tokens
+        self.at = slice(starts[0], starts[0] + tokens)
+        if not self.even:
+            real = torch.arange(tokens) < torch.tensor(counts)[:, None]  # (n, T); padding is not written
+            self.row, self.token = (index.to(device) for index in real.nonzero(as_tuple=True))
+            self.place = self.token + torch.tensor(starts, device=device)[self.row]
+        self.mask: Tensor | None = None
+        if not self.even or (tokens > 1 and not bidirectional):
+            keys = torch.arange(self.longest)
+            last = torch.tensor(ends)[:, None] - 1  # (n, 1): the last key a row sees
+            if not bidirectional:
+                # Padded queries see what the last real one sees, so that no row is empty; nobody reads them.
+                last = torch.minimum(torch.tensor(starts)[:, None] + torch.arange(tokens), last)
+            hidden = keys > last.expand(n, tokens)[:, :, None]  # (n, T, M)
+            self.mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None].to(device)
+
+    def write(self, cache: Float[Tensor, "N K capacity E"], x: Float[Tensor, "R T K E"]) -> None:
+        """Put new rows behind the past."""
+        if self.even:
+            cache[self.held, :, self.at] = x[self.rows].transpose(1, 2)
+        else:
+            cache[self.held][self.row, :, self.place] = x[self.rows][self.row, self.token].to(cache.dtype)
+
+
 class CacheView:
     """Attention of new tokens over the cache; the visibility rule of one document whose past is all visible.
 
     New keys are written behind each sequence's length: until `advance` is called they are scratch, so a view that is not
-    advanced leaves no trace.
+    advanced leaves no trace. The past is read where it lies, never copied.
     """
 
     def __init__(self, cache: KVCache, sequences: Sequence[int], counts: Sequence[int], bidirectional: bool) -> None:
-        self.cache = cache
-        device = cache.k.device
+        self.cache, self.number = cache, 0
         tokens = max(counts)
-        starts = torch.tensor([cache.lengths[s] for s in sequences])  # (R,), on the host as all that follows
-        ends = starts + torch.tensor(counts)
-        longest = int(ends.max())
+        self.shape = (len(counts), tokens)
+        longest = max(cache.lengths[s] + n for s, n in zip(sequences, counts, strict=True))
         if longest > cache.capacity:
             raise ValueError(f"context: a document needs {longest} tokens, the session holds {cache.capacity}")
-        # All sequences in order are read as a view of the cache; a choice of them is copied.
-        everything = list(sequences) == list(range(len(cache.lengths)))
-        self.rows: slice | Tensor = slice(None) if everything else torch.tensor(sequences, device=device)
-        positions = starts[:, None] + torch.arange(tokens)  # (R, T)
-        real = positions < ends[:, None]  # padding is not written: a row may end where the cache does
-        self.real: slice | Tensor = (
-            slice(None) if min(counts) == tokens else real.flatten().nonzero().squeeze(1).to(device)
-        )
-        self.where = torch.tensor(sequences).repeat_interleave(ends - starts).to(device)  # (n,) new tokens, end to end
-        self.at = positions[real].to(device)  # (n,)
-        self.longest, self.shape = longest, tuple(positions.shape)
-        self.mask = self._mask(positions, ends, bidirectional).to(device)  # (R, 1, T, M)
+        self.runs = []
+        first = 0
+        for i in range(1, len(counts) + 1):
+            if i == len(counts) or sequences[i] != sequences[i - 1] + 1:
+                starts = [cache.lengths[s] for s in sequences[first:i]]
+                self.runs.append(
+                    _Run(first, sequences[first], starts, list(counts[first:i]), tokens, bidirectional,
+                         cache.k.device, cache.k.dtype)
+                )  # fmt: skip
+                first = i
 
-    def _mask(self, positions: Tensor, ends: Tensor, bidirectional: bool) -> Bool[Tensor, "R 1 T M"]:
-        keys = torch.arange(self.longest)
-        last = ends[:, None].expand_as(positions) - 1 if bidirectional else positions  # last key seen (R, T)
-        # Padded queries see what their block sees, so that no row is empty; nobody reads them.
-        return (keys <= last[:, :, None])[:, None]
+    def layer(self, number: int) -> "CacheView":
+        """This view, which the next call takes for layer `number`."""
+        self.number = number
+        return self
 
     def __call__(
-        self, layer: int, q: Float[Tensor, "RT H E"], k: Float[Tensor, "RT K E"], v: Float[Tensor, "RT K E"]
+        self, q: Float[Tensor, "RT H E"], k: Float[Tensor, "RT K E"], v: Float[Tensor, "RT K E"]
     ) -> Float[Tensor, "RT H E"]:
         """Write k and v behind the past, attend over both."""
-        cache_k, cache_v = self.cache.k[layer], self.cache.v[layer]  # (N, capacity, K, E)
-        cache_k[self.where, self.at] = k[self.real].to(cache_k.dtype)
-        cache_v[self.where, self.at] = v[self.real].to(cache_v.dtype)
-        past_k = cache_k[self.rows, : self.longest].transpose(1, 2)  # (R, K, M, E)
-        past_v = cache_v[self.rows, : self.longest].transpose(1, 2)
-        o = attend(q.unflatten(0, self.shape).transpose(1, 2), past_k.to(q.dtype), past_v.to(q.dtype), self.mask)
-        return o.transpose(1, 2).flatten(0, 1)  # (R*T, H, E)
+        cache_k, cache_v = self.cache.k[self.number], self.cache.v[self.number]  # (N, K, capacity, E)
+        q, k, v = (x.unflatten(0, self.shape) for x in (q, k, v))  # (R, T, H | K | K, E)
+        outputs = []
+        for run in self.runs:
+            run.write(cache_k, k)
+            run.write(cache_v, v)
+            past_k, past_v = (c[run.held, :, : run.longest] for c in (cache_k, cache_v))  # (n, K, M, E)
+            outputs.append(attend(q[run.rows].to(past_k.dtype), past_k, past_v, run.mask))
+        o = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (R, T, H, E)
+        return o.to(q.dtype).flatten(0, 1)
+
+
+def attend(
+    q: Float[Tensor, "n T H E"], k: Float[Tensor, "n K M E"], v: Float[Tensor, "n K M E"], mask: Tensor | None
+) -> Float[Tensor, "n T H E"]:
+    """Attention of a few queries over many keys; `mask` (n, 1, T, M) is added to scores.
+
+    Queries that share a key head become rows of one matrix: the past is read once a key head and never repeated.
+    """
+    _, tokens, heads, _ = q.shape
+    groups = heads // k.shape[1]
+    if groups == 1:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
+    q = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (n, K, G*T, E)
+    if mask is not None:
+        mask = mask.repeat(1, 1, groups, 1)  # (n, 1, G*T, M)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return o.unflatten(2, (groups, tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (n, T, H, E)

@@ -15,36 +15,64 @@ bidirectional block) AND NOT (the key is in a private block other than the query
     eoi      s   s         s  s   s
     word     s   s         s  s   s    s
 
-Letters: S tokens of the packed sequence.
+Letters: S tokens of the packed sequence, n segments of it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TokenTable:
-    """What visibility needs to know of each token, in sequence order.
+class SegmentTable:
+    """What visibility needs to know of each segment, in sequence order; on the host, where plans are made of it.
 
-    `block` numbers every block of the pack (text runs included); the two flags are those of the token's block.
+    Every segment is a block; a block's flags say who sees it.
     """
+
+    document: Int[np.ndarray, " n"]  # rising
+    length: Int[np.ndarray, " n"]
+    bidirectional: Bool[np.ndarray, " n"]
+    private: Bool[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return int(self.length.sum())
+
+    @cached_property
+    def start(self) -> Int[np.ndarray, " n"]:
+        """First token of each segment."""
+        return np.cumsum(self.length) - self.length
+
+    @cached_property
+    def document_lengths(self) -> Int[np.ndarray, " documents"]:
+        """Tokens of each document."""
+        return np.bincount(self.document, weights=self.length).astype(np.int64)
+
+    def tokens(self, device: torch.device) -> "TokenTable":
+        """The same, token by token."""
+
+        def per_token(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.repeat(values, self.length)).to(device, non_blocking=True)
+
+        return TokenTable(
+            per_token(self.document), per_token(np.arange(len(self.length))),
+            per_token(self.bidirectional), per_token(self.private),
+        )  # fmt: skip
+
+
+class TokenTable(NamedTuple):
+    """Document, block and flags of each token, in sequence order."""
 
     document: Int[Tensor, " S"]
     block: Int[Tensor, " S"]
     bidirectional: Bool[Tensor, " S"]
     private: Bool[Tensor, " S"]
-    document_lengths: tuple[int, ...]  # host side: tokens of each document, in order
-
-    def __len__(self) -> int:
-        return len(self.document)
-
-    def to(self, device: torch.device | str) -> "TokenTable":
-        """The same table on another device."""
-        names = ("document", "block", "bidirectional", "private")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def visible(table: TokenTable, q: Int[Tensor, "..."], k: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
@@ -58,5 +86,5 @@ def visible(table: TokenTable, q: Int[Tensor, "..."], k: Int[Tensor, "..."]) -> 
 
 def dense_mask(table: TokenTable) -> Bool[Tensor, "S S"]:
     """The rule written out; for tests and for small packs."""
-    index = torch.arange(len(table), device=table.document.device)
+    index = torch.arange(len(table.document), device=table.document.device)
     return visible(table, index[:, None], index[None, :])  # (S, S)

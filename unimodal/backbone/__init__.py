@@ -1,7 +1,7 @@
 """Decoder blocks, experts (mixture of transformers), positions."""
 
-from unimodal.backbone.config import BackboneConfig, Experts
+from unimodal.backbone.config import BackboneConfig, Experts, Lora, Moe, RopeScaling
 from unimodal.backbone.positions import SCHEMES, PositionScheme
 from unimodal.backbone.transformer import Backbone
 
-__all__ = ["SCHEMES", "Backbone", "BackboneConfig", "Experts", "PositionScheme"]
+__all__ = ["SCHEMES", "Backbone", "BackboneConfig", "Experts", "Lora", "Moe", "PositionScheme", "RopeScaling"]

@@ -1,7 +1,7 @@
-"""A decoder whose every weight may be held once an expert.
+"""A decoder whose every weight may be held once an expert: Llama, Qwen2, Qwen2.5, Qwen3 by configuration.
 
 Letters: S tokens, n of them one expert's, C width, H query heads, K key/value heads, E channels of a head, F width of the
-MLP, A position axes.
+MLP, A position axes, N images, V rows of the vocabulary.
 
 Tokens come in expert order: expert 0's first, then expert 1's; `splits` says how many each. The residual stream is kept as
 one slice an expert, so every projection is a plain matrix product on contiguous rows; slices meet in attention only, which
@@ -9,25 +9,36 @@ alone needs to know the order of the sequence.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unimodal.attention import PackedAttention
-from unimodal.backbone.config import BackboneConfig
-from unimodal.backbone.positions import Rotary
+from unimodal.backbone.adapters import LoraLinear
+from unimodal.backbone.config import BackboneConfig, Experts, Part
+from unimodal.backbone.moe import RoutedMLP
+from unimodal.backbone.positions import SCHEMES, Rotary, rotate
 
 
 class Routed(nn.Module):
-    """One module an expert (`routed`), or one for all; `routed[i]` is expert i's."""
+    """One module an expert, or one for all (which some may read through an adapter); `routed[i]` is expert i's."""
 
-    def __init__(self, build: Callable[[], nn.Module], experts: Sequence[str], routed: bool) -> None:
+    def __init__(
+        self, build: Callable[[], nn.Module], experts: Experts, part: Part,
+        adapt: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.experts = nn.ModuleDict({name: build() for name in (experts if routed else ["shared"])})
-        modules = list(self.experts.values())
-        self.by_index = [modules[i if routed else 0] for i in range(len(experts))]
+        names, held = experts.names, getattr(experts, part)
+        self.experts = nn.ModuleDict({name: build() for name in (names if held else ["shared"])})
+        self.by_index = [self.experts[name if held else "shared"] for name in names]
+        if adapt is not None and experts.lora is not None and part in experts.lora.parts:
+            adapted = {name: adapt(self.experts["shared"]) for name in experts.lora.experts}
+            self.adapters = nn.ModuleDict(adapted)
+            self.by_index = [adapted.get(name, module) for name, module in zip(names, self.by_index, strict=True)]
 
     def __getitem__(self, expert: int) -> nn.Module:
         return self.by_index[expert]
@@ -64,17 +75,39 @@ class QKNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6)."""
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6); gate and up are one matrix, gate first."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Float[Tensor, "S C"]) -> Float[Tensor, "S C"]:
+    def forward(self, x: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
         """Tokens to tokens."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (n, F) each
+        return self.down(F.silu(gate) * up)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of both branches from an image's condition (adaLN, DiT, arXiv 2212.09748).
+
+    Zero at the start, where shift is 0 and scale and gate are 1: an imported model begins as it was.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, condition: Float[Tensor, "N C"], rows: Int[Tensor, " n"]) -> tuple[Tensor, ...]:
+        """Six (n, C), of the image of each token; `rows` counts images from 1, and 0 leaves a token as it is."""
+        table = self.project(F.silu(condition))  # (N, 6C): per image, never per token
+        table = torch.cat([table.new_zeros(1, table.shape[1]), table])
+        return table.index_select(0, rows).chunk(6, dim=1)
+
+
+Rows = tuple[Float[Tensor, "N C"], list[Int[Tensor, " n"]]]  # conditions, and the image of each token by expert
 
 
 class DecoderLayer(nn.Module):
@@ -82,30 +115,110 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        c, e, eps = config.width, config.head_dim, config.norm_eps
-        experts, names = config.experts, config.experts.names
+        c, e, eps, experts = config.width, config.head_size, config.norm_eps, config.experts
         self.heads = [config.heads, config.kv_heads, config.kv_heads]
         self.head_dim = e
-        self.attention_norm = Routed(lambda: RMSNorm(c, eps), names, experts.norms)
-        self.qkv = Routed(lambda: nn.Linear(c, sum(self.heads) * e, bias=False), names, experts.attention)
-        qk_norm: Callable[[], nn.Module] = (lambda: QKNorm(self.heads, e, eps)) if config.qk_norm else nn.Identity
-        self.qk_norm = Routed(qk_norm, names, experts.attention)
-        self.o = Routed(lambda: nn.Linear(config.heads * e, c, bias=False), names, experts.attention)
-        self.mlp_norm = Routed(lambda: RMSNorm(c, eps), names, experts.norms)
-        self.mlp = Routed(lambda: SwiGLU(c, config.mlp_width), names, experts.mlp)
+        sizes = [heads * e for heads in self.heads]
 
-    def project(self, x: Float[Tensor, "n C"], rotary: Rotary, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        def adapted(*sections: int) -> Callable[[nn.Module], nn.Module]:
+            return lambda base: LoraLinear(base, experts.lora, sections)
+
+        def mlp() -> nn.Module:
+            return SwiGLU(c, config.mlp_width) if config.moe is None else RoutedMLP(c, config.moe)
+
+        qk_norm: Callable[[], nn.Module] = (lambda: QKNorm(self.heads, e, eps)) if config.qk_norm else nn.Identity
+        self.attention_norm = Routed(lambda: RMSNorm(c, eps), experts, "norms")
+        self.qkv = Routed(lambda: nn.Linear(c, sum(sizes), bias=config.qkv_bias), experts, "attention", adapted(*sizes))
+        self.qk_norm = Routed(qk_norm, experts, "attention")
+        self.o = Routed(lambda: nn.Linear(sizes[0], c, bias=False), experts, "attention", adapted(c))
+        self.mlp_norm = Routed(lambda: RMSNorm(c, eps), experts, "norms")
+        self.mlp = Routed(mlp, experts, "mlp", AdaptedSwiGLU.over(experts, config.mlp_width))
+        self.modulation = Modulation(c) if config.adaln else None
+
+    def forward(
+        self, xs: list[Tensor], rotary: list[tuple[Tensor, Tensor]], attention: Any, experts: tuple[int, ...],
+        rows: Rows | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """The residual stream, one slice (n, C) an expert of `experts`; `attention` is this layer's."""
+        m: list[tuple[Any, ...]] = [(None,) * 6] * len(xs)
+        if self.modulation is not None and rows is not None:
+            m = [self.modulation(rows[0], r) for r in rows[1]]
+        projected = [self.project(x, r, e, *mod[:2]) for x, r, e, mod in zip(xs, rotary, experts, m)]
+        q, k, v = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*projected))  # (S, H | K | K, E)
+        o = attention(q, k, v).split([len(x) for x in xs])  # (n, H, E) an expert
+        return [self.finish(x, part, e, *mod[2:]) for x, part, e, mod in zip(xs, o, experts, m)]
+
+    def project(
+        self, x: Float[Tensor, "n C"], rotary: tuple[Tensor, Tensor], expert: int,
+        shift: Tensor | None, scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Queries (n, H, E), keys (n, K, E) and values (n, K, E) of one expert's tokens."""
-        qkv = self.qkv[expert](self.attention_norm[expert](x))
+        qkv = self.qkv[expert](modulate(self.attention_norm[expert](x), shift, scale))
         qkv = qkv.unflatten(-1, (-1, self.head_dim))  # (n, H+2K, E)
         h, k, _ = self.heads
-        qk = rotary(self.qk_norm[expert](qkv[:, : h + k]))  # (n, H+K, E): both at once, they are small
+        qk = rotate(self.qk_norm[expert](qkv[:, : h + k]), *rotary)  # (n, H+K, E): both at once, they are small
         return qk[:, :h], qk[:, h:], qkv[:, h + k :]
 
-    def finish(self, x: Float[Tensor, "n C"], o: Float[Tensor, "n H E"], expert: int) -> Float[Tensor, "n C"]:
+    def finish(
+        self, x: Float[Tensor, "n C"], o: Float[Tensor, "n H E"], expert: int,
+        gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, mlp_gate: Tensor | None,
+    ) -> Float[Tensor, "n C"]:  # fmt: skip
         """Both residual branches, given what attention found."""
-        x = x + self.o[expert](o.flatten(1))  # (n, H*E) -> (n, C)
-        return x + self.mlp[expert](self.mlp_norm[expert](x))
+        x = x + gated(self.o[expert](o.flatten(1)), gate)  # (n, H*E) -> (n, C)
+        return x + gated(self.mlp[expert](modulate(self.mlp_norm[expert](x), shift, scale)), mlp_gate)
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """x (1 + scale) + shift."""
+    return x if shift is None or scale is None else x * (1 + scale) + shift
+
+
+def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    """x (1 + gate)."""
+    return x if gate is None else x * (1 + gate)
+
+
+class AdaptedSwiGLU(nn.Module):
+    """A shared SwiGLU read through an expert's adapters."""
+
+    def __init__(self, base: SwiGLU, experts: Experts, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = LoraLinear(base.gate_up, experts.lora, (hidden, hidden))
+        self.down = LoraLinear(base.down, experts.lora, (base.down.out_features,))
+
+    forward = SwiGLU.forward
+
+    @classmethod
+    def over(cls, experts: Experts, hidden: int) -> Callable[[nn.Module], nn.Module]:
+        """What wraps one."""
+        return lambda base: cls(base, experts, hidden)  # type: ignore[arg-type]
+
+
+class Vocabulary(nn.Module):
+    """An embedding (or head) row an id; the rows of added tokens are a parameter of their own."""
+
+    no_weight_decay = ("weight", "added")
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocabulary, config.width))
+        self.added = nn.Parameter(torch.empty(config.added_tokens, config.width)) if config.added_tokens else None
+        self.scale = config.embedding_scale
+
+    @property
+    def tables(self) -> list[Float[Tensor, "_ C"]]:
+        """Both, in the order of ids."""
+        return [self.weight] if self.added is None else [self.weight, self.added]
+
+    def forward(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n C"]:
+        """Their embeddings, scaled."""
+        known = len(self.weight)
+        if self.added is None:
+            x = F.embedding(ids, self.weight)
+        else:
+            old = F.embedding(ids.clamp(max=known - 1), self.weight)
+            x = torch.where((ids < known)[..., None], old, F.embedding((ids - known).clamp(min=0), self.added))
+        return x if self.scale == 1.0 else x * self.scale
 
 
 class Backbone(nn.Module):
@@ -114,19 +227,30 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.rotary = Rotary(SCHEMES[config.positions], config.head_size, config.rope_theta, config.rope_scaling)
+        self.embedding = Vocabulary(config)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
-        self.norm = Routed(lambda: RMSNorm(config.width, config.norm_eps), config.experts.names, config.experts.norms)
-        self.head = None if config.tied_head else nn.Linear(config.width, config.vocabulary, bias=False)
+        self.norm = Routed(lambda: RMSNorm(config.width, config.norm_eps), config.experts, "norms")
+        self.head = None if config.tied_head else Vocabulary(config)
+        self.checkpointing = False  # recompute each layer in backward
+        self._layer: Callable[..., list[Tensor]] = DecoderLayer.forward
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Normal of std 0.02, those that write to the residual stream smaller by sqrt(2 depth) (GPT-2)."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2 and "modulation" not in name and "lora" not in name:
                 writes = ".o." in name or name.endswith("down.weight")
                 std = 0.02 / (2 * self.config.depth) ** 0.5 if writes else 0.02
                 nn.init.normal_(parameter, std=std)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile training's forward and backward of one layer, once for all layers and layouts.
+
+        Regional: seconds, not minutes. Lengths stay symbols, so a new layout compiles nothing; validation and decoding
+        run as they are written.
+        """
+        self._layer = compiled_layer()
 
     def forward(
         self,
@@ -134,23 +258,48 @@ class Backbone(nn.Module):
         positions: Int[Tensor, "S A"],
         splits: Sequence[int],
         attention: PackedAttention,
+        rows: Rows | None = None,
     ) -> Float[Tensor, "S C"]:
-        """Embeddings in expert order to hidden states in expert order, after the last norm."""
+        """Embeddings in expert order to hidden states in expert order, after the last norm.
+
+        `rows`: conditions of images (N, C), and for each expert the image of its tokens, counted from 1 (0: none).
+        """
         # An expert without rows still runs in training, so that its gradient is zero rather than missing.
-        used = [e for e, count in enumerate(splits) if count or torch.is_grad_enabled()]
+        used = tuple(e for e, count in enumerate(splits) if count or torch.is_grad_enabled())
         counts = [splits[e] for e in used]
         xs = list(x.split(counts))
-        rotaries = [Rotary(p, self.config.head_dim, self.config.rope_theta) for p in positions.split(counts)]
+        rotary = [self.rotary(p) for p in positions.split(counts)]
+        if rows is not None:
+            rows = rows[0], [rows[1][e] for e in used]
+        training = torch.is_grad_enabled()
+        run = self._layer if training else DecoderLayer.forward
         for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            projected = [layer.project(x, r, e) for x, r, e in zip(xs, rotaries, used, strict=True)]
-            q, k, v = (torch.cat(parts) for parts in zip(*projected, strict=True))  # (S, H | K | K, E)
-            o = attention(i, q, k, v).split(counts)  # (n, H, E) an expert
-            xs = [layer.finish(x, part, e) for x, part, e in zip(xs, o, used, strict=True)]
+            if self.checkpointing and training:
+                xs = checkpoint(run, layer, xs, rotary, attention.layer(i), used, rows, use_reentrant=False)
+            else:
+                xs = run(layer, xs, rotary, attention.layer(i), used, rows)
         return torch.cat([self.norm[e](x) for x, e in zip(xs, used, strict=True)])
+
+    def router_loss(self) -> Float[Tensor, ""] | None:
+        """Weighted balance and z loss of the last forward, a mean over layers; None without learned routers."""
+        losses = [module.loss for module in self.modules() if isinstance(module, RoutedMLP) and module.loss is not None]
+        return torch.stack(losses).mean() if losses else None
+
+    @property
+    def tables(self) -> list[Float[Tensor, "_ C"]]:
+        """Rows of the text head, in the order of ids."""
+        return (self.embedding if self.head is None else self.head).tables
 
     def logits(self, hidden: Float[Tensor, "n C"]) -> Float[Tensor, "n V"]:
         """Scores over the vocabulary, in fp32 or better."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores = torch.cat([F.linear(hidden, table) for table in self.tables], dim=-1)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def compiled_layer() -> Callable[..., list[Tensor]]:
+    """`DecoderLayer.forward` compiled with symbolic lengths."""
+    from torch.fx.experimental import _config
+
+    # Two experts may have equally many tokens in the first pack: that must not become a rule for all others.
+    _config.use_duck_shape = False
+    return torch.compile(DecoderLayer.forward, dynamic=True, fullgraph=True)

@@ -1,0 +1,363 @@
+"""The `sdpa` back end: a packed sequence as dense tiles, never an S x S mask.
+
+Short documents of about one length are a batch with a small mask. A long document is cut into tiles of rows: an image's
+rows see everything before them and all of their image, without a mask; rows of text see everything before them and, through
+a small triangle, each other. Private blocks of the past are left out of the keys.
+
+Letters: P places of expert order, R rows of the gathered order (padding included), H query heads, K key/value heads,
+G = H / K, E channels; in one tile n documents, T rows, M keys.
+
+The whole is one operator with a backward of its own, which `torch.compile` does not look into: a loop over tiles there would
+be a new graph a layout.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from unimodal.attention.packed import KV, Q
+from unimodal.attention.visibility import SegmentTable, TokenTable, visible
+
+SHORT = 256  # longest document that is one tile of a batch
+ROWS = 256  # most rows of a tile of a long document
+STEP = 16  # lengths of short documents are padded to multiples of this: little padding, few batches
+HIDDEN = -1e30  # finite: a row is never empty, and nothing becomes NaN
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows `rows` of n documents that lie at `base`, each `stride` rows long, and the keys they see."""
+
+    base: int
+    n: int
+    stride: int
+    rows: tuple[int, int]
+    keys: tuple[tuple[int, int], ...]  # ranges, in order; the mask is that of the last `masked` keys
+    mask: int  # where its mask (n, T, masked) begins in the buffer
+    masked: int  # 0: every row sees every key
+
+
+class SdpaAttention:
+    """One pack, planned: where rows are gathered from and to, the tiles, and their masks."""
+
+    def __init__(self, table: SegmentTable, inverse: Int[Tensor, " S"], places: int) -> None:
+        device = inverse.device
+        tiles, position, real, masks = _plan(table)
+        gather = inverse[torch.from_numpy(position).to(device)]  # (R,) places; padding repeats a real row
+        slots = torch.full((places,), len(position), dtype=torch.long, device=device)  # padding reads a row of zeros
+        rows = torch.from_numpy(np.flatnonzero(real)).to(device)
+        slots[gather[rows]] = rows
+        self.gather, self.slots = gather, slots
+        self.padding = torch.from_numpy(np.flatnonzero(~real)).to(device)
+        self.masks = masks.to(device)
+        self.tiles = _pack_tiles(tiles)
+
+    def layer(self, number: int) -> "SdpaAttention":
+        """Itself."""
+        return self
+
+    def __call__(self, q: Q, k: KV, v: KV) -> Q:
+        """Gather, attend tile by tile, put back."""
+        return tiled_attention(q, k, v, self.gather, self.slots, self.padding, self.tiles, self.masks)[0]
+
+
+def kernel(device: torch.device) -> str:
+    """What runs on a device."""
+    return "tiles: fused kernels forward" if device.type == "cpu" else "tiles: matrix products"
+
+
+# --- the plan, on the host
+
+
+def _plan(table: SegmentTable) -> tuple[list[Tile], Int[np.ndarray, " R"], np.ndarray, Tensor]:
+    """Tiles, the sequence position of each gathered row, whether it is no padding, and every mask end to end."""
+    lengths = table.document_lengths
+    starts = np.cumsum(lengths) - lengths
+    tokens = table.tokens(torch.device("cpu"))
+    tiles: list[Tile] = []
+    positions: list[np.ndarray] = []
+    reals: list[np.ndarray] = []
+    masks: list[Tensor] = []
+    base = size = 0
+    padded = -(-lengths // STEP) * STEP
+    for stride in np.unique(padded[lengths <= SHORT]):
+        members = np.flatnonzero((padded == stride) & (lengths <= SHORT))
+        local = np.arange(stride)
+        real = local < lengths[members, None]  # (n, L)
+        position = starts[members, None] + local * real  # (n, L); padding repeats the first token
+        at = torch.from_numpy(position)
+        seen = visible(tokens, at[:, :, None], at[:, None, :])  # (n, L, L)
+        seen &= torch.from_numpy(real[:, None, :] | ~real[:, :, None])  # real queries never see padding
+        tiles.append(Tile(base, len(members), int(stride), (0, int(stride)), ((0, int(stride)),), size, int(stride)))
+        masks.append(seen.flatten())
+        positions.append(position.ravel())
+        reals.append(real.ravel())
+        base, size = base + position.size, size + seen.numel()
+    for document in np.flatnonzero(lengths > SHORT):
+        for tile, seen in _long(table, tokens, int(document), base, size):
+            tiles.append(tile)
+            masks += [] if seen is None else [seen.flatten()]
+            size += 0 if seen is None else seen.numel()
+        positions.append(starts[document] + np.arange(lengths[document]))
+        reals.append(np.ones(lengths[document], dtype=bool))
+        base += int(lengths[document])
+    seen = torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
+    hidden = torch.zeros(len(seen)).masked_fill_(~seen, HIDDEN)
+    return tiles, np.concatenate(positions), np.concatenate(reals), hidden
+
+
+def _long(
+    table: SegmentTable, tokens: TokenTable, document: int, base: int, size: int
+) -> Iterator[tuple[Tile, Tensor | None]]:
+    """Tiles of one long document: parts of one large segment, or small segments together."""
+    segments = np.flatnonzero(table.document == document)
+    first = int(table.start[segments[0]])
+    stride = int(table.length[segments].sum())
+    past: list[tuple[int, int]] = []  # what later segments see, as ranges
+    held: list[int] = []
+
+    def emit(a: int, b: int, own: tuple[int, int]) -> tuple[Tile, Tensor | None]:
+        at = torch.arange(first + a, first + b)
+        keys = torch.arange(first + own[0], first + own[1])
+        seen = visible(tokens, at[:, None], keys[None, :])
+        full = bool(seen.all())
+        ranges = _joined([*past, own])
+        return Tile(base, 1, stride, (a, b), ranges, size, 0 if full else own[1] - own[0]), None if full else seen
+
+    def close() -> Iterator[tuple[Tile, Tensor | None]]:
+        nonlocal size
+        if held:
+            a, b = int(table.start[held[0]]) - first, int(table.start[held[-1]] + table.length[held[-1]]) - first
+            made = emit(a, b, (a, b))
+            size += 0 if made[1] is None else made[1].numel()
+            yield made
+            for s in held:
+                _extend(past, table, s, first)
+            held.clear()
+
+    for s in segments:
+        a, length = int(table.start[s]) - first, int(table.length[s])
+        if held and a + length - (int(table.start[held[0]]) - first) > ROWS:
+            yield from close()
+        # A large image gets tiles of its own, which need no mask; so does what is too long for one tile.
+        if length > ROWS or (table.bidirectional[s] and length >= ROWS // 4):
+            yield from close()
+            for low in range(a, a + length, ROWS):
+                high = min(low + ROWS, a + length)
+                own = (a, a + length) if table.bidirectional[s] else (a, high)
+                made = _trimmed(emit(low, high, own), low, high)
+                size += 0 if made[1] is None else made[1].numel()
+                yield made
+            _extend(past, table, s, first)
+        else:
+            held.append(int(s))
+    yield from close()
+
+
+def _trimmed(made: tuple[Tile, Tensor | None], low: int, high: int) -> tuple[Tile, Tensor | None]:
+    """A mask over the rows' own keys only: everything of the segment before them is seen."""
+    tile, seen = made
+    if seen is None:
+        return made
+    width = high - low
+    return Tile(tile.base, tile.n, tile.stride, tile.rows, tile.keys, tile.mask, width), seen[:, -width:].contiguous()
+
+
+def _extend(past: list[tuple[int, int]], table: SegmentTable, s: int, first: int) -> None:
+    if not table.private[s]:
+        a = int(table.start[s]) - first
+        past[:] = _joined([*past, (a, a + int(table.length[s]))])
+
+
+def _joined(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Neighbouring ranges as one."""
+    out: list[tuple[int, int]] = []
+    for a, b in ranges:
+        if out and out[-1][1] == a:
+            out[-1] = (out[-1][0], b)
+        else:
+            out.append((a, b))
+    return tuple(out)
+
+
+def _pack_tiles(tiles: list[Tile]) -> Int[Tensor, " numbers"]:
+    """Tiles as one tensor, which an operator can be given."""
+    numbers: list[int] = []
+    for t in tiles:
+        numbers += [t.base, t.n, t.stride, *t.rows, t.mask, t.masked, len(t.keys), *(i for r in t.keys for i in r)]
+    return torch.tensor(numbers)
+
+
+def _unpack_tiles(packed: Int[Tensor, " numbers"]) -> list[Tile]:
+    numbers = packed.tolist()
+    tiles, i = [], 0
+    while i < len(numbers):
+        base, n, stride, a, b, mask, masked, count = numbers[i : i + 8]
+        i += 8
+        flat = numbers[i : i + 2 * count]
+        i += 2 * count
+        tiles.append(Tile(base, n, stride, (a, b), tuple(zip(flat[::2], flat[1::2], strict=True)), mask, masked))
+    return tiles
+
+
+# --- the operator
+
+
+@torch.library.custom_op("unimodal::tiled_attention", mutates_args=())
+def tiled_attention(
+    q: Tensor, k: Tensor, v: Tensor, gather: Tensor, slots: Tensor, padding: Tensor, tiles: Tensor, masks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs (P, H, E) and the log-sum-exp of every gathered row, tile by tile (R * H,)."""
+    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    q, k, v = (x.index_select(0, gather) for x in (q, k, v))  # (R, H | K | K, E)
+    out = q.new_empty(len(q) + 1, *q.shape[1:])
+    out[-1] = 0
+    statistics = []
+    for tile in _unpack_tiles(tiles):
+        one = _Tile(tile, kv_heads, groups, masks)
+        o, lse = one.forward(one.rows(q), one.keys(k), one.keys(v))
+        one.put(out, o)
+        statistics.append(lse.flatten())
+    return out.index_select(0, slots), torch.cat(statistics)
+
+
+@tiled_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, gather: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(gather.shape[0] * q.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("unimodal::tiled_attention_backward", mutates_args=())
+def tiled_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    gather: Tensor, slots: Tensor, padding: Tensor, tiles: Tensor, masks: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v."""
+    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    q, k, v, out, grad = (x.index_select(0, gather) for x in (q, k, v, out, grad))
+    grad.index_fill_(0, padding, 0)  # nobody read those rows
+    grads = [x.new_zeros(len(x) + 1, *x.shape[1:]) for x in (q, k, v)]
+    at = 0
+    for tile in _unpack_tiles(tiles):
+        one = _Tile(tile, kv_heads, groups, masks)
+        count = one.n * q.shape[1] * one.height
+        inputs = one.rows(q), one.keys(k), one.keys(v), one.rows(out), one.rows(grad)
+        dq, dk, dv = one.backward(*inputs, lse[at : at + count])
+        one.put(grads[0], dq)
+        one.add(grads[1], dk)
+        one.add(grads[2], dv)
+        at += count
+    dq, dk, dv = (g.index_select(0, slots) for g in grads)
+    return dq, dk, dv
+
+
+@tiled_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*tiled_attention_backward(grad, *ctx.saved_tensors), None, None, None, None, None)
+
+
+tiled_attention.register_autograd(_backward, setup_context=_setup)
+
+
+class _Tile:
+    """The arithmetic of one tile. Query heads that share a key head are rows of one matrix, so keys are never repeated."""
+
+    def __init__(self, tile: Tile, kv_heads: int, groups: int, masks: Tensor) -> None:
+        self.tile, self.k, self.g = tile, kv_heads, groups
+        self.n, self.height = tile.n, tile.rows[1] - tile.rows[0]
+        self.masks = masks
+
+    def view(self, x: Tensor) -> Tensor:
+        """(R, heads, E) -> (n, L, heads, E), a view."""
+        return x[self.tile.base : self.tile.base + self.n * self.tile.stride].unflatten(0, (self.n, -1))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(R, H, E) -> (n, K, G*T, E)."""
+        a, b = self.tile.rows
+        x = self.view(x)[:, a:b].transpose(1, 2)  # (n, H, T, E)
+        return x if self.g == 1 else x.unflatten(1, (self.k, self.g)).flatten(2, 3)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """(R, K, E) -> (n, K, M, E)."""
+        x = self.view(x).transpose(1, 2)  # (n, K, L, E)
+        parts = [x[:, :, a:b] for a, b in self.tile.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def put(self, out: Tensor, x: Tensor) -> None:
+        """The inverse of `rows`, written."""
+        a, b = self.tile.rows
+        x = x.unflatten(2, (self.g, -1)).flatten(1, 2)  # (n, H, T, E)
+        self.view(out)[:, a:b] = x.transpose(1, 2)
+
+    def add(self, out: Tensor, x: Tensor) -> None:
+        """The inverse of `keys`, added."""
+        view, x, at = self.view(out), x.transpose(1, 2), 0  # (n, M, K, E)
+        for a, b in self.tile.keys:
+            view[:, a:b] += x[:, at : at + b - a]
+            at += b - a
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """(n, 1, G*T, M), added to scores."""
+        masked = self.tile.masked
+        if not masked:
+            return None
+        at, width = self.tile.mask, sum(b - a for a, b in self.tile.keys)
+        mask = self.masks[at : at + self.n * self.height * masked].view(self.n, 1, 1, self.height, masked)
+        if width == masked and self.g == 1:
+            return mask[:, :, 0].to(dtype)
+        full = torch.zeros(self.n, 1, self.g, self.height, width, dtype=dtype, device=mask.device)
+        full[..., width - masked :] = mask
+        return full.flatten(2, 3)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (n, K, G*T, E) and log-sum-exp (n, K, G*T)."""
+        if q.device.type == "cpu":
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, False, attn_mask=self.mask(q.dtype)
+            )
+        return self.plain_forward(q, k, v)
+
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of q, k, v."""
+        lse = lse.view(q.shape[:-1])
+        # In bf16 plain products reach the matrix units of a CPU, and the fused backward does not.
+        if q.device.type == "cpu" and q.dtype != torch.bfloat16:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                do, q, k, v, o, lse, 0.0, False, attn_mask=self.mask(q.dtype)
+            )
+        return self.plain_backward(q, k, v, o, do, lse)
+
+    def plain_forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as matrix products."""
+        s = self.scores(q, k)
+        lse = s.logsumexp(-1)
+        return (s - lse[..., None]).exp_().to(q.dtype) @ v, lse
+
+    def plain_backward(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        """FlashAttention's backward (arXiv 2205.14135, section B.4) over one tile."""
+        p = self.scores(q, k).sub_(lse[..., None]).exp_()  # (n, K, G*T, M)
+        delta = (do * o).sum(-1, keepdim=True, dtype=lse.dtype)
+        dv = p.to(q.dtype).transpose(-1, -2) @ do
+        ds = (do @ v.transpose(-1, -2)).to(lse.dtype).sub_(delta).mul_(p).mul_(q.shape[-1] ** -0.5).to(q.dtype)
+        return ds @ k, ds.transpose(-1, -2) @ q, dv
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """In fp32 or better."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        s = (q @ k.transpose(-1, -2)).to(dtype).mul_(q.shape[-1] ** -0.5)
+        mask = self.mask(dtype)
+        return s if mask is None else s.add_(mask)
