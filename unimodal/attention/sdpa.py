@@ -99,15 +99,15 @@ def _plan(table: SegmentTable) -> tuple[list[Tile], Int[np.ndarray, " R"], np.nd
         reals.append(real.ravel())
         base, size = base + position.size, size + seen.numel()
     for document in np.flatnonzero(lengths > SHORT):
-        for tile, seen in _long(table, tokens, int(document), base, size):
+        for tile, mask in _long(table, tokens, int(document), base, size):
             tiles.append(tile)
-            masks += [] if seen is None else [seen.flatten()]
-            size += 0 if seen is None else seen.numel()
+            masks += [] if mask is None else [mask.flatten()]
+            size += 0 if mask is None else mask.numel()
         positions.append(starts[document] + np.arange(lengths[document]))
         reals.append(np.ones(lengths[document], dtype=bool))
         base += int(lengths[document])
-    seen = torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
-    hidden = torch.zeros(len(seen)).masked_fill_(~seen, HIDDEN)
+    flat = torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
+    hidden = torch.zeros(len(flat)).masked_fill_(~flat, HIDDEN)
     return tiles, np.concatenate(positions), np.concatenate(reals), hidden
 
 
@@ -153,7 +153,7 @@ def _long(
                 made = _trimmed(emit(low, high, own), low, high)
                 size += 0 if made[1] is None else made[1].numel()
                 yield made
-            _extend(past, table, s, first)
+            _extend(past, table, int(s), first)
         else:
             held.append(int(s))
     yield from close()

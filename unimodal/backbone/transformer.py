@@ -274,6 +274,7 @@ class Backbone(nn.Module):
         training = torch.is_grad_enabled()
         run = self._layer if training else DecoderLayer.forward
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
             if self.checkpointing and training:
                 xs = checkpoint(run, layer, xs, rotary, attention.layer(i), used, rows, use_reentrant=False)
             else:
