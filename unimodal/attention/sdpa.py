@@ -13,6 +13,7 @@ be a new graph a layout.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -45,15 +46,15 @@ class Tile:
 class SdpaAttention:
     """One pack, planned: where rows are gathered from and to, the tiles, and their masks."""
 
-    def __init__(self, table: SegmentTable, inverse: Int[Tensor, " S"], places: int) -> None:
+    def __init__(self, table: SegmentTable, inverse: Int[Tensor, " S"], count: int) -> None:
         device = inverse.device
         tiles, position, real, masks = _plan(table)
-        gather = inverse[torch.from_numpy(position).to(device)]  # (R,) places; padding repeats a real row
-        slots = torch.full((places,), len(position), dtype=torch.long, device=device)  # padding reads a row of zeros
-        rows = torch.from_numpy(np.flatnonzero(real)).to(device)
-        slots[gather[rows]] = rows
-        self.gather, self.slots = gather, slots
-        self.padding = torch.from_numpy(np.flatnonzero(~real)).to(device)
+        places = torch.from_numpy(position).to(device)
+        self.gather = inverse[places]  # (R,) padding repeats a real row
+        # (R,) padding is written behind the last place
+        self.scatter = self.gather.masked_fill(~torch.from_numpy(real).to(device), count)
+        taken = torch.zeros(count, dtype=torch.bool, device=device).index_fill_(0, inverse, True)
+        self.empty = (~taken).nonzero().squeeze(1)  # places that no token has
         self.masks = masks.to(device)
         self.tiles = _pack_tiles(tiles)
 
@@ -63,7 +64,7 @@ class SdpaAttention:
 
     def __call__(self, q: Q, k: KV, v: KV) -> Q:
         """Gather, attend tile by tile, put back."""
-        return tiled_attention(q, k, v, self.gather, self.slots, self.padding, self.tiles, self.masks)[0]
+        return tiled_attention(q, k, v, self.gather, self.scatter, self.empty, self.tiles, self.masks)[0]
 
 
 def kernel(device: torch.device) -> str:
@@ -210,67 +211,94 @@ def _unpack_tiles(packed: Int[Tensor, " numbers"]) -> list[Tile]:
 
 @torch.library.custom_op("unimodal::tiled_attention", mutates_args=())
 def tiled_attention(
-    q: Tensor, k: Tensor, v: Tensor, gather: Tensor, slots: Tensor, padding: Tensor, tiles: Tensor, masks: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Outputs (P, H, E) and the log-sum-exp of every gathered row, tile by tile (R * H,)."""
+    q: Tensor, k: Tensor, v: Tensor, gather: Tensor, scatter: Tensor, empty: Tensor, tiles: Tensor, masks: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs (P, H, E); for backward, log-sum-exp of every row, tile by tile (R * H,), and q, k, v as gathered."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    out = _by_place(q, empty)
     q, k, v = (x.index_select(0, gather) for x in (q, k, v))  # (R, H | K | K, E)
-    out = q.new_empty(len(q) + 1, *q.shape[1:])
-    out[-1] = 0
     statistics = []
     for tile in _unpack_tiles(tiles):
         one = _Tile(tile, kv_heads, groups, masks)
         o, lse = one.forward(one.rows(q), one.keys(k), one.keys(v))
-        one.put(out, o)
+        out.index_copy_(0, one.places(scatter), one.flat(o))
         statistics.append(lse.flatten())
-    return out.index_select(0, slots), torch.cat(statistics)
+    return out[:-1], torch.cat(statistics), q, k, v
 
 
 @tiled_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, gather: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, gather: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(gather.shape[0] * q.shape[1], dtype=dtype)
+    rows = gather.shape[0]
+    gathered = [x.new_empty(rows, *x.shape[1:]) for x in (q, k, v)]
+    return q.new_empty(q.shape), q.new_empty(rows * q.shape[1], dtype=dtype), *gathered
 
 
 @torch.library.custom_op("unimodal::tiled_attention_backward", mutates_args=())
 def tiled_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    gather: Tensor, slots: Tensor, padding: Tensor, tiles: Tensor, masks: Tensor,
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    gather: Tensor, scatter: Tensor, empty: Tensor, tiles: Tensor, masks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v."""
+    """Gradients of q, k and v, in expert order."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-    q, k, v, out, grad = (x.index_select(0, gather) for x in (q, k, v, out, grad))
-    grad.index_fill_(0, padding, 0)  # nobody read those rows
-    grads = [x.new_zeros(len(x) + 1, *x.shape[1:]) for x in (q, k, v)]
+    grads = [_by_place(x.new_empty(grad.shape[0], *x.shape[1:]), empty) for x in (q, k, v)]
+    out, grad = out.index_select(0, gather), grad.index_select(0, gather)
+    grad.index_fill_(0, (scatter == len(grads[0]) - 1).nonzero().squeeze(1), 0)  # padding, which nobody read
     at = 0
-    for tile in _unpack_tiles(tiles):
-        one = _Tile(tile, kv_heads, groups, masks)
-        count = one.n * q.shape[1] * one.height
-        inputs = one.rows(q), one.keys(k), one.keys(v), one.rows(out), one.rows(grad)
-        dq, dk, dv = one.backward(*inputs, lse[at : at + count])
-        one.put(grads[0], dq)
-        one.add(grads[1], dk)
-        one.add(grads[2], dv)
-        at += count
-    dq, dk, dv = (g.index_select(0, slots) for g in grads)
+    for document in _by_document(_unpack_tiles(tiles)):
+        whole = _Tile(document[0], kv_heads, groups, masks)
+        dk, dv = (torch.zeros_like(whole.view(x)) for x in (k, v)) if len(document) > 1 else (None, None)
+        for tile in document:
+            one = _Tile(tile, kv_heads, groups, masks)
+            count = one.n * q.shape[1] * one.height
+            inputs = one.rows(q), one.keys(k), one.keys(v), one.rows(out), one.rows(grad)
+            dq, part_k, part_v = one.backward(*inputs, lse[at : at + count])
+            grads[0].index_copy_(0, one.places(scatter), one.flat(dq))
+            if dk is None or dv is None:
+                dk, dv = part_k.transpose(1, 2), part_v.transpose(1, 2)  # (n, L, K, E): the only tile sees every key
+            else:
+                one.add(dk, part_k)
+                one.add(dv, part_v)
+            at += count
+        assert dk is not None
+        assert dv is not None
+        places = scatter[whole.tile.base : whole.tile.base + whole.n * whole.tile.stride]
+        grads[1].index_copy_(0, places, dk.flatten(0, 1))
+        grads[2].index_copy_(0, places, dv.flatten(0, 1))
+    dq, dk, dv = (g[:-1] for g in grads)
     return dq, dk, dv
 
 
 @tiled_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(grad.shape[0], *x.shape[1:]) for x in (q, k, v))
+    return dq, dk, dv
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
-    ctx.mark_non_differentiable(output[1])
+def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output, *inputs[3:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return (*tiled_attention_backward(grad, *ctx.saved_tensors), None, None, None, None, None)
 
 
 tiled_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _by_place(like: Tensor, empty: Tensor) -> Tensor:
+    """Room for a row a place and one more, where padding of tiles is written; places that no token has are zero."""
+    out = like.new_empty(len(like) + 1, *like.shape[1:])
+    return out.index_fill_(0, empty, 0)
+
+
+def _by_document(tiles: list[Tile]) -> Iterator[list[Tile]]:
+    """Tiles of the same documents together."""
+    for _, group in groupby(tiles, key=lambda tile: tile.base):
+        yield list(group)
 
 
 class _Tile:
@@ -297,17 +325,21 @@ class _Tile:
         parts = [x[:, :, a:b] for a, b in self.tile.keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def put(self, out: Tensor, x: Tensor) -> None:
-        """The inverse of `rows`, written."""
+    def flat(self, x: Tensor) -> Tensor:
+        """(n, K, G*T, E) -> (n*T, H, E), the inverse of `rows`."""
+        return x.unflatten(2, (self.g, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
+
+    def places(self, scatter: Tensor) -> Tensor:
+        """Where those rows belong."""
         a, b = self.tile.rows
-        x = x.unflatten(2, (self.g, -1)).flatten(1, 2)  # (n, H, T, E)
-        self.view(out)[:, a:b] = x.transpose(1, 2)
+        mine = scatter[self.tile.base : self.tile.base + self.n * self.tile.stride]
+        return mine.unflatten(0, (self.n, -1))[:, a:b].flatten()
 
     def add(self, out: Tensor, x: Tensor) -> None:
-        """The inverse of `keys`, added."""
-        view, x, at = self.view(out), x.transpose(1, 2), 0  # (n, M, K, E)
+        """The inverse of `keys`, added to (n, L, K, E)."""
+        x, at = x.transpose(1, 2), 0  # (n, M, K, E)
         for a, b in self.tile.keys:
-            view[:, a:b] += x[:, at : at + b - a]
+            out[:, a:b] += x[:, at : at + b - a]
             at += b - a
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
@@ -334,8 +366,8 @@ class _Tile:
     def backward(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         """Gradients of q, k, v."""
         lse = lse.view(q.shape[:-1])
-        # In bf16 plain products reach the matrix units of a CPU, and the fused backward does not.
-        if q.device.type == "cpu" and q.dtype != torch.bfloat16:
+        # Measured on a CPU: the fused backward is ahead in fp32 over many keys; in bf16 it does not reach the matrix units.
+        if q.device.type == "cpu" and q.dtype != torch.bfloat16 and k.shape[2] > 2 * SHORT:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do, q, k, v, o, lse, 0.0, False, attn_mask=self.mask(q.dtype)
             )

@@ -267,7 +267,8 @@ class Backbone(nn.Module):
         # An expert without rows still runs in training, so that its gradient is zero rather than missing.
         used = tuple(e for e, count in enumerate(splits) if count or torch.is_grad_enabled())
         counts = [splits[e] for e in used]
-        xs = list(x.split(counts))
+        # Copies in training: views into x would be another kind of input than later layers get, and another graph.
+        xs = [part.clone() if torch.is_grad_enabled() else part for part in x.split(counts)]
         rotary = [self.rotary(p) for p in positions.split(counts)]
         if rows is not None:
             rows = rows[0], [rows[1][e] for e in used]
