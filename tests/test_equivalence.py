@@ -150,7 +150,7 @@ def test_peek_leaves_no_trace(model: UnifiedModel) -> None:
     session = Session.start(model, 2, [Branch(), Branch(keep_text=False)], 64)
     session.append_text([Run((1, 2, 3), (True, False, False)), Run((4, 5), (True, False))])
     cache = session._state.cache
-    before = [(cache.k[:, s, :n].clone(), cache.v[:, s, :n].clone()) for s, n in enumerate(cache.lengths)]
+    before = [(cache.k[:, s, :, :n].clone(), cache.v[:, s, :, :n].clone()) for s, n in enumerate(cache.lengths)]
     lengths, last, following = list(cache.lengths), session.last.clone(), list(session._state.next)
     grid = model.tokenizer.layout.grid(8, 8)
     block = model.generator.plan_context(grid)[0]
@@ -160,8 +160,8 @@ def test_peek_leaves_no_trace(model: UnifiedModel) -> None:
     assert session._state.next == following
     assert torch.equal(session.last, last)
     for s, (k, v) in enumerate(before):
-        assert torch.equal(cache.k[:, s, : lengths[s]], k)
-        assert torch.equal(cache.v[:, s, : lengths[s]], v)
+        assert torch.equal(cache.k[:, s, :, : lengths[s]], k)
+        assert torch.equal(cache.v[:, s, :, : lengths[s]], v)
 
 
 def test_text_fed_at_once_equals_token_by_token(model: UnifiedModel) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from unimodal.backbone import Experts
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import PackedSequence, SequencedDocument, SequenceRules, fit_image, pack, to_tensor
+from unimodal.packing import BUCKET, PackedSequence, SequencedDocument, SequenceRules, fit_image, pack, to_tensor
 from unimodal_generators.base import TokenKind
 
 FULL = Experts(attention=True, mlp=True, norms=True)
@@ -45,13 +45,27 @@ def kinds(document: SequencedDocument) -> list[tuple[TokenKind, int]]:
     return [(s.kind, s.length) for s in document.segments]
 
 
+def order(p: PackedSequence) -> torch.Tensor:
+    """Position in order of reading of every place, -1 where a place is filling."""
+    at = torch.full((sum(p.splits),), -1)
+    at[p.inverse] = torch.arange(len(p))
+    return at
+
+
 def text_targets(p: PackedSequence) -> list[tuple[int, int]]:
     """(position read from, id predicted), positions in order of reading."""
-    return list(zip(p.order[p.text_reads].tolist(), p.text_targets.tolist(), strict=True))
+    return list(zip(order(p)[p.text_reads].tolist(), p.text_targets.tolist(), strict=True))
 
 
 def image_reads(p: PackedSequence) -> list[int]:
-    return p.order[p.image_reads].tolist()
+    return order(p)[p.image_reads].tolist()
+
+
+def targets(p: PackedSequence) -> dict[str, int]:
+    """What is learned; a learned router counts every token, and never filling."""
+    counts = p.counts
+    assert counts.pop("router") == len(p)
+    return counts
 
 
 # ---- one document of each kind
@@ -69,7 +83,7 @@ def test_text_alone(make: Callable[..., UnifiedModel]) -> None:
         p = packed(model, document)
         assert text_targets(p) == [(0, a), (1, b), (2, eos)]
         assert image_reads(p) == []
-        assert p.counts == {"text": 3, "image": 0}
+        assert targets(p) == {"text": 3, "image": 0}
         assert p.images == ()
 
 
@@ -84,7 +98,7 @@ def test_text_to_image_flow(make: Callable[..., UnifiedModel]) -> None:
     p = packed(model, document)
     assert text_targets(p) == [(1, special.boi), (19, special.eos)]  # never bos, never eoi, nothing of a question
     assert image_reads(p) == list(range(3, 11))
-    assert p.counts == {"text": 2, "image": 8}
+    assert targets(p) == {"text": 2, "image": 8}
 
 
 def test_text_to_image_autoregressive(make: Callable[..., UnifiedModel]) -> None:
@@ -96,7 +110,7 @@ def test_text_to_image_autoregressive(make: Callable[..., UnifiedModel]) -> None
     p = packed(model, document)
     assert text_targets(p) == [(1, special.boi), (11, special.eos)]
     assert image_reads(p) == list(range(2, 10))  # the first is predicted by boi
-    assert p.counts == {"text": 2, "image": 8}
+    assert targets(p) == {"text": 2, "image": 8}
 
 
 def test_image_to_text(make: Callable[..., UnifiedModel]) -> None:
@@ -109,7 +123,7 @@ def test_image_to_text(make: Callable[..., UnifiedModel]) -> None:
         p = packed(model, document)
         assert text_targets(p) == [(10, a), (11, b), (12, special.eos)]  # not the image's boi
         assert image_reads(p) == []
-        assert p.counts == {"text": 3, "image": 0}
+        assert targets(p) == {"text": 3, "image": 0}
         assert (p.learned_images, p.context_images) == ((), (0,))
 
 
@@ -175,10 +189,10 @@ def test_dropped_text_leaves_boundaries_and_no_text_loss(make: Callable[..., Uni
     ids = [i for s in document.segments for i in s.ids]
     assert ids == [special.bos, special.boi, special.eoi, special.eos]
     p = packed(model, document)
-    assert p.counts == {"text": 0, "image": 8}
+    assert targets(p) == {"text": 0, "image": 8}
     assert image_reads(p) == list(range(2, 10) if generator == "flow" else range(1, 9))
     described = packed(model, lay(model, reading(), train=True))
-    assert described.counts == {"text": 0, "image": 0}
+    assert targets(described) == {"text": 0, "image": 0}
     assert len(described) == 12  # bos, boi, eight image tokens, eoi, eos
     assert lay(model, drawing(), train=False).length > document.length  # validation drops nothing
 
@@ -252,56 +266,143 @@ def test_a_session_s_ids_go_on_like_a_document_s(make: Callable[..., UnifiedMode
 # ---- expert order
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
-@pytest.mark.parametrize(
+ROUTINGS = pytest.mark.parametrize(
     "experts",
     [Experts(), FULL, Experts(mlp=True, clean="text"), Experts(mlp=True, clean="look", learned="draw"),
      Experts(mlp=True, learned="text", clean="image")],
     ids=["dense", "two", "clean with text", "three", "learned with text"],
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("bucket", [1, 5, BUCKET])
+@pytest.mark.parametrize("generator", GENERATORS)
+@ROUTINGS
 def test_expert_order(
-    make: Callable[..., UnifiedModel], mixed: list[Document], generator: str, experts: Experts
+    make: Callable[..., UnifiedModel], mixed: list[Document], generator: str, experts: Experts, bucket: int
 ) -> None:
     model = make(generator)
     documents = [lay(model, d) for d in mixed]
-    p = pack(documents, experts, model.generator.reads)
+    p = pack(documents, experts, model.generator.reads, bucket=bucket)
     n = sum(d.length for d in documents)
-    assert len(p) == n
-    assert sorted(p.order.tolist()) == list(range(n))
-    assert torch.equal(p.order[p.inverse], torch.arange(n))
-    assert torch.equal(p.inverse[p.order], torch.arange(n))
-    # walk the documents: kind, position id and id of every token in order of reading
+    assert len(p) == len(p.inverse) == n
+    at = order(p)
+    real = at >= 0
+    assert sorted(at[real].tolist()) == list(range(n))  # every token has a place, and none of them two
+    assert torch.equal(at[p.inverse], torch.arange(n))
+    # walk the documents: kind, position id, id and image of every token in order of reading
     walk = [(s.kind, pos, i) for d in documents for s in d.segments
             for pos, i in zip(np.asarray(s.positions).tolist(), s.ids or [-1] * s.length, strict=True)]  # fmt: skip
-    moved = [walk[i] for i in p.order.tolist()]
+    moved = [walk[i] for i in at[real].tolist()]
     expert_of = [experts.index(kind) for kind, _, _ in moved]
     assert expert_of == sorted(expert_of)
-    assert p.splits == tuple(expert_of.count(e) for e in range(len(experts.names)))
-    assert p.positions.tolist() == [position for _, position, _ in moved]
+    assert p.positions[real].tolist() == [position for _, position, _ in moved]
     runs = [kind for kind, _, _ in moved]
     assert sum(a != b for a, b in itertools.pairwise(runs)) == len(set(runs)) - 1  # every kind in one piece
     assert p.text_ids.tolist() == [i for kind, _, i in moved if kind == T]
+    # an expert's tokens come first in its slice, which is filled up to the bucket and never empty
+    assert len(p.splits) == len(experts.names)
+    for expert, places in enumerate(real.split(p.splits)):
+        count = expert_of.count(expert)
+        assert places.tolist() == [True] * count + [False] * (len(places) - count)
+        assert len(places) == max(bucket, -(-count // bucket) * bucket)
     # a target is read one place before it, wherever experts have put the two
-    targets = [j for j, flag in enumerate(t for d in documents for s in d.segments
-                                          for t in (s.targets or (False,) * s.length)) if flag]  # fmt: skip
-    assert p.order[p.text_reads].tolist() == [j - 1 for j in targets]
-    assert p.text_targets.tolist() == [walk[j][2] for j in targets]
+    learned_text = [j for j, flag in enumerate(t for d in documents for s in d.segments
+                                               for t in (s.targets or (False,) * s.length)) if flag]  # fmt: skip
+    assert at[p.text_reads].tolist() == [j - 1 for j in learned_text]
+    assert p.text_targets.tolist() == [walk[j][2] for j in learned_text]
     learned = [j for j, (kind, _, _) in enumerate(walk) if kind == L]
     back = 0 if model.generator.reads == "own" else 1
-    assert p.order[p.image_reads].tolist() == [j - back for j in learned]
+    assert at[p.image_reads].tolist() == [j - back for j in learned]
+
+
+@ROUTINGS
+def test_what_fills_up_is_zero(make: Callable[..., UnifiedModel], mixed: list[Document], experts: Experts) -> None:
+    model = make("flow")
+    p = pack([lay(model, d) for d in mixed], experts, model.generator.reads)
+    filling = order(p) < 0
+    assert filling.any()
+    assert not p.positions[filling].any()
+    assert not p.image_rows[filling].any()
+    assert p.positions[~filling].any()
+    assert all(places % BUCKET == 0 and places for places in p.splits)
+
+
+def test_image_rows_number_learned_blocks_then_context_blocks(
+    make: Callable[..., UnifiedModel], mixed: list[Document]
+) -> None:
+    model = make("flow")
+    documents = [lay(model, d) for d in mixed]
+    p = packed(model, *documents)
+    in_order = [(s.kind, s.length) for d in documents for s in d.segments]
+    number = {L: iter(range(1, 100)), C: iter(range(len(p.learned_blocks) + 1, 100)), T: itertools.repeat(0)}
+    expected = [row for kind, length in in_order for row in [next(number[kind])] * length]
+    assert p.image_rows[p.inverse].tolist() == expected
+    assert max(expected) == len(p.learned_blocks) + len(p.context_blocks)
+
+
+def test_an_expert_nobody_reads_has_a_slice_too(make: Callable[..., UnifiedModel]) -> None:
+    """So it runs, and its gradient is zero rather than missing."""
+    model = make("flow")
+    words = lay(model, Document((Part("a"),), "text"))
+    assert packed(model, words).splits == (BUCKET, BUCKET)
+    assert pack([words], FULL, "own", bucket=1).splits == (words.length, 1)
+
+
+def test_one_more_token_than_a_bucket_takes_two(make: Callable[..., UnifiedModel]) -> None:
+    model = make("flow")
+    words = lay(model, Document((Part("a"), Part("b")), "text"))  # bos, a, b, eos
+    assert [pack([words], Experts(), "own", bucket=b).splits for b in (1, 3, 4, 5)] == [(4,), (6,), (4,), (5,)]
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_what_fills_up_changes_no_loss_and_no_gradient(
+    make: Callable[..., UnifiedModel], mixed: list[Document], generator: str
+) -> None:
+    """Not by how much of it there is, nor by what is in it."""
+    model = make(generator)
+    documents = [lay(model, d) for d in mixed]
+
+    def run(bucket: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        model.zero_grad()
+        losses = model(pack(documents, model.backbone.config.experts, model.generator.reads, bucket=bucket))
+        sum(term.sum for term in losses.values()).backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return {name: term.sum.detach() for name, term in losses.items()}, gradients
+
+    def soil(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        filling = order(pack(documents, model.backbone.config.experts, model.generator.reads)) < 0
+        x = inputs[0].masked_fill(filling[:, None], 7.0)
+        return (x, *inputs[1:])
+
+    try:
+        tight, clean, wide = run(1), run(BUCKET), run(4 * BUCKET)
+        handle = model.backbone.register_forward_pre_hook(soil)
+        soiled = run(BUCKET)
+        handle.remove()
+    finally:
+        model.zero_grad()
+    for other in (tight, wide):
+        torch.testing.assert_close(other[0], clean[0], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(other[1], clean[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(soiled[0], clean[0], rtol=0, atol=0)
+    torch.testing.assert_close(soiled[1], clean[1], rtol=0, atol=0)
 
 
 def test_the_table_of_a_pack(make: Callable[..., UnifiedModel]) -> None:
     model = make("flow")
     p = packed(model, lay(model, drawing()), lay(model, reading()))
     assert p.documents == 2
-    assert p.table.document_lengths == (21, 14)
-    assert p.table.document.tolist() == [0] * 21 + [1] * 14
+    assert p.table.document_lengths.tolist() == [21, 14]
+    assert p.table.document.tolist() == [0] * 4 + [1] * 3
     runs = [3, 8, 8, 2, 2, 8, 4]
-    assert p.table.block.tolist() == [b for b, n in enumerate(runs) for _ in range(n)]
+    assert p.table.length.tolist() == runs
     flags = [(False, False), (True, True), (True, False), (False, False), (False, False), (True, False), (False, False)]
-    assert p.table.bidirectional.tolist() == [f[0] for f, n in zip(flags, runs, strict=True) for _ in range(n)]
-    assert p.table.private.tolist() == [f[1] for f, n in zip(flags, runs, strict=True) for _ in range(n)]
+    assert list(zip(p.table.bidirectional.tolist(), p.table.private.tolist(), strict=True)) == flags
+    tokens = p.table.tokens(torch.device("cpu"))
+    assert tokens.document.tolist() == [0] * 21 + [1] * 14
+    assert tokens.block.tolist() == [b for b, n in enumerate(runs) for _ in range(n)]
+    assert tokens.bidirectional.tolist() == [f[0] for f, n in zip(flags, runs, strict=True) for _ in range(n)]
+    assert tokens.private.tolist() == [f[1] for f, n in zip(flags, runs, strict=True) for _ in range(n)]
 
 
 def test_images_are_stacked_by_size_and_found_again(make: Callable[..., UnifiedModel]) -> None:
@@ -335,11 +436,12 @@ def test_announced_and_moved(make: Callable[..., UnifiedModel]) -> None:
     told = p.announce({"text": 9, "image": 8}, (1, 2))
     assert (told.step_counts, told.position) == ({"text": 9, "image": 8}, (1, 2))
     assert (p.step_counts, p.position) == ({}, ())
-    assert told.order is p.order
+    assert told.inverse is p.inverse
     moved = told.to("meta")
     tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)] + [*moved.images]
     assert len(tensors) == 8
-    assert {v.device.type for v in [*tensors, moved.table.document, moved.table.private]} == {"meta"}
+    assert {v.device.type for v in tensors} == {"meta"}
+    assert moved.table is told.table  # plans are made of it on the host
     rest = ("splits", "learned_images", "learned_blocks", "context_images", "kind", "step_counts", "position", "counts")
     assert all(getattr(moved, name) == getattr(told, name) for name in rest)
     same = told.to("cpu")
