@@ -20,7 +20,7 @@ from unimodal.backbone.positions import Placed
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, place_block, to_tensor
-from unimodal_generators.base import Block, Embeddings, ImageTokens, SamplingSettings, TokenKind
+from unimodal_generators.base import Block, Embeddings, Grid, ImageTokens, SamplingSettings, TokenKind
 from unimodal_generators.choice import check_choice, choose
 
 
@@ -224,14 +224,17 @@ class _Decoder:
         branches = [Branch()] + ([Branch(keep_text=False)] if self.image.guidance != 1 else [])
         self.capacity = model.sequence.context_length
         prompt = max(self._tokens(run) for run in runs)
-        wanted = prompt + settings.max_tokens + settings.max_images * (self.grid.length + 2)
+        wanted = prompt + settings.max_tokens + settings.max_images * (self._length(self.grid) + 2)
         self.session = Session.start(model, len(runs), branches, min(self.capacity, wanted))
         self.rows = [_Row(torch.Generator().manual_seed(seed)) for seed in seeds]
         self._prefill(runs)
 
     def _tokens(self, runs: Sequence[Run]) -> int:
-        layout = self.model.tokenizer.layout
-        return sum(len(r.ids) if r.image is None else layout.grid(*r.image.shape[:2]).length for r in runs)
+        grid = self.model.tokenizer.layout.grid
+        return sum(len(r.ids) if r.image is None else self._length(grid(*r.image.shape[:2])) for r in runs)
+
+    def _length(self, grid: Grid) -> int:
+        return sum(block.length for block in self.model.generator.plan_context(grid))
 
     def _prefill(self, runs: list[list[Run]]) -> None:
         for i, run in enumerate(runs):
@@ -297,7 +300,7 @@ class _Decoder:
         return self.rows[i].tokens < self.settings.max_tokens and self.session.length(i) < self.capacity
 
     def _may_draw(self, i: int) -> bool:
-        fits = self.session.length(i) + self.grid.length + 2 <= self.capacity
+        fits = self.session.length(i) + self._length(self.grid) + 2 <= self.capacity
         return self.rows[i].images < self.settings.max_images and fits
 
     def _begin_images(self, rows: Iterable[int]) -> None:
@@ -305,8 +308,8 @@ class _Decoder:
         for i in rows:
             if not self._may_draw(i):
                 raise ValueError(
-                    f"prompt {i}: {self.session.length(i)} tokens and an image of {self.grid.length} are more than this "
-                    f"recipe's sequence.context_length {self.capacity}"
+                    f"prompt {i}: {self.session.length(i)} tokens and an image of {self._length(self.grid)} are more than "
+                    f"this recipe's sequence.context_length {self.capacity}"
                 )
             self._close_text(i)
             self.rows[i].state = "image"

@@ -43,6 +43,7 @@ class UnifiedModel(nn.Module):
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         self.generator = generator(tokenizer.layout, backbone.width)
         self.generator.bind(tokenizer.lookup)
+        _check_condition(self.generator, backbone)
         self.backbone = Backbone(backbone)
         self.sequence = sequence
         self.scheme = SCHEMES[backbone.positions]
@@ -113,8 +114,8 @@ class UnifiedModel(nn.Module):
         losses = self.generator.loss(hidden[packed.image_reads], embeddings[0], learned)
         text = linear_cross_entropy(hidden[packed.text_reads], self.backbone.tables, packed.text_targets)
         router = self.backbone.router_loss()
-        if router is not None:  # a mean over the pack's tokens: its sum, so that packs weigh by their tokens
-            losses["router"] = LossTerm(router * len(packed), len(packed))
+        if router is not None:  # in training only
+            losses["router"] = LossTerm(router, len(packed))
         return {"text": LossTerm(text, len(packed.text_targets)), **losses}
 
     def hidden(
@@ -132,9 +133,13 @@ class UnifiedModel(nn.Module):
             slices += [x.to(weight.dtype) for x in mine] + [weight.new_zeros(empty, weight.shape[1])]
         backend = choose_backend(self.backbone.config.attention, self.device)
         attention = packed_attention(backend, packed.table, packed.inverse, sum(packed.splits))
-        rows = None if condition is None else (condition, list(packed.image_rows.split(packed.splits)))
+        rows = None
+        if condition is not None:
+            images = {experts.index(TokenKind.LEARNED), experts.index(TokenKind.CLEAN)}
+            by_expert = packed.image_rows.split(packed.splits)
+            rows = condition, [r if expert in images else None for expert, r in enumerate(by_expert)]
         # The residual stream has the weights' type, also under autocast.
-        return self.backbone(torch.cat(slices), packed.positions, packed.splits, attention, rows)
+        return self.backbone(torch.cat(slices), packed.positions, packed.splits, attention, rows, packed.tokens)
 
     def encode(self, images: Sequence[Float[Tensor, "_ 3 _ _"]]) -> ImageTokens:
         """Tokens of images grouped by size."""
@@ -157,6 +162,15 @@ class UnifiedModel(nn.Module):
                 own = added[block.offset : block.offset + block.length - block.prefix]
                 parts.append(F.pad(own, (0, 0, block.prefix, 0)) if block.prefix else own)
         return values + torch.cat(parts).to(values.dtype) if parts else values  # (T, C)
+
+
+def _check_condition(generator: ImageGenerator, backbone: BackboneConfig) -> None:
+    """A condition that nobody reads, or a reader of none, would be a model without time."""
+    if backbone.adaln and not generator.conditions:
+        name = type(generator).__name__
+        raise ValueError(f"backbone.adaln: true needs generator.time: adaln, got a {name} without it")
+    if generator.conditions and not backbone.adaln:
+        raise ValueError("generator.time: adaln needs backbone.adaln: true, got false")
 
 
 @lru_cache(maxsize=256)

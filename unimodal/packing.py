@@ -211,6 +211,7 @@ class PackedSequence:
     table: SegmentTable
     inverse: Int[Tensor, " S"]
     splits: tuple[int, ...]  # places of each expert
+    tokens: tuple[int, ...]  # of those, how many a token has; they come first
     positions: Int[Tensor, "P A"]
     image_rows: Int[Tensor, " P"]  # learned blocks, then context blocks, counted from 1; 0: of no image
     text_ids: Int[Tensor, " n"]
@@ -277,7 +278,7 @@ def pack(
     kinds = np.repeat([s.kind for _, s in segments], lengths)  # (S,)
     by_kind = {kind: np.flatnonzero(kinds == kind) for kind in TokenKind}  # sequence positions
     inverse = np.empty(len(kinds), dtype=np.int64)
-    splits = _fill(by_kind, inverse, experts, bucket)
+    splits, tokens = _fill(by_kind, inverse, experts, bucket)
     places = sum(splits)
 
     def by_place(values: np.ndarray) -> Tensor:
@@ -292,9 +293,7 @@ def pack(
     rows[learned + context] = np.arange(1, len(learned + context) + 1)
     blocks = [s.block for _, s in segments]
     spans = [np.arange(starts[i] + b.prefix, starts[i] + b.length) for i in learned if (b := blocks[i])]
-    learned_at = np.concatenate([*spans, np.zeros(0, dtype=np.int64)])
-    if reads == "previous":
-        learned_at = learned_at - 1
+    learned_at = np.concatenate([*spans, np.zeros(0, dtype=np.int64)]) - (reads == "previous")
     target = np.array([t for _, s in segments if s.kind == TokenKind.TEXT for t in s.targets], dtype=bool)
     text_ids = np.array([i for _, s in segments if s.kind == TokenKind.TEXT for i in s.ids], dtype=np.int64)
     text_at = by_kind[TokenKind.TEXT][target] - 1  # a text token is predicted by the one before it
@@ -305,6 +304,7 @@ def pack(
         table=table,
         inverse=torch.from_numpy(inverse),
         splits=splits,
+        tokens=tokens,
         positions=by_place(np.concatenate([s.positions for _, s in segments])),
         image_rows=by_place(np.repeat(rows, lengths)),
         text_ids=torch.from_numpy(text_ids),
@@ -323,18 +323,19 @@ def pack(
 
 def _fill(
     by_kind: dict[TokenKind, Int[np.ndarray, " n"]], inverse: Int[np.ndarray, " S"], experts: Experts, bucket: int
-) -> tuple[int, ...]:
-    """Write the place of every token into `inverse`; the places of each expert."""
-    base, splits = 0, []
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Write the place of every token into `inverse`; the places and the tokens of each expert."""
+    base, splits, tokens = 0, [], []
     for expert in range(len(experts.names)):
         at = base
         for kind in kind_order(experts):
             if experts.index(kind) == expert:
                 inverse[by_kind[kind]] = np.arange(at, at + len(by_kind[kind]))
                 at += len(by_kind[kind])
+        tokens.append(at - base)
         splits.append(max(1, -(-(at - base) // bucket)) * bucket)
         base += splits[-1]
-    return tuple(splits)
+    return tuple(splits), tuple(tokens)
 
 
 def _gather_images(

@@ -136,6 +136,7 @@ class ImageGenerator(nn.Module, ABC):
     reads: ClassVar[Literal["own", "previous"]]
     accepts: ClassVar[tuple[str, ...]]  # kinds of TokenLayout
     repeats: ClassVar[bool]  # a learned image that is followed by something appears again in its context form
+    conditions: bool = False  # whether `embed` gives a condition an image, which backbone.adaln reads
     layout: TokenLayout
     sampling: SamplingSettings
 

@@ -7,13 +7,13 @@ Letters: N images, T tokens of all of them, D channels of a token, C width, G gu
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from unimodal_generators.base import (
@@ -50,6 +50,8 @@ class Flow(ImageGenerator):
         time_shift: training times are moved towards the noise by this factor (SD3, section 5.3.2).
         time_mean: of the logit-normal the training times are drawn from.
         time_std: likewise.
+        time: how the network is told an image's time: added to its patches (BAGEL), as a token before them (JanusFlow,
+            Show-o2), or as a condition that scales, shifts and gates them in every layer (DiT; needs backbone.adaln).
         sampling: defaults of the sampler.
     """
 
@@ -64,10 +66,14 @@ class Flow(ImageGenerator):
         time_shift: float = 1.0,
         time_mean: float = 0.0,
         time_std: float = 1.0,
+        time: Literal["add", "token", "adaln"] = "add",
         sampling: FlowSettings = FlowSettings(),
     ) -> None:
         super().__init__()
         self.check(layout)
+        if time not in ("add", "token", "adaln"):
+            raise ValueError(f"generator.time: expected add, token or adaln, got {time}")
+        self.time, self.conditions, self.prefix = time, time == "adaln", int(time == "token")
         self.layout, self.sampling = layout, sampling
         self.time_shift, self.time_mean, self.time_std = time_shift, time_mean, time_std
         self.patch_in = nn.Linear(layout.dim, width)
@@ -80,13 +86,14 @@ class Flow(ImageGenerator):
         """One private block: its time and the seed of its noise."""
         t = diffusion.shift_time(diffusion.logit_normal_time(rng, self.time_mean, self.time_std), self.time_shift)
         seed = int(rng.integers(2**63))
-        return [
-            Block(grid, TokenKind.LEARNED, bidirectional=True, private=True, time=t, seed=seed, n_targets=grid.length)
-        ]
+        return [replace(self._block(grid), time=t, seed=seed, n_targets=grid.length)]
 
     def plan_context(self, grid: Grid) -> list[Block]:
         """One bidirectional block."""
-        return [Block(grid, TokenKind.CLEAN, bidirectional=True, private=False)]
+        return [replace(self._block(grid), kind=TokenKind.CLEAN, private=False)]
+
+    def _block(self, grid: Grid) -> Block:
+        return Block(grid, TokenKind.LEARNED, bidirectional=True, private=True, prefix=self.prefix)
 
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
         """x_t of every image, and the velocity there."""
@@ -103,9 +110,16 @@ class Flow(ImageGenerator):
         return Corrupted(tokens.values, tokens.values.new_ones(len(tokens)), tokens.grids)
 
     def embed(self, corrupted: Corrupted) -> Embeddings:
-        """Linear patches plus an embedding of the image's time."""
+        """Linear patches, and an embedding of the image's time: added, before them, or beside them."""
         time = self.time_in(timestep_embedding(corrupted.time).to(self.patch_in.weight.dtype))  # (N, C)
-        return Embeddings(self.patch_in(corrupted.inputs) + self._per_token(time, corrupted.grids))  # (T, C)
+        patches = self.patch_in(corrupted.inputs)  # (T, C)
+        if self.time == "adaln":
+            return Embeddings(patches, time)
+        if self.time == "add":
+            return Embeddings(patches + self._per_token(time, corrupted.grids))
+        lengths = [g.length for g in corrupted.grids]
+        pairs = zip(time.split(1), patches.split(lengths))
+        return Embeddings(torch.cat([time[:0], patches[:0], *(x for pair in pairs for x in pair)]))
 
     def velocity(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest D"]:
         """v of hidden states, in fp32 or better."""
@@ -133,13 +147,14 @@ class Flow(ImageGenerator):
             torch.randn(g.length, self.layout.dim, generator=rng, dtype=torch.float64) for g, rng in zip(grids, rngs)
         ]
         noise = torch.cat(drawn).to(weight.device, torch.promote_types(weight.dtype, torch.float32))  # (T, D)
-        blocks = [Block(grid, TokenKind.LEARNED, bidirectional=True, private=True) for grid in grids]
+        blocks = [self._block(grid) for grid in grids]
+        own = self._own(grids).to(weight.device)
+        scales = [settings.guidance] * (session.branches - 1)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             noised = Corrupted(x, x.new_full((len(grids),), t), tuple(grids))
-            return guide(
-                self.velocity(session.peek(self.embed(noised), blocks)), [settings.guidance] * (session.branches - 1)
-            )  # (T, D)
+            hidden = session.peek(self.embed(noised), blocks)  # (G, T and prefixes, C)
+            return guide(self.velocity(hidden[:, own] if self.prefix else hidden), scales)  # (T, D)
 
         times = diffusion.sampling_times(settings.steps, settings.shift, settings.solver)
         for x in diffusion.SOLVERS[settings.solver](velocity, noise, times):
@@ -149,8 +164,13 @@ class Flow(ImageGenerator):
         rng = torch.Generator().manual_seed(seed)
         return torch.randn(grid.length, self.layout.dim, generator=rng).to(like)
 
+    def _own(self, grids: Sequence[Grid]) -> Int[Tensor, " T"]:
+        """Which tokens of blocks end to end are their images' own."""
+        images = self._per_token(torch.arange(1, len(grids) + 1), grids)  # (T,): of each token, counted from 1
+        return torch.arange(len(images)) + self.prefix * images
+
     @staticmethod
-    def _per_token(values: Float[Tensor, "N *rest"], grids: Sequence[Grid]) -> Float[Tensor, "T *rest"]:
+    def _per_token(values: Shaped[Tensor, "N *rest"], grids: Sequence[Grid]) -> Shaped[Tensor, "T *rest"]:
         lengths = torch.tensor([g.length for g in grids], device=values.device, dtype=torch.long)
         return values.repeat_interleave(lengths, 0)
 

@@ -31,6 +31,10 @@ class Lora:
             raise ValueError(f"experts.lora.rank: expected at least 1, got {self.rank}")
         if "norms" in self.parts:
             raise ValueError("experts.lora.parts: expected attention or mlp (norms have no matrix), got norms")
+        if not self.parts:
+            raise ValueError("experts.lora.parts: expected attention, mlp or both, got none")
+        if not self.experts:
+            raise ValueError("experts.lora.experts: expected at least one, got none")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Moe:
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"backbone.moe.top_k: expected 1 to experts {self.experts}, got {self.top_k}")
+        for name, least in (("width", 1), ("shared", 0), ("balance", 0), ("z", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"backbone.moe.{name}: expected at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,8 @@ class BackboneConfig:
             raise ValueError(f"backbone.kv_heads: expected a divisor of heads {self.heads}, got {self.kv_heads}")
         if self.added_tokens < 0:
             raise ValueError(f"backbone.added_tokens: expected at least 0, got {self.added_tokens}")
+        if self.moe is not None and self.experts.lora is not None and "mlp" in self.experts.lora.parts:
+            raise ValueError("experts.lora.parts: expected attention alone beside backbone.moe, got mlp")
 
     @property
     def head_size(self) -> int:

@@ -107,7 +107,8 @@ class Modulation(nn.Module):
         return table.index_select(0, rows).chunk(6, dim=1)
 
 
-Rows = tuple[Float[Tensor, "N C"], list[Int[Tensor, " n"]]]  # conditions, and the image of each token by expert
+# Conditions of images, and by expert the image of each token, counted from 1 (0: none); None for an expert without images.
+Rows = tuple[Float[Tensor, "N C"], list[Int[Tensor, " _"] | None]]
 
 
 class DecoderLayer(nn.Module):
@@ -137,16 +138,22 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, xs: list[Tensor], rotary: list[tuple[Tensor, Tensor]], attention: Any, experts: tuple[int, ...],
-        rows: Rows | None = None,
-    ) -> list[Tensor]:  # fmt: skip
-        """The residual stream, one slice (n, C) an expert of `experts`; `attention` is this layer's."""
+        rows: Rows | None = None, tokens: Sequence[int] | None = None,
+    ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+        """The residual stream, one slice (n, C) an expert of `experts`, and the loss of learned routers.
+
+        `attention` is this layer's. `tokens`: how many rows of each slice are tokens, which routers alone ask for.
+        """
         m: list[tuple[Any, ...]] = [(None,) * 6] * len(xs)
         if self.modulation is not None and rows is not None:
-            m = [self.modulation(rows[0], r) for r in rows[1]]
+            m = [(None,) * 6 if r is None else self.modulation(rows[0], r) for r in rows[1]]
         projected = [self.project(x, r, e, *mod[:2]) for x, r, e, mod in zip(xs, rotary, experts, m)]
         q, k, v = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*projected))  # (S, H | K | K, E)
         o = attention(q, k, v).split([len(x) for x in xs])  # (n, H, E) an expert
-        return [self.finish(x, part, e, *mod[2:]) for x, part, e, mod in zip(xs, o, experts, m)]
+        real = [None] * len(xs) if tokens is None else tokens
+        done = [self.finish(x, part, e, n, *mod[2:]) for x, part, e, n, mod in zip(xs, o, experts, real, m)]
+        losses = [loss for _, loss in done if loss is not None]
+        return [x for x, _ in done], sum(losses[1:], losses[0]) if losses else None
 
     def project(
         self, x: Float[Tensor, "n C"], rotary: tuple[Tensor, Tensor], expert: int,
@@ -160,12 +167,18 @@ class DecoderLayer(nn.Module):
         return qk[:, :h], qk[:, h:], qkv[:, h + k :]
 
     def finish(
-        self, x: Float[Tensor, "n C"], o: Float[Tensor, "n H E"], expert: int,
+        self, x: Float[Tensor, "n C"], o: Float[Tensor, "n H E"], expert: int, tokens: int | None,
         gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, mlp_gate: Tensor | None,
-    ) -> Float[Tensor, "n C"]:  # fmt: skip
-        """Both residual branches, given what attention found."""
+    ) -> tuple[Float[Tensor, "n C"], Tensor | None]:  # fmt: skip
+        """Both residual branches, given what attention found, and the loss of a learned router."""
         x = x + gated(self.o[expert](o.flatten(1)), gate)  # (n, H*E) -> (n, C)
-        return x + gated(self.mlp[expert](modulate(self.mlp_norm[expert](x), shift, scale)), mlp_gate)
+        h, loss = modulate(self.mlp_norm[expert](x), shift, scale), None
+        if tokens is None:
+            h = self.mlp[expert](h)
+        else:  # what fills a slice up is not routed
+            h, loss = self.mlp[expert](h[:tokens])
+            h = F.pad(h, (0, 0, 0, len(x) - tokens))
+        return x + gated(h, mlp_gate), loss
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -233,14 +246,15 @@ class Backbone(nn.Module):
         self.norm = Routed(lambda: RMSNorm(config.width, config.norm_eps), config.experts, "norms")
         self.head = None if config.tied_head else Vocabulary(config)
         self.checkpointing = False  # recompute each layer in backward
-        self._layer: Callable[..., list[Tensor]] = DecoderLayer.forward
+        self._layer: Callable[..., tuple[list[Tensor], Tensor | None]] = DecoderLayer.forward
+        self._router_losses: list[Tensor] = []
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Normal of std 0.02, those that write to the residual stream smaller by sqrt(2 depth) (GPT-2)."""
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2 and "modulation" not in name and "lora" not in name:
-                writes = ".o." in name or name.endswith("down.weight")
+                writes = ".o." in name or name.endswith(("down.weight", "down"))
                 std = 0.02 / (2 * self.config.depth) ** 0.5 if writes else 0.02
                 nn.init.normal_(parameter, std=std)
 
@@ -250,6 +264,8 @@ class Backbone(nn.Module):
         Regional: seconds, not minutes. Lengths stay symbols, so a new layout compiles nothing; validation and decoding
         run as they are written.
         """
+        if self.config.moe is not None:
+            raise ValueError("compile: expected no backbone.moe (whose routing no compiled layer can hold), got one")
         self._layer = compiled_layer()
 
     def forward(
@@ -259,10 +275,12 @@ class Backbone(nn.Module):
         splits: Sequence[int],
         attention: PackedAttention,
         rows: Rows | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> Float[Tensor, "S C"]:
         """Embeddings in expert order to hidden states in expert order, after the last norm.
 
         `rows`: conditions of images (N, C), and for each expert the image of its tokens, counted from 1 (0: none).
+        `tokens`: how many rows of each slice of `splits` are tokens, which come first; all of them where nothing is said.
         """
         # An expert without rows still runs in training, so that its gradient is zero rather than missing.
         used = tuple(e for e, count in enumerate(splits) if count or torch.is_grad_enabled())
@@ -272,19 +290,25 @@ class Backbone(nn.Module):
         rotary = [self.rotary(p) for p in positions.split(counts)]
         if rows is not None:
             rows = rows[0], [rows[1][e] for e in used]
+        real = None if self.config.moe is None else [(splits if tokens is None else tokens)[e] for e in used]
+        self._router_losses = []
         training = torch.is_grad_enabled()
         run = self._layer if training else DecoderLayer.forward
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             if self.checkpointing and training:
-                xs = checkpoint(run, layer, xs, rotary, attention.layer(i), used, rows, use_reentrant=False)
+                xs, loss = checkpoint(run, layer, xs, rotary, attention.layer(i), used, rows, real, use_reentrant=False)
             else:
-                xs = run(layer, xs, rotary, attention.layer(i), used, rows)
+                xs, loss = run(layer, xs, rotary, attention.layer(i), used, rows, real)
+            self._router_losses += [] if loss is None else [loss]
         return torch.cat([self.norm[e](x) for x, e in zip(xs, used, strict=True)])
 
     def router_loss(self) -> Float[Tensor, ""] | None:
-        """Weighted balance and z loss of the last forward, a mean over layers; None without learned routers."""
-        losses = [module.loss for module in self.modules() if isinstance(module, RoutedMLP) and module.loss is not None]
+        """Weighted balance and z loss of the last forward, a sum over tokens and a mean over layers; given out once.
+
+        None without learned routers, and where no gradient is asked for: it is trained on, never validated.
+        """
+        losses, self._router_losses = self._router_losses, []
         return torch.stack(losses).mean() if losses else None
 
     @property
@@ -298,7 +322,7 @@ class Backbone(nn.Module):
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def compiled_layer() -> Callable[..., list[Tensor]]:
+def compiled_layer() -> Callable[..., tuple[list[Tensor], Tensor | None]]:
     """`DecoderLayer.forward` compiled with symbolic lengths."""
     from torch.fx.experimental import _config
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 class UnifiedTraining(LightningModule):
     """AdamW on the sum of text cross-entropy and image loss, each a mean over the targets of the whole optimizer step.
 
+    Learned routers (backbone.moe) add their loss, a mean over its tokens, whose weights are in `Moe`: it is trained on and
+    logged as train/router, and is no part of validation.
+
     Args:
         model: what is trained; its image tokenizer stays frozen.
         lr: peak learning rate.
@@ -61,7 +64,7 @@ class UnifiedTraining(LightningModule):
         self.model = model
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.schedule, self.lr_floor = warmup_steps, schedule, lr_floor
-        self.loss_weights = {"text": text_weight, "image": image_weight}
+        self.loss_weights = {"text": text_weight, "image": image_weight, "router": 1.0}
         self.ema_decay = ema_decay
         self._position: tuple[int, int] | None = None
         self._sums: dict[str, tuple[float, int]] = {}
