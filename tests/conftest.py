@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,17 +44,20 @@ CORPUS = ["a handwritten seven", "a handwritten three", "three plus seven equals
 FULL = Experts(attention=True, mlp=True, norms=True)
 
 
-def build(generator: str = "flow", experts: Experts = FULL, width: int = 32, **rules: object) -> UnifiedModel:
-    """A model of two layers with random, non-degenerate weights."""
+def build(
+    generator: str = "flow", experts: Experts = FULL, width: int = 32, time: str = "add",
+    backbone: dict[str, Any] | None = None, **rules: object,
+) -> UnifiedModel:  # fmt: skip
+    """A model of two layers with random, non-degenerate weights; `backbone` has further settings of it."""
     torch.manual_seed(0)
-    config = BackboneConfig(
-        width=width, depth=2, heads=2, kv_heads=1, mlp_width=48, vocabulary=300,
-        positions="block" if generator == "flow" else "sequential", experts=experts,
-    )  # fmt: skip
+    shape = {"width": width, "depth": 2, "heads": 2, "kv_heads": 1, "mlp_width": 48, "vocabulary": 300}
+    shape |= {"positions": "block" if generator == "flow" else "sequential", "adaln": time == "adaln"}
+    config = BackboneConfig(experts=experts, **shape | (backbone or {}))
     settings = {"image_sizes": [(8, 8), (4, 8)], "context_length": 192, "drop_text": 0.1, **rules}
     tokenizer = PatchTokenizer(2) if generator == "flow" else GrayLevels()
     codes = functools.partial(Autoregressive, inputs="codes", token_noise=0.2)
-    made = {"flow": Flow, "autoregressive": Autoregressive, "codes": codes}[generator]
+    flow = functools.partial(Flow, time=time)
+    made = {"flow": flow, "autoregressive": Autoregressive, "codes": codes}[generator]
     model = UnifiedModel(tokenizer, made, config, SequenceRules(**settings))
     model.text = TextTokenizer.train(CORPUS, 300)
     with torch.no_grad():

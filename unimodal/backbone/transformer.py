@@ -251,12 +251,14 @@ class Backbone(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal of std 0.02, those that write to the residual stream smaller by sqrt(2 depth) (GPT-2)."""
+        """Normal of std 0.02, those that write to the residual stream smaller by sqrt(2 depth) (GPT-2); biases 0."""
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2 and "modulation" not in name and "lora" not in name:
                 writes = ".o." in name or name.endswith(("down.weight", "down"))
                 std = 0.02 / (2 * self.config.depth) ** 0.5 if writes else 0.02
                 nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile training's forward and backward of one layer, once for all layers and layouts.
