@@ -17,9 +17,11 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from unimodal.backbone.transformer import Backbone, DecoderLayer
 from unimodal.cli import main
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part, read_jsonl
+from unimodal.environment import can_compile
 from unimodal.export import load_run
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, pack
@@ -350,3 +352,89 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path: Path) -> No
             b["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
     assert (two / "export" / "model.safetensors").is_file()
+
+
+# ---- compiled and recomputed layers
+
+
+def test_recomputed_layers_give_the_same_gradients(
+    model: UnifiedModel, mixed: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    projected: list[torch.nn.Module] = []
+    project = DecoderLayer.project
+    monkeypatch.setattr(DecoderLayer, "project", lambda *args: (projected.append(args[0]), project(*args))[1])
+    kept = gradients(model, [packed(model, mixed)])
+    once = len(projected)  # a layer and an expert
+    again = gradients(model, [packed(model, mixed)], checkpoint_layers=True)
+    assert len(projected) == 3 * once  # as often again, and once more in backward
+    assert kept.keys() == again.keys()
+    torch.testing.assert_close(again, kept, rtol=0, atol=0)
+
+
+def test_layers_are_compiled_where_a_fit_begins_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Backbone] = []
+    monkeypatch.setattr(Backbone, "compile", lambda self: compiled.append(self))
+    option, run = "--model.init_args.compile", tmp_path / "run"
+    assert fit(FLOW, run, "--trainer.max_steps", "1") == 0
+    assert compiled == []
+    assert fit(FLOW, run, "--trainer.max_steps", "2", "--ckpt_path", "last", option, "true") == 0
+    assert len(compiled) == 1
+    assert main(["validate", "-c", str(run / "config.yaml")]) == 0
+    assert len(compiled) == 1
+
+
+def test_compiling_is_refused_where_it_cannot_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("unimodal.training.unified.can_compile", lambda: (False, "no C++ compiler"))
+    assert fit(FLOW, tmp_path / "run", "--model.init_args.compile", "true") == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "model.compile: expected false where torch.compile cannot work (no C++ compiler), got true" in said
+    assert not (tmp_path / "run").exists()
+
+
+COMPILED = """
+import torch
+from conftest import build, documents
+from unimodal.packing import pack
+from unimodal.training import UnifiedTraining
+
+torch.manual_seed(0)
+for generator in ("flow", "autoregressive"):
+    for checkpoint in (False, True):
+        found = []
+        for compiled in (False, True):
+            model = build(generator)
+            module = UnifiedTraining(model, lr=1e-3, compile=compiled, checkpoint_layers=checkpoint)
+            module.setup("fit")
+            laid = [model.sequencer.document(d, (0, 0, i), train=False) for i, d in enumerate(documents())]
+            losses = {}
+            for part in (laid, laid[:2]):  # two layouts, one graph
+                p = pack(part, model.backbone.config.experts, model.generator.reads)
+                terms = model(p)
+                sum(term.sum / max(term.count, 1) for term in terms.values()).backward()
+                losses |= {f"{name} {len(p)}": term.sum.detach() for name, term in terms.items()}
+            found.append((losses, {n: q.grad for n, q in model.named_parameters() if q.grad is not None}))
+        torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
+        assert len(found[0][1]) > 30
+stats = torch._dynamo.utils.counters
+assert stats["stats"]["unique_graphs"] >= 1, stats
+assert not stats["graph_break"], stats
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile()[0], reason=can_compile()[1])
+def test_compiled_layers_give_the_same_losses_and_gradients() -> None:
+    """In a process of its own: what checks shapes in the tests cannot be compiled."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False, timeout=500, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "equal"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document
+from unimodal.environment import can_compile
 from unimodal.export import load_weights, read_info, read_weights
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence
@@ -41,6 +42,8 @@ class UnifiedTraining(LightningModule):
         ema_decay: of the weights' moving average, which is validated and exported; 0 keeps no history.
         tokenizer_weights: an export of the image tokenizer, trained before.
         init: an export of a whole model to start from, text tokenizer included.
+        compile: whether training runs through `torch.compile`, layer by layer; needs a C++ compiler.
+        checkpoint_layers: whether each layer's activations are computed again in backward rather than kept.
     """
 
     part = "model"
@@ -59,9 +62,13 @@ class UnifiedTraining(LightningModule):
         ema_decay: float = 0.999,
         tokenizer_weights: Path | None = None,
         init: Path | None = None,
+        compile: bool = False,
+        checkpoint_layers: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
+        self.compiles = compile
+        model.backbone.checkpointing = checkpoint_layers
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.schedule, self.lr_floor = warmup_steps, schedule, lr_floor
         self.loss_weights = {"text": text_weight, "image": image_weight, "router": 1.0}
@@ -84,10 +91,15 @@ class UnifiedTraining(LightningModule):
         return [EMA(self.ema_decay)]
 
     def setup(self, stage: str) -> None:
-        """Train the text tokenizer on the data's corpus, unless an export or a checkpoint brings one."""
+        """Train the text tokenizer on the data's corpus, unless an export or a checkpoint brings one; compile."""
         if not self.model.has_text:
             data: DocumentData = self.trainer.datamodule  # type: ignore[attr-defined]
             self.model.text = TextTokenizer.train(data.corpus(), self.model.backbone.config.vocabulary)
+        if stage == "fit" and self.compiles:
+            possible, why = can_compile()
+            if not possible:
+                raise ValueError(f"model.compile: expected false where torch.compile cannot work ({why}), got true")
+            self.model.backbone.compile()
 
     def training_step(self, batch: PackedSequence, batch_idx: int) -> Tensor:
         """Weighted losses over the global counts; Lightning then averages over ranks and accumulation."""
