@@ -276,7 +276,7 @@ class _Decoder:
         if not texts:
             return
         logits = self.model.backbone.logits(self.session.rows(texts).last[0])  # (R, V)
-        logits[:, len(self.model.text) :] = -torch.inf
+        logits[:, self.model.text.unused(logits.shape[1])] = -torch.inf
         logits[:, [self.special.bos, self.special.eoi]] = -torch.inf
         for r, i in enumerate(texts):
             if not self._may_draw(i):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unimodal.attention import choose_backend, packed_attention
 from unimodal.backbone import SCHEMES, Backbone, BackboneConfig
 from unimodal.packing import PackedSequence, Sequencer, SequenceRules, kind_order
-from unimodal.text import TextTokenizer
+from unimodal.text import SPECIAL_TOKENS, TextTokenizer
 from unimodal_generators.base import Block, ImageGenerator, LossBreakdown, LossTerm, TokenKind
 from unimodal_generators.cross_entropy import linear_cross_entropy
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout
@@ -75,10 +75,22 @@ class UnifiedModel(nn.Module):
 
     @text.setter
     def text(self, tokenizer: TextTokenizer) -> None:
-        rows = self.backbone.config.rows
-        if len(tokenizer) > rows:
+        config = self.backbone.config
+        if config.added_tokens:  # the special tokens are rows of their own: those of `vocabulary` stay as they came
+            if config.added_tokens < SPECIAL_TOKENS:
+                raise ValueError(
+                    f"backbone.added_tokens: expected 0, or at least {SPECIAL_TOKENS} for the special tokens, "
+                    f"got {config.added_tokens}"
+                )
+            if tokenizer.entries > config.vocabulary:
+                raise ValueError(
+                    f"backbone.vocabulary: expected at least the text tokenizer's {tokenizer.entries} entries, "
+                    f"got {config.vocabulary}"
+                )
+            tokenizer = tokenizer.placed(config.vocabulary)
+        if len(tokenizer) > config.rows:
             raise ValueError(
-                f"backbone.vocabulary: expected at least the text tokenizer's {len(tokenizer)}, got {rows}"
+                f"backbone.vocabulary: expected at least the text tokenizer's {len(tokenizer)}, got {config.rows}"
             )
         self._text = tokenizer
 
