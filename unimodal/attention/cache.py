@@ -5,10 +5,12 @@ M cached positions looked at, H query heads, K key/value heads, G = H / K, E cha
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -39,43 +41,53 @@ class KVCache:
             self.lengths[sequence] += count
 
 
+@dataclass(frozen=True)
 class _Run:
     """Neighbouring sequences of one call: rows `rows` of the new tokens, sequences `held` of the cache.
 
-    What is common to them is decided here, once for all layers: sequences of one length are written by one slice and, where
-    each new token sees everything, attended without a mask.
+    What is common to them is decided once for all layers: sequences of one length are written by one slice and, where each
+    new token sees everything, attended without a mask.
     """
 
-    def __init__(
-        self, first: int, sequence: int, starts: list[int], counts: list[int], tokens: int, bidirectional: bool,
+    rows: slice
+    held: slice
+    longest: int  # keys looked at
+    at: slice  # where every row is written, when `index` is None
+    index: Int[Tensor, "3 m"] | None  # row, token and place of each new token, when lengths differ
+    mask: Float[Tensor, "n 1 T M"] | None  # added to scores
+
+    @classmethod
+    def make(
+        cls, first: int, sequence: int, starts: list[int], counts: list[int], tokens: int, bidirectional: bool,
         device: torch.device, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> "_Run":  # fmt: skip
+        """A run that begins with row `first` and `sequence`."""
         n = len(starts)
-        self.rows, self.held = slice(first, first + n), slice(sequence, sequence + n)
         ends = [a + b for a, b in zip(starts, counts, strict=True)]
-        self.longest = max(ends)
-        self.even = len(set(starts)) == 1 and min(counts) == tokens
-        self.at = slice(starts[0], starts[0] + tokens)
-        if not self.even:
+        longest = max(ends)
+        even = len(set(starts)) == 1 and min(counts) == tokens
+        index = mask = None
+        if not even:
             real = torch.arange(tokens) < torch.tensor(counts)[:, None]  # (n, T); padding is not written
-            self.row, self.token = (index.to(device) for index in real.nonzero(as_tuple=True))
-            self.place = self.token + torch.tensor(starts, device=device)[self.row]
-        self.mask: Tensor | None = None
-        if not self.even or (tokens > 1 and not bidirectional):
-            keys = torch.arange(self.longest)
+            row, token = real.nonzero(as_tuple=True)
+            index = torch.stack([row, token, token + torch.tensor(starts)[row]]).to(device)
+        if not even or (tokens > 1 and not bidirectional):
             last = torch.tensor(ends)[:, None] - 1  # (n, 1): the last key a row sees
             if not bidirectional:
                 # Padded queries see what the last real one sees, so that no row is empty; nobody reads them.
                 last = torch.minimum(torch.tensor(starts)[:, None] + torch.arange(tokens), last)
-            hidden = keys > last.expand(n, tokens)[:, :, None]  # (n, T, M)
-            self.mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None].to(device)
+            hidden = torch.arange(longest) > last.expand(n, tokens)[:, :, None]  # (n, T, M)
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None].to(device)
+        held = slice(sequence, sequence + n)
+        return cls(slice(first, first + n), held, longest, slice(starts[0], starts[0] + tokens), index, mask)
 
     def write(self, cache: Float[Tensor, "N K capacity E"], x: Float[Tensor, "R T K E"]) -> None:
         """Put new rows behind the past."""
-        if self.even:
+        if self.index is None:
             cache[self.held, :, self.at] = x[self.rows].transpose(1, 2)
         else:
-            cache[self.held][self.row, :, self.place] = x[self.rows][self.row, self.token].to(cache.dtype)
+            row, token, place = self.index
+            cache[self.held][row, :, place] = x[self.rows][row, token].to(cache.dtype)
 
 
 class CacheView:
@@ -86,42 +98,55 @@ class CacheView:
     """
 
     def __init__(self, cache: KVCache, sequences: Sequence[int], counts: Sequence[int], bidirectional: bool) -> None:
-        self.cache, self.number = cache, 0
+        self.k, self.v = cache.k, cache.v
         tokens = max(counts)
         self.shape = (len(counts), tokens)
         longest = max(cache.lengths[s] + n for s, n in zip(sequences, counts, strict=True))
         if longest > cache.capacity:
             raise ValueError(f"context: a document needs {longest} tokens, the session holds {cache.capacity}")
-        self.runs = []
+        self.runs: list[_Run] = []
         first = 0
         for i in range(1, len(counts) + 1):
             if i == len(counts) or sequences[i] != sequences[i - 1] + 1:
                 starts = [cache.lengths[s] for s in sequences[first:i]]
-                self.runs.append(
-                    _Run(first, sequences[first], starts, list(counts[first:i]), tokens, bidirectional,
-                         cache.k.device, cache.k.dtype)
+                run = _Run.make(
+                    first, sequences[first], starts, list(counts[first:i]), tokens, bidirectional,
+                    self.k.device, self.k.dtype,
                 )  # fmt: skip
+                self.runs.append(run)
                 first = i
 
-    def layer(self, number: int) -> "CacheView":
-        """This view, which the next call takes for layer `number`."""
-        self.number = number
-        return self
+    def layer(self, number: int) -> "CacheLayer":
+        """Attention of one layer."""
+        return CacheLayer(self, number)
+
+
+class CacheLayer(NamedTuple):
+    """One layer's call."""
+
+    view: CacheView
+    number: int
 
     def __call__(
         self, q: Float[Tensor, "RT H E"], k: Float[Tensor, "RT K E"], v: Float[Tensor, "RT K E"]
     ) -> Float[Tensor, "RT H E"]:
         """Write k and v behind the past, attend over both."""
-        cache_k, cache_v = self.cache.k[self.number], self.cache.v[self.number]  # (N, K, capacity, E)
-        q, k, v = (x.unflatten(0, self.shape) for x in (q, k, v))  # (R, T, H | K | K, E)
-        outputs = []
-        for run in self.runs:
-            run.write(cache_k, k)
-            run.write(cache_v, v)
-            past_k, past_v = (c[run.held, :, : run.longest] for c in (cache_k, cache_v))  # (n, K, M, E)
-            outputs.append(attend(q[run.rows].to(past_k.dtype), past_k, past_v, run.mask))
-        o = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (R, T, H, E)
-        return o.to(q.dtype).flatten(0, 1)
+        view = self.view
+        return _attend_runs(q, k, v, view.k[self.number], view.v[self.number], view.shape, view.runs)
+
+
+def _attend_runs(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, shape: tuple[int, int], runs: Sequence[_Run]
+) -> Tensor:
+    q, k, v = (x.unflatten(0, shape) for x in (q, k, v))  # (R, T, H | K | K, E)
+    outputs = []
+    for run in runs:
+        run.write(cache_k, k)
+        run.write(cache_v, v)
+        past_k, past_v = (c[run.held, :, : run.longest] for c in (cache_k, cache_v))  # (n, K, M, E)
+        outputs.append(attend(q[run.rows].to(past_k.dtype), past_k, past_v, run.mask))
+    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (R, T, H, E)
+    return o.to(q.dtype).flatten(0, 1)
 
 
 def attend(
