@@ -1,16 +1,21 @@
-"""Experts, routing, grouped queries and the head of the decoder."""
+"""Experts, routing, grouped queries, modulation, vocabulary and head of the decoder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from unimodal.attention import TokenTable, packed_attention
-from unimodal.backbone import Backbone, BackboneConfig, Experts
+from unimodal.attention import SegmentTable, packed_attention
+from unimodal.backbone import SCHEMES, Backbone, BackboneConfig, Experts, Lora, Moe
+from unimodal.backbone.positions import Rotary, rotate
+from unimodal.backbone.transformer import Rows
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import kind_order, pack
+from unimodal.packing import PackedSequence, kind_order, pack
 from unimodal_generators.base import TokenKind
 
 CONFIG = BackboneConfig(
@@ -22,7 +27,13 @@ PARTS = [
 ]  # fmt: skip
 
 
+ADAPTED = Experts(lora=Lora(2, 4.0))
+ROUTED = Moe(experts=4, top_k=2, width=16, shared=1)
+
+
 def named(experts: Experts) -> str:
+    if experts.lora is not None:
+        return "lora"
     return "+".join(part for part in ("attention", "mlp", "norms") if getattr(experts, part)) or "dense"
 
 
@@ -36,13 +47,46 @@ def backbone(**changes: object) -> Backbone:
     return made
 
 
-def run(made: Backbone, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
+def run(made: Backbone, x: torch.Tensor, splits: Sequence[int], rows: Rows | None = None) -> torch.Tensor:
     """Causal attention over one document whose tokens are in sequence order already."""
-    n = len(x)
-    false = torch.zeros(n, dtype=torch.bool)
-    table = TokenTable(torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long), false, false, (n,))
-    attention = packed_attention("reference", table, torch.arange(n), torch.arange(n))
-    return made(x, torch.arange(n)[:, None], list(splits), attention)
+    n, no = len(x), np.array([False])
+    table = SegmentTable(document=np.array([0]), length=np.array([n]), bidirectional=no, private=no)
+    attention = packed_attention("reference", table, torch.arange(n), n)
+    positions = torch.arange(n)[:, None].expand(-1, SCHEMES[made.config.positions].axes)
+    return made(x, positions, list(splits), attention, rows)
+
+
+def by_hand(made: Backbone, x: torch.Tensor) -> torch.Tensor:
+    """A dense decoder written out, matrix by matrix and head by head."""
+    c, weights = made.config, made.state_dict()
+    e, n = c.head_size, len(x)
+    sizes = [c.heads * e, c.kv_heads * e, c.kv_heads * e]
+    turn = Rotary(SCHEMES[c.positions], e, c.rope_theta)(torch.arange(n)[:, None])
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
+
+    for i in range(c.depth):
+        w = {name.removeprefix(f"layers.{i}."): v for name, v in weights.items() if name.startswith(f"layers.{i}.")}
+        h = norm(x, w["attention_norm.experts.shared.weight"])
+        bias = w.get("qkv.experts.shared.bias", torch.zeros(sum(sizes)))
+        q, k, v = (
+            (h @ m.T + b).unflatten(1, (-1, e))
+            for m, b in zip(w["qkv.experts.shared.weight"].split(sizes), bias.split(sizes), strict=True)
+        )
+        if c.qk_norm:
+            q, k = norm(q, w["qk_norm.experts.shared.q"]), norm(k, w["qk_norm.experts.shared.k"])
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        heads = []
+        for head in range(c.heads):
+            group = head // (c.heads // c.kv_heads)
+            scores = (q[:, head] @ k[:, group].T / e**0.5).masked_fill(~torch.ones(n, n).tril().bool(), -torch.inf)
+            heads.append(scores.softmax(-1) @ v[:, group])
+        x = x + torch.cat(heads, dim=1) @ w["o.experts.shared.weight"].T
+        h = norm(x, w["mlp_norm.experts.shared.weight"])
+        gate, up = w["mlp.experts.shared.gate_up.weight"].chunk(2)
+        x = x + (F.silu(h @ gate.T) * (h @ up.T)) @ w["mlp.experts.shared.down.weight"].T
+    return norm(x, weights["norm.experts.shared.weight"])
 
 
 def tokens(n: int = 9) -> torch.Tensor:
@@ -55,14 +99,44 @@ def tokens(n: int = 9) -> torch.Tensor:
         ({"heads": 3}, "backbone.heads: .* width 32, heads 3"),
         ({"heads": 32, "kv_heads": 1}, "backbone.heads: .* even size"),
         ({"heads": 0}, "backbone.heads"),
+        ({"head_dim": 5}, "backbone.heads: expected heads of even size, got head_dim 5, heads 4"),
         ({"kv_heads": 3}, "backbone.kv_heads: expected a divisor of heads 4, got 3"),
         ({"kv_heads": 8}, "backbone.kv_heads"),
         ({"kv_heads": 0}, "backbone.kv_heads: expected a divisor of heads 4, got 0"),
+        ({"width": 0}, "backbone.width: expected at least 1, got 0"),
+        ({"depth": 0}, "backbone.depth: expected at least 1, got 0"),
+        ({"mlp_width": -1}, "backbone.mlp_width: expected at least 1, got -1"),
+        ({"vocabulary": 0}, "backbone.vocabulary: expected at least 1, got 0"),
+        ({"added_tokens": -1}, "backbone.added_tokens: expected at least 0, got -1"),
+        ({"width": 30, "heads": 3, "kv_heads": 3, "positions": "block"}, "backbone.width: positions block .* got 30"),
+        ({"moe": ROUTED, "experts": ADAPTED}, "experts.lora.parts: expected attention alone beside backbone.moe, got mlp"),
     ],
-)
-def test_shapes_that_cannot_be_are_refused(changes: dict[str, int], message: str) -> None:
+)  # fmt: skip
+def test_shapes_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Lora(0, 1.0), "experts.lora.rank: expected at least 1, got 0"),
+        (lambda: Lora(2, 1.0, parts=("norms",)), "experts.lora.parts: expected attention or mlp .* got norms"),
+        (lambda: Lora(2, 1.0, parts=()), "experts.lora.parts: .* got none"),
+        (lambda: Lora(2, 1.0, experts=()), "experts.lora.experts: expected at least one, got none"),
+        (lambda: Experts(lora=Lora(2, 1.0, experts=("draw",))), "experts.lora.experts: .* text, image, got draw"),
+        (lambda: Experts(mlp=True, lora=Lora(2, 1.0)), "experts.lora.parts: .* got mlp, held by expert"),
+        (lambda: Experts(attention=True, clean="shared"), "experts: expected names other than shared"),
+        (lambda: Moe(experts=4, top_k=5, width=8), "backbone.moe.top_k: expected 1 to experts 4, got 5"),
+        (lambda: Moe(experts=4, top_k=0, width=8), "backbone.moe.top_k: .* got 0"),
+        (lambda: Moe(experts=4, top_k=1, width=0), "backbone.moe.width: expected at least 1, got 0"),
+        (lambda: Moe(experts=4, top_k=1, width=8, shared=-1), "backbone.moe.shared: expected at least 0, got -1"),
+        (lambda: Moe(experts=4, top_k=1, width=8, z=-0.1), "backbone.moe.z: expected at least 0, got -0.1"),
+    ],
+)  # fmt: skip
+def test_parts_that_cannot_be_are_refused(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 def test_experts_and_who_reads_what() -> None:
@@ -124,14 +198,12 @@ def test_an_expert_changes_what_it_reads(experts: Experts) -> None:
 
 
 def gradients(model: UnifiedModel, document: Document) -> dict[str, torch.Tensor | None]:
-    packed = pack([model.sequencer.document(document, (0, 0, 0), train=False)], model.backbone.config.experts,
-                  model.generator.reads)  # fmt: skip
     model.zero_grad(set_to_none=True)
-    sum(term.sum for term in model(packed).values()).backward()  # type: ignore[union-attr]
+    sum(term.sum for term in model(packed(model, document)).values()).backward()  # type: ignore[union-attr]
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("experts", [Experts(), *PARTS], ids=named)
+@pytest.mark.parametrize("experts", [Experts(), *PARTS, ADAPTED], ids=named)
 @pytest.mark.parametrize("generator", ["flow", "autoregressive"])
 def test_every_parameter_gets_a_gradient(
     make: Callable[..., UnifiedModel], mixed: list[Document], generator: str, experts: Experts
@@ -141,6 +213,21 @@ def test_every_parameter_gets_a_gradient(
     assert [name for name, gradient in found.items() if gradient is None] == []
     idle = [name for name, gradient in found.items() if gradient is not None and not gradient.abs().sum() > 0]
     assert idle == []
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"time": "token"}, {"time": "adaln"}, {"backbone": {"moe": ROUTED}},
+    {"backbone": {"qkv_bias": True, "added_tokens": 6, "tied_head": False}},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("experts", [Experts(), Experts(True, True, True)], ids=named)
+def test_a_pack_of_any_kind_reaches_every_parameter(
+    make: Callable[..., UnifiedModel], mixed: list[Document], experts: Experts, settings: dict[str, Any]
+) -> None:
+    model = make("flow", experts=experts, **settings)
+    for document in mixed:
+        found = gradients(model, document)
+        assert [name for name, gradient in found.items() if gradient is None] == []
+        assert all(gradient.isfinite().all() for gradient in found.values() if gradient is not None)
 
 
 def test_an_expert_without_tokens_gets_zero_and_not_none(make: Callable[..., UnifiedModel]) -> None:
@@ -164,6 +251,37 @@ def test_an_expert_without_tokens_changes_nothing() -> None:
     with torch.no_grad():
         torch.testing.assert_close(run(made, x, (9, 0)), with_gradients, atol=1e-6, rtol=1e-5)
         assert not torch.allclose(run(made, x, (0, 9)), with_gradients, atol=1e-2)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"qk_norm": False}, {"qkv_bias": True}, {"head_dim": 12}, {"head_dim": 6, "qkv_bias": True, "qk_norm": False},
+    {"kv_heads": 1}, {"rope_theta": 100.0}, {"norm_eps": 0.1}, {"positions": "block"},
+], ids=str)  # fmt: skip
+def test_the_decoder_is_its_formula(changes: dict[str, Any]) -> None:
+    made, x = backbone(**changes).double(), tokens().double()
+    with torch.no_grad():
+        torch.testing.assert_close(run(made, x, (9,)), by_hand(made, x), atol=1e-9, rtol=1e-9)
+
+
+def test_a_head_may_be_wider_than_its_share() -> None:
+    made = backbone(head_dim=12)
+    assert made.config.head_size == 12
+    assert made.layers[0].qkv[0].weight.shape == ((4 + 2 + 2) * 12, 32)
+    assert made.layers[0].o[0].weight.shape == (32, 4 * 12)
+    said, share = backbone(head_dim=8), backbone()
+    with torch.no_grad():
+        assert torch.equal(run(said, tokens(), (9,)), run(share, tokens(), (9,)))
+
+
+def test_biases_are_of_queries_keys_and_values_only_and_begin_at_zero() -> None:
+    torch.manual_seed(0)
+    made, plain = Backbone(replace(CONFIG, qkv_bias=True)), Backbone(CONFIG)
+    biases = {name: p for name, p in made.named_parameters() if name.endswith("bias")}
+    assert set(biases) == {f"layers.{i}.qkv.experts.shared.bias" for i in range(2)}
+    assert all(p.shape == (64,) and not p.any() for p in biases.values())
+    plain.load_state_dict({name: v for name, v in made.state_dict().items() if name not in biases})
+    with torch.no_grad():
+        assert torch.equal(run(made, tokens(), (9,)), run(plain, tokens(), (9,)))
 
 
 def test_grouped_queries_equal_repeated_heads() -> None:
@@ -219,3 +337,171 @@ def test_later_tokens_do_not_change_earlier_ones() -> None:
     made, x = backbone(), tokens()
     with torch.no_grad():
         torch.testing.assert_close(run(made, x[:6], (6,)), run(made, x, (9,))[:6], atol=1e-5, rtol=1e-4)
+
+
+def vocabularies(**changes: Any) -> tuple[Backbone, torch.Tensor]:
+    """A backbone with added tokens, and both of its embedding tables as one."""
+    made = backbone(added_tokens=6, **changes)
+    assert made.embedding.added is not None
+    return made, torch.cat([made.embedding.weight, made.embedding.added])
+
+
+def test_added_tokens_are_rows_after_the_vocabulary() -> None:
+    made, table = vocabularies()
+    assert made.config.rows == 56
+    assert {n: tuple(v.shape) for n, v in made.state_dict().items() if n.startswith("embedding.")} == {
+        "embedding.weight": (50, 32), "embedding.added": (6, 32),
+    }  # fmt: skip
+    ids = torch.tensor([[0, 49, 50], [55, 3, 52]])
+    with torch.no_grad():
+        assert torch.equal(made.embedding(ids), table[ids])
+        torch.testing.assert_close(made.logits(tokens(3)), tokens(3) @ table.T)
+
+
+def test_added_tokens_and_the_vocabulary_do_not_share_gradients() -> None:
+    made, _ = vocabularies()
+    assert made.embedding.added is not None
+    made.embedding(torch.tensor([50, 55, 50])).sum().backward()
+    assert made.embedding.weight.grad is not None
+    assert not made.embedding.weight.grad.any()
+    assert made.embedding.added.grad.sum(1).tolist() == [64, 0, 0, 0, 0, 32]
+    made.zero_grad()
+    made.embedding(torch.tensor([0, 49])).sum().backward()
+    assert not made.embedding.added.grad.any()
+    assert made.embedding.weight.grad.any(1).nonzero().flatten().tolist() == [0, 49]
+
+
+def test_an_untied_head_has_added_rows_of_its_own() -> None:
+    made, table = vocabularies(tied_head=False)
+    assert made.head is not None
+    assert made.head.added is not None
+    rows = torch.cat([made.head.weight, made.head.added])
+    assert not torch.equal(rows, table)
+    with torch.no_grad():
+        torch.testing.assert_close(made.logits(tokens(3)), tokens(3) @ rows.T)
+    assert [len(t) for t in made.tables] == [50, 6]
+
+
+def test_a_model_learns_and_reads_added_tokens(make: Callable[..., UnifiedModel], mixed: list[Document]) -> None:
+    """The losses are those of one table of all rows."""
+    split = make("flow", backbone={"added_tokens": 6})
+    whole = make("flow", backbone={"vocabulary": 306})
+    state = split.state_dict()
+    added = state.pop("backbone.embedding.added")
+    state["backbone.embedding.weight"] = torch.cat([state["backbone.embedding.weight"], added])
+    whole.load_state_dict(state)
+    whole._text = split._text  # the same ids
+    assert (packed(split, mixed[2]).text_ids >= 300).sum() == 10  # boundaries of the document and of its images
+    losses = [model(packed(model, mixed[2])) for model in (split, whole)]
+    for name in ("text", "image"):
+        torch.testing.assert_close(losses[0][name].sum, losses[1][name].sum)
+
+
+@pytest.mark.parametrize("added", [0, 6])
+def test_embeddings_are_scaled_and_the_head_is_not(added: int) -> None:
+    plain, scaled = backbone(added_tokens=added), backbone(added_tokens=added, embedding_scale=32**0.5)
+    ids = torch.tensor([0, 7, 49 + added])
+    with torch.no_grad():
+        torch.testing.assert_close(scaled.embedding(ids), plain.embedding(ids) * 32**0.5)
+        assert torch.equal(scaled.logits(tokens(3)), plain.logits(tokens(3)))
+
+
+def packed(model: UnifiedModel, *documents: Document) -> PackedSequence:
+    sequenced = [model.sequencer.document(d, (0, 0, i), train=False) for i, d in enumerate(documents)]
+    return pack(sequenced, model.backbone.config.experts, model.generator.reads)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"experts": Experts()}, {"experts": ADAPTED}, {"time": "adaln"}, {"time": "token"},
+    {"backbone": {"moe": ROUTED}}, {"experts": Experts(), "backbone": {"moe": ROUTED}},
+], ids=str)  # fmt: skip
+def test_recomputing_layers_changes_nothing(
+    make: Callable[..., UnifiedModel], mixed: list[Document], settings: dict[str, Any]
+) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = make("flow", **settings)
+        model.backbone.checkpointing = checkpointing
+        losses = model(packed(model, *mixed))
+        sum(term.sum for term in losses.values()).backward()
+        found.append(({n: t.sum for n, t in losses.items()}, {n: p.grad for n, p in model.named_parameters()}))
+    for plain, recomputed in zip(*found, strict=True):
+        assert plain.keys() == recomputed.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(recomputed[name], value, atol=0, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_recomputing_layers_keeps_less() -> None:
+    """Tensors saved for backward: a layer's inputs rather than all it computes."""
+    made, x, sizes = backbone(depth=6), tokens(), []
+    for made.checkpointing in (False, True):
+        held: set[tuple[int, int]] = set()
+
+        def keep(t: torch.Tensor, held: set[tuple[int, int]] = held) -> torch.Tensor:
+            held.add((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = run(made, x, (9,))
+        parameters = {p.untyped_storage().data_ptr() for p in made.parameters()}
+        sizes.append(sum(size for at, size in held if at not in parameters))
+        del out
+    assert sizes[1] < sizes[0] / 3
+
+
+def conditioned(experts: Experts) -> tuple[Backbone, Backbone, Rows]:
+    """A backbone with modulation, one without and with the same weights, and conditions of two images."""
+    on, off = backbone(adaln=True, experts=experts), backbone(experts=experts)
+    off.load_state_dict({name: v for name, v in on.state_dict().items() if "modulation" not in name})
+    rows = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 0])
+    condition = torch.randn(2, 32, generator=torch.Generator().manual_seed(8))
+    return on, off, (condition, [rows] if len(experts.names) == 1 else [None, rows[3:]])
+
+
+@pytest.mark.parametrize("experts", [Experts(), Experts(True, True, True)], ids=named)
+def test_modulation_begins_as_nothing(experts: Experts) -> None:
+    on, off, rows = conditioned(experts)
+    fresh = Backbone(on.config)
+    assert all(not p.any() for n, p in fresh.named_parameters() if "modulation" in n)
+    with torch.no_grad():
+        for name, parameter in on.named_parameters():
+            if "modulation" in name:
+                parameter.zero_()
+        splits = (9,) if len(experts.names) == 1 else (3, 6)
+        assert torch.equal(run(on, tokens(), splits, rows), run(off, tokens(), splits))
+
+
+@pytest.mark.parametrize("experts", [Experts(), Experts(True, True, True)], ids=named)
+def test_modulation_reads_each_image_s_condition_and_leaves_text_as_it_is(experts: Experts) -> None:
+    on, off, rows = conditioned(experts)
+    splits = (9,) if len(experts.names) == 1 else (3, 6)
+    with torch.no_grad():
+        out, plain = run(on, tokens(), splits, rows), run(off, tokens(), splits)
+        assert torch.equal(out[:3], plain[:3])  # text before the images: exactly
+        assert ((out[3:8] - plain[3:8]).abs().amax(-1) > 1e-2).all()
+        other = rows[0].clone()
+        other[1] += 1.0
+        moved = run(on, tokens(), splits, (other, rows[1]))
+        assert torch.equal(moved[:6], out[:6])  # the first image does not read the second's
+        assert ((moved[6:8] - out[6:8]).abs().amax(-1) > 1e-3).all()
+
+
+def test_one_modulated_layer_by_hand() -> None:
+    """Shift, scale and gate before and behind both branches, of one token that sees itself alone."""
+    made = backbone(adaln=True, depth=1)
+    layer, x, condition = made.layers[0], tokens(1), torch.randn(1, 32)
+    with torch.no_grad():
+        shift, scale, gate, shift2, scale2, gate2 = layer.modulation.project(F.silu(condition)).chunk(6, dim=1)
+        h = layer.attention_norm[0](x) * (1 + scale) + shift
+        v = layer.qkv[0](h)[:, 48:].unflatten(1, (2, 8)).repeat_interleave(2, 1).flatten(1)
+        y = x + layer.o[0](v) * (1 + gate)
+        h = layer.mlp_norm[0](y) * (1 + scale2) + shift2
+        y = y + layer.mlp[0](h) * (1 + gate2)
+        expected = made.norm[0](y)
+        out = run(made, x, (1,), (condition, [torch.ones(1, dtype=torch.long)]))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_learned_routers_cannot_be_compiled() -> None:
+    with pytest.raises(ValueError, match=r"compile: expected no backbone\.moe"):
+        backbone(moe=ROUTED).compile()

@@ -32,12 +32,13 @@ class RoutedMLP(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # rounded logits would choose other experts
             logits = F.linear(x.to(dtype), self.router.weight.to(dtype))  # (n, E)
-        top, chosen = logits.topk(self.moe.top_k)  # (n, k)
-        counts = chosen.flatten().bincount(minlength=self.moe.experts)
+            top, chosen = logits.topk(self.moe.top_k)  # (n, k)
+            counts = chosen.flatten().bincount(minlength=self.moe.experts)
+            loss = self.loss(logits, counts) if torch.is_grad_enabled() else None
         y = self.experts(x, chosen, counts, top.softmax(-1))
         if self.moe.shared:
             y = y + swiglu(x, self.shared_gate_up, self.shared_down)
-        return y, self.loss(logits, counts) if torch.is_grad_enabled() else None
+        return y, loss
 
     def experts(
         self, x: Float[Tensor, "n C"], chosen: Int[Tensor, "n k"], counts: Int[Tensor, " E"],
@@ -50,7 +51,7 @@ class RoutedMLP(nn.Module):
         # Without any token the first still runs, so that gradients are zero rather than missing.
         used = [e for e, rows in enumerate(xs) if len(rows)] or [0]
         ys = torch.cat([swiglu(xs[e], gate_up[e], down[e]) for e in used])  # (n*k, C)
-        ys = ys.index_select(0, order.argsort()).view(*chosen.shape, -1)  # (n, k, C)
+        ys = ys.index_select(0, order.argsort()).view(*chosen.shape, x.shape[1])  # (n, k, C)
         return torch.einsum("nk,nkc->nc", weights.to(ys.dtype), ys)
 
     def loss(self, logits: Float[Tensor, "n E"], counts: Int[Tensor, " E"]) -> Float[Tensor, ""]:
