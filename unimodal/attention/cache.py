@@ -4,7 +4,7 @@ Letters: N sequences of the cache (branches x documents), R of them in one call,
 M cached positions looked at, H query heads, K key/value heads, G = H / K, E channels of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,6 +119,69 @@ class CacheView:
     def layer(self, number: int) -> "CacheLayer":
         """Attention of one layer."""
         return CacheLayer(self, number)
+
+    def packed(self) -> "PackedView":
+        """The same as tensors alone, which a compiled network can be given."""
+        numbers = list(self.shape)
+        index: list[Tensor] = []
+        masks: list[Tensor] = []
+        for run in self.runs:
+            written = 0 if run.index is None else run.index.shape[1]
+            flags = [written, int(run.mask is not None)]
+            numbers += [run.rows.start, run.rows.stop, run.held.start, run.held.stop, run.longest, run.at.start, *flags]
+            index += [] if run.index is None else [run.index.flatten()]
+            masks += [] if run.mask is None else [run.mask.flatten()]
+        none = torch.zeros(2, dtype=torch.long, device=self.k.device)  # of a length that no compiler takes for special
+        flat = torch.cat([*index, none])
+        return PackedView(self.k, self.v, torch.tensor(numbers), flat, torch.cat([*masks, none.to(self.k.dtype)]))
+
+
+class PackedView(NamedTuple):
+    """A view as tensors."""
+
+    k: Float[Tensor, "layers N K capacity E"]
+    v: Float[Tensor, "layers N K capacity E"]
+    runs: Int[Tensor, " numbers"]
+    index: Int[Tensor, " _"]
+    masks: Float[Tensor, " _"]
+
+    def layer(self, number: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Attention of one layer, through the operator."""
+        return lambda q, k, v: torch.ops.unimodal.cached_attention(q, k, v, *self[:2], number, *self[2:])
+
+
+# Defined without `custom_op`, whose wrapper for gradients would take longer than one step's attention.
+torch.library.define(
+    "unimodal::cached_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, int layer, Tensor runs, Tensor index, "
+    "Tensor masks) -> Tensor",
+)
+
+
+@torch.library.impl("unimodal::cached_attention", "CompositeExplicitAutograd")
+def _cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, layer: int,
+    runs: Tensor, index: Tensor, masks: Tensor,
+) -> Tensor:  # fmt: skip
+    """`CacheLayer` as one operator, which a compiler does not look into."""
+    rows, tokens, *numbers = runs.tolist()
+    made = []
+    at = mask_at = 0
+    for i in range(0, len(numbers), 8):
+        first, stop, held, until, longest, start, written, masked = numbers[i : i + 8]
+        where = index[at : at + 3 * written].view(3, written) if written else None
+        size = (stop - first) * tokens * longest * masked
+        mask = masks[mask_at : mask_at + size].view(stop - first, 1, tokens, longest) if masked else None
+        at, mask_at = at + 3 * written, mask_at + size
+        made.append(
+            _Run(slice(first, stop), slice(held, until), longest, slice(start, start + tokens), where, mask)
+        )  # fmt: skip
+    return _attend_runs(q, k, v, cache_k[layer], cache_v[layer], (rows, tokens), made).contiguous()
+
+
+@torch.library.register_fake("unimodal::cached_attention")
+def _(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 class CacheLayer(NamedTuple):

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unimodal.attention import PackedAttention
+from unimodal.attention import CacheView, PackedAttention
 from unimodal.backbone.adapters import LoraLinear
 from unimodal.backbone.config import BackboneConfig, Experts, Part
 from unimodal.backbone.moe import RoutedMLP
@@ -247,6 +247,7 @@ class Backbone(nn.Module):
         self.head = None if config.tied_head else Vocabulary(config)
         self.checkpointing = False  # recompute each layer in backward
         self._layer: Callable[..., tuple[list[Tensor], Tensor | None]] = DecoderLayer.forward
+        self._stack: Callable[..., Tensor] | None = None
         self._router_losses: list[Tensor] = []
         self.reset_parameters()
 
@@ -268,7 +269,14 @@ class Backbone(nn.Module):
         """
         if self.config.moe is not None:
             raise ValueError("compile: expected no backbone.moe (whose routing no compiled layer can hold), got one")
-        self._layer = compiled_layer()
+        self._layer = _symbolic(DecoderLayer.forward)
+
+    def compile_decoding(self) -> None:
+        """Compile all layers for a session: one graph an expert, whatever the lengths."""
+        if self.config.moe is not None:
+            raise ValueError("compile: expected no backbone.moe (whose routing no compiled layer can hold), got one")
+        # The layers of this one network: what they are made of is not checked again at every token.
+        self._stack = _symbolic(self.stack, options={"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe})
 
     def forward(
         self,
@@ -294,16 +302,31 @@ class Backbone(nn.Module):
             rows = rows[0], [rows[1][e] for e in used]
         real = None if self.config.moe is None else [(splits if tokens is None else tokens)[e] for e in used]
         self._router_losses = []
-        training = torch.is_grad_enabled()
-        run = self._layer if training else DecoderLayer.forward
+        if not torch.is_grad_enabled():
+            if self._stack is not None and isinstance(attention, CacheView):
+                return self._stack(xs, rotary, attention.packed(), used, rows, real)
+            return self.stack(xs, rotary, attention, used, rows, real)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            if self.checkpointing and training:
-                xs, loss = checkpoint(run, layer, xs, rotary, attention.layer(i), used, rows, real, use_reentrant=False)
-            else:
-                xs, loss = run(layer, xs, rotary, attention.layer(i), used, rows, real)
+            args = layer, xs, rotary, attention.layer(i), used, rows, real
+            xs, loss = checkpoint(self._layer, *args, use_reentrant=False) if self.checkpointing else self._layer(*args)
             self._router_losses += [] if loss is None else [loss]
-        return torch.cat([self.norm[e](x) for x, e in zip(xs, used, strict=True)])
+        return self.last_norm(xs, used)
+
+    def stack(
+        self, xs: list[Tensor], rotary: list[tuple[Tensor, Tensor]], attention: PackedAttention,
+        experts: tuple[int, ...], rows: Rows | None, tokens: Sequence[int] | None,
+    ) -> Float[Tensor, "S C"]:  # fmt: skip
+        """Every layer without gradients; see `DecoderLayer.forward`."""
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            xs, _ = layer(xs, rotary, attention.layer(i), experts, rows, tokens)
+        return self.last_norm(xs, experts)
+
+    def last_norm(self, xs: list[Tensor], experts: tuple[int, ...]) -> Float[Tensor, "S C"]:
+        """Slices after the last layer, normed and put together."""
+        normed = [self.norm[e](x) for x, e in zip(xs, experts, strict=True)]
+        return torch.cat(normed) if len(normed) > 1 else normed[0]
 
     def router_loss(self) -> Float[Tensor, ""] | None:
         """Weighted balance and z loss of the last forward, a sum over tokens and a mean over layers; given out once.
@@ -324,10 +347,10 @@ class Backbone(nn.Module):
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def compiled_layer() -> Callable[..., tuple[list[Tensor], Tensor | None]]:
-    """`DecoderLayer.forward` compiled with symbolic lengths."""
+def _symbolic(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+    """A function compiled with symbolic lengths."""
     from torch.fx.experimental import _config
 
     # Two experts may have equally many tokens in the first pack: that must not become a rule for all others.
     _config.use_duck_shape = False
-    return torch.compile(DecoderLayer.forward, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True, fullgraph=True, **kwargs)
