@@ -28,6 +28,7 @@ class EMA(Callback):
         weights = _trained(pl_module)
         if not self.shadow:
             self.shadow = {name: p.detach().clone() for name, p in weights.items()}
+        self._check(weights)
         self.shadow = {name: self.shadow[name].to(p.device) for name, p in weights.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,12 +66,22 @@ class EMA(Callback):
     @torch.no_grad()
     def swap(self, pl_module: LightningModule) -> None:
         """Exchange weights and average."""
-        for name, weight in _trained(pl_module).items():
+        weights = _trained(pl_module)
+        self._check(weights)
+        for name, weight in weights.items():
             self.shadow[name] = self.shadow[name].to(weight.device)
             held = weight.detach().clone()
             weight.copy_(self.shadow[name])
             self.shadow[name].copy_(held)
         self._swapped = not self._swapped
+
+    def _check(self, weights: dict[str, torch.nn.Parameter]) -> None:
+        other = sorted(self.shadow.keys() ^ weights.keys())
+        if other:
+            raise ValueError(
+                f"freeze: expected what the checkpoint was trained with, got {len(other)} weights that differ "
+                f"({other[0]} ...); an export (init) can be trained on with others"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The average, by parameter name."""

@@ -12,9 +12,11 @@ from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document
 from unimodal.environment import can_compile
 from unimodal.export import load_weights, read_info, read_weights
+from unimodal.importers import load_text
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence
 from unimodal.text import TextTokenizer
+from unimodal.training import stages
 from unimodal.training.ema import EMA
 from unimodal.training.optimizers import scheduled_adamw
 
@@ -44,6 +46,8 @@ class UnifiedTraining(LightningModule):
         init: an export of a whole model to start from, text tokenizer included.
         compile: whether training runs through `torch.compile`, layer by layer; needs a C++ compiler.
         checkpoint_layers: whether each layer's activations are computed again in backward rather than kept.
+        init_from: a folder of a text model in Hugging Face's format, which every expert begins as; its tokenizer is taken.
+        freeze: what does not learn: EXPERT, EXPERT.PART (attention, mlp, norms), shared, embedding, head, generator ...
     """
 
     part = "model"
@@ -64,6 +68,8 @@ class UnifiedTraining(LightningModule):
         init: Path | None = None,
         compile: bool = False,
         checkpoint_layers: bool = False,
+        init_from: Path | None = None,
+        freeze: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -78,8 +84,20 @@ class UnifiedTraining(LightningModule):
         self.predicted: list[Document] = []
         if tokenizer_weights is not None:
             load_weights(model.tokenizer, read_weights(Path(tokenizer_weights)), str(tokenizer_weights))
+        if init is not None and init_from is not None:
+            raise ValueError(f"init_from: expected none beside init {init}, got {init_from}")
         if init is not None:
             self._initialise(Path(init))
+        if init_from is not None:
+            self._initialise_text(Path(init_from))
+        stages.freeze(model, freeze)
+
+    def _initialise_text(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"init_from: expected a folder, got {folder}, which does not exist")
+        text = TextTokenizer.load(folder / "tokenizer.json")
+        load_text(self.model.backbone, folder)
+        self.model.text = text
 
     def _initialise(self, folder: Path) -> None:
         read_info(folder)
