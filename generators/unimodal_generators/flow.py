@@ -112,7 +112,7 @@ class Flow(ImageGenerator):
     def embed(self, corrupted: Corrupted) -> Embeddings:
         """Linear patches, and an embedding of the image's time: added, before them, or beside them."""
         time = self.time_in(timestep_embedding(corrupted.time).to(self.patch_in.weight.dtype))  # (N, C)
-        patches = self.patch_in(corrupted.inputs)  # (T, C)
+        patches = self.patch_in(corrupted.inputs.to(self.patch_in.weight.dtype))  # (T, C)
         if self.time == "adaln":
             return Embeddings(patches, time)
         if self.time == "add":
