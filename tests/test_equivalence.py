@@ -1,16 +1,17 @@
 """What must always be equal (docs/architecture.md): packed, alone, in a session, cached, batched."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
+from unimodal.backbone import SCHEMES, Experts, Lora, Moe
 from unimodal.decoding import Branch, DecodingSettings, Session, decode
 from unimodal.documents import Document
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, Run, SequencedDocument, pack
-from unimodal_generators.base import Embeddings, TokenKind
+from unimodal_generators.base import Block, Embeddings, TokenKind
 
 
 def sequenced(model: UnifiedModel, documents: list[Document]) -> list[SequencedDocument]:
@@ -31,6 +32,12 @@ def hidden_in_sequence_order(model: UnifiedModel, p: PackedSequence) -> torch.Te
     return states[0][p.inverse]
 
 
+def by_block(embeddings: Embeddings, blocks: Sequence[Block]) -> Iterator[Embeddings]:
+    values = embeddings.values.split([b.length for b in blocks] or [0])
+    conditions = [None] * len(blocks) if embeddings.condition is None else embeddings.condition.split(1)
+    return map(Embeddings, values, conditions)
+
+
 def hidden_in_session(model: UnifiedModel, document: SequencedDocument) -> torch.Tensor:
     """The same parts fed one by one to a session: private blocks peeked at, the rest appended."""
     p = packed(model, [document])
@@ -42,8 +49,8 @@ def hidden_in_session(model: UnifiedModel, document: SequencedDocument) -> torch
         learned = generator.corrupt(tokens.select(p.learned_images), p.learned_blocks)
         context = generator.context(tokens.select(p.context_images))
         streams = {
-            TokenKind.LEARNED: iter(generator.embed(learned).values.split([b.length for b in p.learned_blocks] or [0])),
-            TokenKind.CLEAN: iter(generator.embed(context).values.split([b.length for b in p.context_blocks] or [0])),
+            TokenKind.LEARNED: by_block(generator.embed(learned), p.learned_blocks),
+            TokenKind.CLEAN: by_block(generator.embed(context), p.context_blocks),
         }
         for segment in document.segments:
             if segment.kind == TokenKind.TEXT:
@@ -51,15 +58,15 @@ def hidden_in_session(model: UnifiedModel, document: SequencedDocument) -> torch
                     session.append_text([Run((i,), (False,))])
                     states.append(session.last[0])
                 continue
-            values = next(streams[segment.kind])
+            one = next(streams[segment.kind])
             block = segment.block
             assert block is not None
             if block.private:
-                states.append(session.peek(Embeddings(values), [block])[0])
+                states.append(session.peek(one, [block])[0])
             elif block.bidirectional:
-                states.append(session.append(Embeddings(values), [block])[0])
+                states.append(session.append(one, [block])[0])
             else:  # causal images come token by token
-                for i, value in enumerate(values):
+                for i, value in enumerate(one.values):
                     states.append(session.append(Embeddings(value[None]), [block.piece(i, 1)])[0])
     return torch.cat(states)
 
@@ -80,6 +87,58 @@ def test_and_in_float64_to_the_last_digits(model: UnifiedModel, mixed: list[Docu
             torch.testing.assert_close(hidden_in_session(model, document), trained, atol=1e-10, rtol=1e-8)
     finally:
         model.float()
+
+
+FULL = Experts(attention=True, mlp=True, norms=True)
+VARIANTS = {
+    f"{time}-{positions}-{name}": {"time": time, "experts": experts, "backbone": {"positions": positions}}
+    for time in ("add", "token", "adaln")
+    for positions in sorted(SCHEMES)
+    for name, experts in (("dense", Experts()), ("mot", FULL))
+}
+MOE = {"moe": Moe(experts=4, top_k=2, width=16, shared=1)}
+VARIANTS |= {
+    "lora": {"experts": Experts(lora=Lora(2, 4.0))},
+    "moe": {"experts": Experts(), "backbone": MOE},
+    "moe-mot-adaln": {"experts": FULL, "backbone": MOE, "time": "adaln"},
+    "three": {"experts": Experts(True, True, True, clean="look"), "time": "adaln"},
+    "crossed": {"experts": Experts(mlp=True, clean="text"), "time": "token"},
+    "qwen2": {"backbone": {"qkv_bias": True, "qk_norm": False, "head_dim": 24, "tied_head": False, "added_tokens": 7}},
+    **{
+        f"next-{positions}": {"generator": "autoregressive", "backbone": {"positions": positions}}
+        for positions in SCHEMES
+    },
+}
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_so_does_every_way_to_tell_time_and_place(
+    make: Callable[..., UnifiedModel], mixed: list[Document], settings: dict
+) -> None:
+    model = make(**settings).double()
+    for document in sequenced(model, mixed):
+        trained = hidden_in_sequence_order(model, packed(model, [document]))
+        torch.testing.assert_close(hidden_in_session(model, document), trained, atol=1e-10, rtol=1e-8)
+    together = hidden_in_sequence_order(model, packed(model, sequenced(model, mixed)))
+    alone = [hidden_in_sequence_order(model, packed(model, [d])) for d in sequenced(model, mixed)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("time", ["add", "token", "adaln"])
+def test_text_before_an_image_does_not_know_its_time(
+    make: Callable[..., UnifiedModel], mixed: list[Document], time: str
+) -> None:
+    """Whatever the time does to the image, text before it is as if nobody told it, to the last bit."""
+    model = make("flow", time=time, experts=FULL)
+    p = packed(model, sequenced(model, mixed[:1]))  # a caption, its drawing, the end
+    caption = int(p.table.length[0])
+    before = hidden_in_sequence_order(model, p)
+    with torch.no_grad():
+        for parameter in model.generator.time_in.parameters():
+            parameter.mul_(-2.0)
+    after = hidden_in_sequence_order(model, p)
+    assert torch.equal(after[:caption], before[:caption])
+    assert ((after[caption:] - before[caption:]).abs().amax(-1) > 1e-4).all()
 
 
 def test_packed_equals_each_document_alone(model: UnifiedModel, mixed: list[Document]) -> None:
@@ -194,8 +253,6 @@ def _sample(model: UnifiedModel, scale: float, prompt: str = "a handwritten seve
 
 
 def test_equal_experts_equal_the_dense_model(make: Callable[..., UnifiedModel], mixed: list[Document]) -> None:
-    from unimodal.backbone import Experts
-
     routed, dense = make("flow"), make("flow", experts=Experts())
     state = dense.state_dict()
     for name in routed.state_dict():
