@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
@@ -54,8 +55,9 @@ class SdpaAttention:
         # (R,) padding is written behind the last place
         self.scatter = self.gather.masked_fill(~torch.from_numpy(real).to(device), count)
         taken = torch.zeros(count, dtype=torch.bool, device=device).index_fill_(0, inverse, True)
-        self.empty = (~taken).nonzero().squeeze(1)  # places that no token has
-        self.masks = masks.to(device)
+        # Neither is ever shorter than two: a compiler makes rules of lengths 0 and 1, and a new graph where they fail.
+        self.empty = F.pad((~taken).nonzero().squeeze(1), (0, 2), value=count)  # places that no token has
+        self.masks = F.pad(masks, (0, 2)).to(device)
         self.tiles = _pack_tiles(tiles)
 
     def layer(self, number: int) -> "SdpaAttention":
