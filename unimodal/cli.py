@@ -19,13 +19,14 @@ LIGHTNING_HELP = """usage: unimodal {command} -c FILE.yaml [-c FILE.yaml ...] [-
   -c FILE.yaml                    recipe; later files and options override earlier ones
   --trainer.KEY VALUE             Lightning Trainer: max_steps, precision, accelerator, devices, accumulate_grad_batches,
                                   gradient_clip_val, val_check_interval, default_root_dir (the run folder) ...
-  --model.KEY VALUE               lr, warmup_steps, schedule, weight_decay, betas, ema_decay, init, tokenizer_weights,
-                                  and below --model.model.: tokenizer, generator, backbone, sequence
+  --model.KEY VALUE               lr, warmup_steps, schedule, weight_decay, betas, ema_decay, init, init_from, freeze,
+                                  tokenizer_weights, and below --model.model.: tokenizer, generator, backbone, sequence
   --data.KEY VALUE                batch_tokens, mixture (digits), weights and root (folder) ...
   --checkpoint.KEY VALUE          Lightning ModelCheckpoint: every_n_train_steps, save_top_k ...
   --seed_everything N             one seed for everything
   --init EXPORT                   start from the weights of an export
   --ckpt_path PATH|last           continue exactly from a checkpoint
+  --plan                          (fit) print size, memory and time of the run, estimated, and exit
   --print_config                  print the resolved config and exit
   --help-all                      every key with its type (slow: imports everything)
 """
@@ -105,7 +106,29 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("--batch", type=int, default=100, help="documents at once (100); changes no score")
     _add_image_sampling(digits)
     digits.set_defaults(run="evaluate_digits")
+    _add_importers(commands)
     return parser
+
+
+def _add_importers(commands: "argparse._SubParsersAction[_OneLine]") -> None:
+    importer = commands.add_parser("import", help="text models of others: which backbone fits")
+    hf = importer.add_subparsers(metavar="hf", required=True).add_parser(
+        "hf", help="the backbone block of a recipe for a Llama, Qwen2 or Qwen3 folder"
+    )
+    hf.add_argument("folder", type=Path, help="config.json, model.safetensors (or shards), tokenizer.json")
+    hf.add_argument(
+        "--positions", choices=("sequential", "block", "mrope", "rope2d"), default="sequential",
+        help="of images; text is read alike under each (sequential)",
+    )  # fmt: skip
+    hf.set_defaults(run="import_hf")
+    exporter = commands.add_parser("export", help="a trained expert as a text model of others")
+    hf = exporter.add_subparsers(metavar="hf", required=True).add_parser("hf", help="a folder that transformers loads")
+    hf.add_argument("--run", dest="folder", type=Path, required=True, help="run folder, or an export")
+    hf.add_argument("--out", type=Path, required=True, help="new folder")
+    hf.add_argument("--expert", default="text", help="whose weights (text)")
+    hf.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step (ema)")
+    hf.add_argument("--added", action="store_true", help="keep the rows of backbone.added_tokens")
+    hf.set_defaults(run="export_hf")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -7,16 +7,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part, load_image, read_markdown, write_html, write_markdown
 from unimodal.export import load_run
 from unimodal.model import UnifiedModel
+from unimodal.text import SPECIAL_TOKENS, TextTokenizer
 from unimodal_generators.base import SamplingSettings
 
 
@@ -93,6 +95,43 @@ def evaluate_digits(args: argparse.Namespace) -> int:
         model, args.out, seed=args.seed, batch=args.batch, sampling=_image_settings(args, model), weights=args.weights,
         train_seconds=seconds, metrics=merged_metrics(args.folder, args.out / "metrics.csv"), description=description,
     )  # fmt: skip
+    return 0
+
+
+def import_hf(args: argparse.Namespace) -> int:
+    """`unimodal import hf`: the backbone of a recipe that begins as a folder's text model, on standard output."""
+    from unimodal.importers.huggingface import KEYS, check_text, read_config
+
+    config = read_config(args.folder, positions=args.positions, added_tokens=SPECIAL_TOKENS)
+    check_text(config, args.folder)
+    entries = TextTokenizer.load(args.folder / "tokenizer.json").entries
+    if entries > config.vocabulary:
+        raise ValueError(f"tokenizer.json: expected at most vocab_size {config.vocabulary} entries, got {entries}")
+    record = {name: value for name, value in asdict(config).items() if name in KEYS and value is not None}
+    if config.rope_scaling is not None:
+        unset = {field.name: field.default for field in fields(config.rope_scaling)}
+        stretch = asdict(config.rope_scaling)
+        record["rope_scaling"] = {name: value for name, value in stretch.items() if value != unset[name]}
+    lines = yaml.safe_dump(record, sort_keys=False).splitlines()
+    lines += [
+        f"added_tokens: {SPECIAL_TOKENS} # rows of the special tokens, so that those of the vocabulary can stay as they are",
+        f"positions: {config.positions} # sequential, block, mrope or rope2d: text is read alike",
+        "experts: {attention: true, mlp: true, norms: true} # each begins as this text model",
+    ]
+    print("\n".join(["backbone:", *(f"  {line}" for line in lines)]))
+    return 0
+
+
+def export_hf(args: argparse.Namespace) -> int:
+    """`unimodal export hf`: one expert of a trained model as a folder that transformers loads."""
+    from unimodal.importers.huggingface import save_text
+
+    model = load_run(args.folder, args.weights)
+    save_text(
+        model.backbone, args.out, args.expert, added=args.added, context_length=model.sequence.context_length,
+        tokenizer=model.text,
+    )  # fmt: skip
+    print(f"expert {args.expert} in {args.out} ({args.weights} weights)")
     return 0
 
 

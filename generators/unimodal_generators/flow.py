@@ -71,8 +71,6 @@ class Flow(ImageGenerator):
     ) -> None:
         super().__init__()
         self.check(layout)
-        if time not in ("add", "token", "adaln"):
-            raise ValueError(f"generator.time: expected add, token or adaln, got {time}")
         self.time, self.conditions, self.prefix = time, time == "adaln", int(time == "token")
         self.layout, self.sampling = layout, sampling
         self.time_shift, self.time_mean, self.time_std = time_shift, time_mean, time_std

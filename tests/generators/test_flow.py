@@ -1,21 +1,25 @@
-"""The flow generator: what it learns, and how it samples."""
+"""The flow generator: what it learns, how it tells time, and how it samples."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from unimodal.backbone import BackboneConfig, Experts
 from unimodal.decoding import Branch, DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run, pack
+from unimodal.packing import Run, SequenceRules, pack
 from unimodal_generators import Autoregressive, AutoregressiveSettings, Flow, FlowSettings
 from unimodal_generators.base import Block, Corrupted, Embeddings, Grid, ImageTokens, TokenKind
 from unimodal_generators.flow import timestep_embedding
 from unimodal_tokenizers.base import TokenLayout
+from unimodal_tokenizers.patch import PatchTokenizer
 
+TIMES = ("add", "token", "adaln")
 LAYOUT = TokenLayout("continuous", dim=12, stride=2)
 GRIDS = (Grid(4, 4), Grid(2, 4), Grid(1, 3))
 
@@ -116,6 +120,102 @@ def test_embeddings_are_patches_plus_their_image_s_time() -> None:
     torch.testing.assert_close(values, torch.stack(rows), atol=1e-5, rtol=1e-5)
 
 
+def test_a_token_of_time_stands_before_its_image() -> None:
+    made = flow(time="token")
+    corrupted = made.corrupt(tokens(), BLOCKS)
+    embedded = made.embed(corrupted)
+    assert embedded.condition is None
+    rows = []
+    for i, image in enumerate(corrupted.inputs.split([16, 8, 3])):
+        rows += [made.time_in(timestep_embedding(corrupted.time[i : i + 1]))[0], *map(made.patch_in, image)]
+    torch.testing.assert_close(embedded.values, torch.stack(rows), atol=1e-5, rtol=1e-5)
+    blocks = [*made.plan(GRIDS[0], np.random.default_rng(0)), *made.plan_context(GRIDS[0])]
+    assert [(b.prefix, b.length, b.n_targets, b.complete) for b in blocks] == [(1, 17, 16, True), (1, 17, 0, True)]
+
+
+def test_a_condition_of_time_stands_beside_its_image() -> None:
+    made = flow(time="adaln")
+    corrupted = made.corrupt(tokens(), BLOCKS)
+    embedded = made.embed(corrupted)
+    torch.testing.assert_close(embedded.values, made.patch_in(corrupted.inputs))
+    torch.testing.assert_close(embedded.condition, made.time_in(timestep_embedding(corrupted.time)))
+    clean = made.embed(made.context(tokens())).condition  # t = 1, for every image
+    torch.testing.assert_close(clean, made.time_in(timestep_embedding(torch.ones(3))))
+    assert made.conditions
+    assert not flow().conditions
+    assert flow().embed(corrupted).condition is None
+
+
+@pytest.mark.parametrize(("time", "adaln", "message"), [
+    ("adaln", False, r"generator\.time: adaln needs backbone\.adaln: true, got false"),
+    ("add", True, r"backbone\.adaln: true needs generator\.time: adaln, got a Flow without it"),
+    ("token", True, r"backbone\.adaln: true needs generator\.time: adaln, got a Flow without it"),
+    (None, True, r"backbone\.adaln: true needs generator\.time: adaln, got a Autoregressive without it"),
+])  # fmt: skip
+def test_a_condition_needs_a_reader_and_a_reader_a_condition(
+    make: Callable[..., UnifiedModel], time: str | None, adaln: bool, message: str
+) -> None:
+    generator = {"generator": "autoregressive"} if time is None else {"time": time}
+    with pytest.raises(ValueError, match=message):
+        make(**generator, backbone={"adaln": adaln})
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_nobody_reads_the_time_token(make: Callable[..., UnifiedModel], time: str) -> None:
+    """Image losses are read at patches, one a patch, wherever time is."""
+    model = make("flow", time=time)
+    document = Document((Part("seven", learn=False), Part(picture(3)), Part(" and", learn=True)))
+    packed = pack([model.sequencer.document(document, (0, 0, 0))], model.backbone.config.experts, "own")
+    start = int(packed.table.start[1]) + (time == "token")
+    assert packed.inverse[start : start + 16].tolist() == packed.image_reads.tolist()
+    assert packed.counts["image"] == 16
+    assert len(packed) == sum(packed.table.length.tolist())
+    rows = packed.image_rows[packed.inverse]  # text, learned copy, clean copy, text
+    assert rows.tolist() == np.repeat([0, 1, 2, 0], packed.table.length).tolist()
+
+
+def adaptive(experts: Experts, time: str) -> UnifiedModel:
+    """As a recipe would build it: fresh weights."""
+    torch.manual_seed(0)
+    config = BackboneConfig(
+        width=32, depth=2, heads=2, kv_heads=1, mlp_width=48, vocabulary=300, positions="mrope", experts=experts,
+        adaln=time == "adaln",
+    )  # fmt: skip
+    rules = SequenceRules([(8, 8)], 128)
+    return UnifiedModel(PatchTokenizer(2), lambda layout, width: Flow(layout, width, time=time), config, rules)
+
+
+@pytest.mark.parametrize("experts", [Experts(), Experts(True, True, True)], ids=("dense", "mot"))
+def test_modulation_begins_as_nothing_and_learns(
+    make: Callable[..., UnifiedModel], mixed: list[Document], experts: Experts
+) -> None:
+    """At first as if time were never told; then gradients reach the modulation, and through it the time embedding."""
+    on, off = adaptive(experts, "adaln"), adaptive(experts, "add")
+    on.text = off.text = make("flow").text
+    state = {name: v for name, v in on.state_dict().items() if "modulation" not in name}
+    for name in list(state):
+        if name.startswith("generator.time_in.2"):
+            state[name] = torch.zeros_like(state[name])  # nothing is added
+    off.load_state_dict(state)
+    for model in (on, off):
+        torch.nn.init.ones_(model.generator.velocity_out.weight)
+    packed = pack([on.sequencer.document(mixed[2], (0, 0, 0))], experts, "own")
+    losses, others = on(packed), off(packed)
+    for name in ("text", "image"):
+        assert torch.equal(losses[name].sum, others[name].sum)
+    sum(term.sum for term in losses.values()).backward()
+    for name, parameter in on.named_parameters():
+        if "modulation" in name:
+            assert parameter.grad.any(), name
+    with torch.no_grad():
+        for name, parameter in on.named_parameters():
+            if "modulation" in name:
+                parameter -= 1e-3 * parameter.grad
+    on.zero_grad()
+    sum(term.sum for term in on(packed).values()).backward()
+    assert all(p.grad.any() for p in on.generator.time_in.parameters())
+
+
 def test_times_are_told_apart() -> None:
     embedded = timestep_embedding(torch.linspace(0, 1, 21))
     assert embedded.shape == (21, 256)
@@ -138,12 +238,16 @@ def test_the_loss_is_a_sum_over_tokens_of_channel_means() -> None:
     assert float(losses["image"].sum.detach()) == pytest.approx(total, rel=1e-5)
 
 
-def test_no_images_are_an_exact_zero() -> None:
-    made, none = flow(), ImageTokens(torch.empty(0, 12), ())
+@pytest.mark.parametrize("time", TIMES)
+def test_no_images_are_an_exact_zero(time: str) -> None:
+    made, none = flow(time=time), ImageTokens(torch.empty(0, 12), ())
     corrupted = made.corrupt(none, [])
-    loss = made.loss(torch.empty(0, 32), made.embed(corrupted), corrupted)["image"]
+    embedded = made.embed(corrupted)
+    loss = made.loss(embedded.values, embedded, corrupted)["image"]
     assert (loss.sum.detach().item(), loss.count) == (0.0, 0)
     assert made.embed(made.context(none)).values.shape == (0, 32)
+    (loss.sum + (0.0 if embedded.condition is None else embedded.condition.sum())).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in made.parameters())
 
 
 def test_a_fresh_generator_predicts_zero() -> None:
@@ -157,6 +261,10 @@ def test_velocity_is_in_full_precision() -> None:
 def test_discrete_tokenizers_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="tokenizer: Flow takes continuous tokens, got discrete"):
         Flow(TokenLayout("discrete", dim=1, stride=2, codebooks=(16,)), 32)
+
+
+def picture(seed: int, height: int = 8, width: int = 8) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 class Counted:
@@ -228,22 +336,26 @@ def test_counts_a_solver_cannot_make_are_refused(make: Callable[..., UnifiedMode
         sampled(begun(model, ["seven"]), model, [Grid(4, 4)], FlowSettings(steps=steps, solver=solver), [0])  # type: ignore[arg-type]
 
 
-def test_one_euler_step_by_hand(make: Callable[..., UnifiedModel]) -> None:
-    """Noise of the document's generator, the velocity at t = 0, guided: nothing else."""
-    model = make("flow")
+@pytest.mark.parametrize("time", TIMES)
+def test_one_euler_step_by_hand(make: Callable[..., UnifiedModel], time: str) -> None:
+    """Noise of the document's generator, the velocity at t = 0 of its patches, guided: nothing else."""
+    model = make("flow", time=time)
     session = begun(model, ["seven"], guided=True)
     (final,) = sampled(session, model, [Grid(4, 4)], FlowSettings(guidance=2.5, steps=1), [11])
     noise = torch.randn(16, 12, generator=torch.Generator().manual_seed(11), dtype=torch.float64).float()
     with torch.no_grad():
         embedded = model.generator.embed(Corrupted(noise, torch.zeros(1), (Grid(4, 4),)))
-        hidden = session.peek(embedded, [Block(Grid(4, 4), TokenKind.LEARNED, bidirectional=True, private=True)])
-        c, u = model.generator.velocity(hidden)
+        prefix = int(time == "token")
+        whole = Block(Grid(4, 4), TokenKind.LEARNED, bidirectional=True, private=True, prefix=prefix)
+        c, u = model.generator.velocity(session.peek(embedded, [whole])[:, prefix:])
     torch.testing.assert_close(final.values, noise + u + 2.5 * (c - u), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_an_image_does_not_depend_on_its_neighbours(make: Callable[..., UnifiedModel], solver: str) -> None:
-    model = make("flow").double()
+@pytest.mark.parametrize(
+    ("solver", "time"), [("euler", "add"), ("heun", "add"), ("euler", "token"), ("euler", "adaln")]
+)
+def test_an_image_does_not_depend_on_its_neighbours(make: Callable[..., UnifiedModel], solver: str, time: str) -> None:
+    model = make("flow", time=time).double()
     settings = FlowSettings(guidance=2.0, steps=3, solver=solver, shift=2.0)  # type: ignore[arg-type]
     prompts, grids, seeds = ["a handwritten seven", "three", ""], [Grid(4, 4), Grid(2, 4), Grid(4, 4)], [3, 4, 5]
     together = sampled(begun(model, prompts, True), model, grids, settings, seeds)[-1].split()
@@ -264,15 +376,57 @@ def test_settings_of_another_generator_are_refused(make: Callable[..., UnifiedMo
     assert Autoregressive.accepts != Flow.accepts
 
 
+@pytest.mark.parametrize("time", TIMES)
+def test_a_session_holds_every_token_an_image_takes(make: Callable[..., UnifiedModel], time: str) -> None:
+    """Prompts with images, and images drawn, up to the last token of the context."""
+    image = 16 + (time == "token")
+    prompt = Document((Part("seven", learn=False), Part(picture(1), learn=False)))
+    settings = DecodingSettings(start="image", max_tokens=0, max_images=1, image=FlowSettings(steps=1))
+    model = make("flow", time=time, context_length=192)
+    words = len(model.text.encode("seven"))
+    needed = 1 + words + 1 + image + 1 + 1 + image + 1  # bos, words, (boi, image, eoi) twice
+    model.sequence = replace(model.sequence, context_length=needed)
+    (drawn,) = decode(model, [prompt], settings, [0])
+    assert len(drawn.images) == 2
+    model.sequence = replace(model.sequence, context_length=needed - 1)
+    with pytest.raises(ValueError, match=f"prompt 0: {words + image + 3} tokens and an image of {image} are more"):
+        decode(model, [prompt], settings, [0])
+    model.sequence = replace(model.sequence, context_length=words + image + 2)
+    with pytest.raises(ValueError, match=f"prompt 0: it has {words + image + 3} tokens"):
+        decode(model, [prompt], settings, [0])
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_documents_go_on_behind_their_images(make: Callable[..., UnifiedModel], time: str) -> None:
+    """Text and images in turn, of two sizes and many at once, equal each document alone."""
+    model = make("flow", time=time).double()
+    image = FlowSettings(steps=1, guidance=2.0)
+    settings = DecodingSettings(start="image", max_tokens=8, max_images=2, temperature=1.0, image=image)
+    prompts = [
+        Document((Part("three", learn=False), Part(picture(1), learn=False))),
+        Document((Part(picture(2, 4, 8), learn=False), Part("seven", learn=False))),
+        Document((Part("a handwritten", learn=False),)),
+    ]
+    together = decode(model, prompts, settings, [5, 6, 8])
+    for one, prompt, seed in zip(together, prompts, [5, 6, 8], strict=True):
+        (alone,) = decode(model, [prompt], settings, [seed])
+        assert [p.text if p.is_text else p.image.tobytes() for p in alone.parts] == [
+            p.text if p.is_text else p.image.tobytes() for p in one.parts
+        ]
+        assert len(one.images) > len(prompt.images)
+        assert len(one.parts) > len(prompt.parts) + 1
+
+
 def quarters(seed: int) -> Image.Image:
     """Four plain colours."""
     colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
     return Image.fromarray(colours.repeat(4, 0).repeat(4, 1))
 
 
-def test_overfits_four_images(make: Callable[..., UnifiedModel]) -> None:
+@pytest.mark.parametrize("time", TIMES)
+def test_overfits_four_images(make: Callable[..., UnifiedModel], time: str) -> None:
     """Each of four captions draws its own image: a mean error below 20 of 255 levels, where the others are over 50 away."""
-    model = make("flow", learn_end=False, drop_text=0.0, context_length=96)
+    model = make("flow", time=time, learn_end=False, drop_text=0.0, context_length=96)
     words = ["one", "two", "three", "four"]
     learned = [Document((Part(word, learn=False), Part(quarters(i))), "") for i, word in enumerate(words)]
     steps = 200

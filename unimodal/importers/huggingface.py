@@ -217,6 +217,15 @@ def layout(config: BackboneConfig) -> dict[str, Place]:
 # --- reading
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of one tensor."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 def load_text(backbone: Backbone, folder: str | Path) -> None:
     """Copy a text model into every expert, and into what experts share; a backbone on the meta device comes to the CPU.
 
@@ -225,16 +234,7 @@ def load_text(backbone: Backbone, folder: str | Path) -> None:
     Raises:
         ValueError: the folder is no text model, is damaged, or does not fit; nothing was changed.
     """
-    folder = Path(folder)
-    problems = config_mismatches(backbone.config, folder)
-    files: dict[str, Header] = {}
-    if not problems:
-        files, problems = _headers(folder)
-        problems += _tensor_mismatches(backbone.config, files)
-    if problems:
-        more = f", and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"import: {folder} does not fit this model: {'; '.join(problems[:20])}{more}")
-    places = layout(backbone.config)
+    files, places = check_text(backbone.config, folder), layout(backbone.config)
     with torch.no_grad():
         for path in sorted({header.path for header in files.values()}):
             with safe_open(path, framework="pt") as shard:
@@ -243,13 +243,18 @@ def load_text(backbone: Backbone, folder: str | Path) -> None:
         _initialise_rest(backbone)
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says of one tensor."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
+def check_text(config: BackboneConfig, folder: str | Path) -> dict[str, Header]:
+    """Refuse a folder whose weights do not fit, naming up to 20 reasons; what its files say of every tensor."""
+    folder = Path(folder)
+    problems = config_mismatches(config, folder)
+    files: dict[str, Header] = {}
+    if not problems:
+        files, problems = _headers(folder)
+        problems += _tensor_mismatches(config, files)
+    if problems:
+        more = f", and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"import: {folder} does not fit this model: {'; '.join(problems[:20])}{more}")
+    return files
 
 
 def _names(folder: Path) -> list[str]:

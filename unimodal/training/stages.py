@@ -6,7 +6,7 @@ from torch import nn
 
 from unimodal.backbone import Backbone
 from unimodal.backbone.config import Part
-from unimodal.backbone.transformer import Routed
+from unimodal.backbone.transformer import Modulation, Routed
 from unimodal.model import UnifiedModel
 
 HELD: dict[Part, tuple[str, ...]] = {
@@ -46,8 +46,8 @@ def parts(model: UnifiedModel) -> Named:
     found["embedding"] = [backbone.embedding.weight]
     if backbone.head is not None:
         found["head"] = [backbone.head.weight]
-    modulation = (layer.modulation for layer in backbone.layers)
-    found["modulation"] = [p for module in modulation if module is not None for p in module.parameters()]
+    modulation = [module for module in backbone.modules() if isinstance(module, Modulation)]
+    found["modulation"] = [p for module in modulation for p in module.parameters()]
     found["generator"] = list(model.generator.parameters())
     return {name: parameters for name, parameters in found.items() if parameters}
 
