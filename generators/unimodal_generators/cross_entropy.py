@@ -25,7 +25,7 @@ def linear_cross_entropy(
     (as Liger Kernel does, arXiv 2410.10989), so memory is that of the gradients and one chunk, not of M x V logits.
     """
     dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
+    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(hidden.device.type)
     if not torch.is_grad_enabled():  # parameters would ask for gradients here too
         hidden, bias, tables = hidden.detach(), None if bias is None else bias.detach(), [t.detach() for t in tables]
@@ -77,5 +77,6 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        d_hidden, d_bias, *d_tables = (next(saved).mul_(grad) if kind else None for kind in ctx.kinds)
+        # Not in place: a retained graph may ask again.
+        d_hidden, d_bias, *d_tables = (next(saved) * grad if kind else None for kind in ctx.kinds)
         return d_hidden, None, d_bias, None, *d_tables

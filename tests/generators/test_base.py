@@ -83,5 +83,13 @@ def test_pieces_of_a_block() -> None:
     assert pieces[0].piece(4, 2) == pieces[2]  # offsets count from the image's first token
 
 
+def test_a_prefix_belongs_to_the_block_and_not_to_the_image() -> None:
+    block = Block(Grid(2, 3), TokenKind.LEARNED, bidirectional=True, private=True, n_targets=6, prefix=1)
+    assert (block.length, block.complete) == (7, True)
+    assert replace(block, prefix=0).length == 6
+    assert not replace(block, count=5).complete
+    assert replace(block, count=5).length == 6
+
+
 def test_kinds_are_as_expert_order_sorts_them() -> None:
     assert [kind.name for kind in sorted(TokenKind)] == ["TEXT", "UNDERSTANDING", "CLEAN", "LEARNED"]
