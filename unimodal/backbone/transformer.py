@@ -275,8 +275,12 @@ class Backbone(nn.Module):
         """Compile all layers for a session: one graph an expert, whatever the lengths."""
         if self.config.moe is not None:
             raise ValueError("compile: expected no backbone.moe (whose routing no compiled layer can hold), got one")
-        # The layers of this one network: what they are made of is not checked again at every token.
-        self._stack = _symbolic(self.stack, options={"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe})
+
+        def inputs_only(guards: Sequence[Any]) -> list[bool]:
+            """What the network is made of stays as it is, and is not checked again at every token."""
+            return [not guard.name.startswith("L['self']") for guard in guards]
+
+        self._stack = _symbolic(self.stack, options={"guard_filter_fn": inputs_only})
 
     def forward(
         self,
