@@ -156,10 +156,16 @@ class Session:
         return backbone(x, positions, splits, view, by_expert).unflatten(0, (r, t))
 
     def _keep(self, hidden: Float[Tensor, "R T C"], sequences: Sequence[int], counts: Sequence[int]) -> None:
-        self._state.cache.advance(sequences, counts)
-        index = torch.tensor(counts, device=hidden.device) - 1
-        rows = torch.arange(len(counts), device=hidden.device)
-        self._state.last[torch.tensor(sequences, device=hidden.device)] = hidden[rows, index].to(self._state.last.dtype)
+        state = self._state
+        state.cache.advance(sequences, counts)
+        if min(counts) == hidden.shape[1]:
+            newest = hidden[:, -1]
+        else:
+            newest = hidden[torch.arange(len(counts)), torch.tensor(counts) - 1]
+        if list(sequences) == list(range(len(state.last))):
+            state.last = newest.to(state.last.dtype)
+        else:
+            state.last[torch.tensor(sequences)] = newest.to(state.last.dtype)
 
     def _sequences(self) -> list[int]:
         return [g * self._total + d for g in range(self.branches) for d in self._documents]

@@ -156,8 +156,10 @@ class Rotary:
         if positions.shape[1] > 1:
             ids = ids[:, torch.from_numpy(self.axis).to(positions.device)]  # (n, E/2): each frequency its own axis
         angle = ids * frequency
-        cos, sin = (angle.cos() * self.scale).float(), (angle.sin() * self.scale).float()  # (n, E/2)
-        return cos[:, None], sin[:, None]
+        cos, sin = angle.cos(), angle.sin()  # (n, E/2)
+        if self.scale != 1.0:
+            cos, sin = cos * self.scale, sin * self.scale
+        return cos.float()[:, None], sin.float()[:, None]
 
 
 def stretch(
