@@ -149,6 +149,7 @@ class UnifiedModel(nn.Module):
         if condition is not None:
             images = {experts.index(TokenKind.LEARNED), experts.index(TokenKind.CLEAN)}
             by_expert = packed.image_rows.split(packed.splits)
+            condition = F.pad(condition, (0, 0, 0, 2))  # a compiler makes rules of 0 images and of 1
             rows = condition, [r if expert in images else None for expert, r in enumerate(by_expert)]
         # The residual stream has the weights' type, also under autocast.
         return self.backbone(torch.cat(slices), packed.positions, packed.splits, attention, rows, packed.tokens)
