@@ -303,6 +303,7 @@ def test_expert_order(
     assert len(p.splits) == len(experts.names)
     for expert, places in enumerate(real.split(p.splits)):
         count = expert_of.count(expert)
+        assert p.tokens[expert] == count
         assert places.tolist() == [True] * count + [False] * (len(places) - count)
         assert len(places) == max(bucket, -(-count // bucket) * bucket)
     # a target is read one place before it, wherever experts have put the two
@@ -442,7 +443,8 @@ def test_announced_and_moved(make: Callable[..., UnifiedModel]) -> None:
     assert len(tensors) == 8
     assert {v.device.type for v in tensors} == {"meta"}
     assert moved.table is told.table  # plans are made of it on the host
-    rest = ("splits", "learned_images", "learned_blocks", "context_images", "kind", "step_counts", "position", "counts")
+    rest = ("splits", "tokens", "learned_images", "learned_blocks", "context_images", "kind", "step_counts", "position",
+            "counts")  # fmt: skip
     assert all(getattr(moved, name) == getattr(told, name) for name in rest)
     same = told.to("cpu")
     assert torch.equal(same.positions, told.positions)

@@ -55,7 +55,8 @@ class _SaveConfig(SaveConfigCallback):
 class UnimodalCLI(LightningCLI):
     """LightningCLI with this project's defaults: a run folder, quiet output, checkpoints, samples and an export."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], plan: bool = False) -> None:
+        self._plan = plan  # instead of training
         self.signals = StopOnSignal()
         self._command = shlex.join(["unimodal", *args])
         self._made: Path | None = None  # the run folder, while nothing but this command's first lines are in it
@@ -110,7 +111,8 @@ class UnimodalCLI(LightningCLI):
             raise ValueError("weights_only: expected true (checkpoints that carry code are not read), got false")
         config.weights_only = True
         started = (root / "checkpoints" / "last.ckpt").is_file()
-        if self.subcommand == "fit" and started and config.ckpt_path is None and not config.trainer.fast_dev_run:
+        dry = config.trainer.fast_dev_run or self._plan
+        if self.subcommand == "fit" and started and config.ckpt_path is None and not dry:
             raise ValueError(
                 f"trainer.default_root_dir: {root} already holds a run; continue it with --ckpt_path last, or choose another"
             )
@@ -123,6 +125,15 @@ class UnimodalCLI(LightningCLI):
             raise ValueError(one_line(str(error))) from error
         if config.ckpt_path is not None:
             check_weights(self.model, self._weights, config.ckpt_path)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Train, or say what that would take."""
+        if self._plan:
+            from unimodal.training.plan import describe, make_plan
+
+            print(describe(make_plan(self.model, self.datamodule, self.trainer)))
+        else:
+            super()._run_subcommand(subcommand)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: checkpoints hold no settings here, and `_checkpoint` reads them with care."""
@@ -171,7 +182,10 @@ def run(args: list[str]) -> int:
     for option, value in pairwise(args):
         if option in ("-c", "--config"):
             _check_config(Path(value))
-    cli = UnimodalCLI(args)
+    plan = "--plan" in args
+    if plan and args[0] != "fit":
+        raise ValueError(f"--plan: expected the command fit, got {args[0]}")
+    cli = UnimodalCLI([a for a in args if a != "--plan"], plan)
     if cli.signals.received is not None:
         print(f"stopped by signal {cli.signals.received}; continue with --ckpt_path last")
         return 128 + cli.signals.received

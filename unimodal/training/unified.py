@@ -108,11 +108,14 @@ class UnifiedTraining(LightningModule):
         """The moving average comes with the module."""
         return [EMA(self.ema_decay)]
 
+    def train_text(self, data: "DocumentData") -> None:
+        """Train the text tokenizer on the data's corpus."""
+        self.model.text = TextTokenizer.train(data.corpus(), self.model.backbone.config.vocabulary)
+
     def setup(self, stage: str) -> None:
-        """Train the text tokenizer on the data's corpus, unless an export or a checkpoint brings one; compile."""
+        """Train the text tokenizer, unless an export or a checkpoint brings one; compile."""
         if not self.model.has_text:
-            data: DocumentData = self.trainer.datamodule  # type: ignore[attr-defined]
-            self.model.text = TextTokenizer.train(data.corpus(), self.model.backbone.config.vocabulary)
+            self.train_text(self.trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "fit" and self.compiles:
             possible, why = can_compile()
             if not possible:

@@ -1,0 +1,120 @@
+"""Useful FLOPs of training: what one pack asks for, however it is computed.
+
+A multiply-add is two FLOPs, and only matrix products count: forward, the gradient of what was multiplied, and that of the
+weights where they are trained. Filling of expert slices, pairs that may not see each other and recomputed layers are no use.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from unimodal.attention import SegmentTable
+from unimodal.backbone import Backbone
+from unimodal.backbone.adapters import LoraLinear
+from unimodal.backbone.moe import RoutedMLP
+from unimodal.backbone.transformer import DecoderLayer
+from unimodal.model import UnifiedModel
+from unimodal.packing import PackedSequence
+
+
+class Flops(NamedTuple):
+    """Of one pack, forward and backward, by what asks for them."""
+
+    layers: int  # products with weights
+    attention: int
+    head: int
+    generator: int
+    tokenizer: int  # forward only: it is frozen
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def useful_flops(model: UnifiedModel, packed: PackedSequence) -> Flops:
+    """Of a training step over one pack, which must be where the model is."""
+    layers, attention = layer_flops(model.backbone, packed)
+    return Flops(layers, attention, head_flops(model.backbone, packed), *image_flops(model, packed))
+
+
+def allowed_pairs(table: SegmentTable) -> int:
+    """Pairs of query and key that the visibility rule allows, counted by segment and never looked at one by one."""
+    length = table.length.astype(np.int64)
+    seen = np.where(table.private, 0, length)  # by later segments of the document
+    before = np.cumsum(seen) - seen
+    _, first, document = np.unique(table.document, return_index=True, return_inverse=True)
+    past = before - before[first][document]
+    own = np.where(table.bidirectional, length * length, length * (length + 1) // 2)
+    return int((length * past + own).sum())
+
+
+def layer_flops(backbone: Backbone, packed: PackedSequence) -> tuple[int, int]:
+    """Of the layers' weights, and of their attention."""
+    config, weights = backbone.config, 0.0
+    images = len(packed.learned_blocks) + len(packed.context_blocks)
+    for layer in backbone.layers:
+        assert isinstance(layer, DecoderLayer)
+        for expert, tokens in enumerate(packed.tokens):
+            weights += tokens * sum(_per_row(w, share) for w, share in matrices(layer, expert))
+        if layer.modulation is not None:  # by image, never by token
+            weights += images * _per_row(layer.modulation.project.weight)
+    # Forward two products, scores and values; backward four.
+    attention = 12 * len(backbone.layers) * config.heads * config.head_size * allowed_pairs(packed.table)
+    return round(weights), attention
+
+
+def head_flops(backbone: Backbone, packed: PackedSequence) -> int:
+    """Of the text head, which reads the targets only."""
+    return round(len(packed.text_targets) * sum(_per_row(table) for table in backbone.tables))
+
+
+def image_flops(model: UnifiedModel, packed: PackedSequence) -> tuple[int, int]:
+    """Of the generator and of the image tokenizer, counted while they run: their networks are their own affair."""
+    with FlopCounterMode(display=False) as tokenizer, torch.no_grad():
+        model.encode(packed.images)
+    gradients = [(p, p.grad) for p in model.generator.parameters()]
+    model.generator.zero_grad()
+    with FlopCounterMode(display=False) as both:
+        generator_loss(model, packed).backward()
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
+    return both.get_total_flops() - tokenizer.get_total_flops(), tokenizer.get_total_flops()
+
+
+def generator_loss(model: UnifiedModel, packed: PackedSequence) -> Tensor:
+    """What the generator makes of a pack's images and of hidden states (zeros here), as one sum."""
+    with torch.no_grad():
+        tokens = model.encode(packed.images)
+    generator = model.generator
+    learned = generator.corrupt(tokens.select(packed.learned_images), packed.learned_blocks)
+    embedded = [generator.embed(learned), generator.embed(generator.context(tokens.select(packed.context_images)))]
+    hidden = embedded[0].values.new_zeros(len(packed.image_reads), model.backbone.config.width).requires_grad_()
+    losses = generator.loss(hidden, embedded[0], learned)
+    outputs = [term.sum for term in losses.values()]
+    outputs += [x.sum() for e in embedded for x in (e.values, e.condition) if x is not None]
+    return torch.stack([x.float() for x in outputs]).sum()
+
+
+def matrices(layer: DecoderLayer, expert: int) -> Iterator[tuple[nn.Parameter, float]]:
+    """Weights that a token of an expert is multiplied with in one layer, and which share of them."""
+    for routed in (layer.qkv, layer.o, layer.mlp):
+        for module in routed[expert].modules():
+            if isinstance(module, LoraLinear):
+                base = module._base[0].weight
+                assert isinstance(base, nn.Parameter)
+                yield base, 1.0
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, RoutedMLP) and name in ("gate_up", "down"):
+                    yield parameter, module.moe.top_k / module.moe.experts
+                elif parameter.ndim >= 2:
+                    yield parameter, 1.0
+
+
+def _per_row(weight: Tensor, share: float = 1.0) -> float:
+    """FLOPs a row that is multiplied with a weight."""
+    return (6 if weight.requires_grad else 4) * weight.numel() * share
