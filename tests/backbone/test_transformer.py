@@ -486,6 +486,15 @@ def test_modulation_reads_each_image_s_condition_and_leaves_text_as_it_is(expert
         assert ((moved[6:8] - out[6:8]).abs().amax(-1) > 1e-3).all()
 
 
+def test_modulation_is_computed_once_an_image() -> None:
+    on, _, rows = conditioned(Experts())
+    seen: list[int] = []
+    for layer in on.layers:
+        layer.modulation.project.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
+    run(on, tokens(), (9,), rows)
+    assert seen == [2, 2]
+
+
 def test_one_modulated_layer_by_hand() -> None:
     """Shift, scale and gate before and behind both branches, of one token that sees itself alone."""
     made = backbone(adaln=True, depth=1)
