@@ -26,8 +26,8 @@ SHAPE = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.5, "high_freq_factor": 6.0,
+    "original_max_position_embeddings": 32,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
 MODELS: dict[str, dict[str, Any]] = {
@@ -47,8 +47,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3", "head_dim": 6, "num_attention_heads": 3, "num_key_value_heads": 1,
     },
     "qwen3 yarn": {
-        "model_type": "qwen3", "head_dim": 8,
-        "rope_parameters": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3},
+        "model_type": "qwen3", "head_dim": 16, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024,
+            "beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3,
+        },
     },
     "qwen3 yarn by mscale": {
         "model_type": "qwen3", "head_dim": 4, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
@@ -64,7 +66,7 @@ def original(settings: dict[str, Any]) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter += 0.2 * torch.randn_like(parameter)
     return model
 
 
@@ -604,7 +606,7 @@ def test_older_transformers_would_find_the_same_rope(tmp_path: Path) -> None:
     edit(tmp_path / "out", rope_parameters="none")
     loaded = transformers_again(tmp_path / "out")
     assert torch.equal(theirs(loaded, ids()), theirs(transformers_again(tmp_path / "hf"), ids()))
-    assert loaded.config.max_position_embeddings == 128  # factor times the original length
+    assert loaded.config.max_position_embeddings == 256  # factor times the original length
 
 
 def test_each_expert_is_exported_by_name(qwen3: Path) -> None:
