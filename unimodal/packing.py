@@ -279,20 +279,18 @@ def pack(
     by_kind = {kind: np.flatnonzero(kinds == kind) for kind in TokenKind}  # sequence positions
     inverse = np.empty(len(kinds), dtype=np.int64)
     splits, tokens = _fill(by_kind, inverse, experts, bucket)
-    places = sum(splits)
 
     def by_place(values: np.ndarray) -> Tensor:
-        out = np.zeros((places, *values.shape[1:]), dtype=np.int64)
+        out = np.zeros((sum(splits), *values.shape[1:]), dtype=np.int64)
         out[inverse] = values
         return torch.from_numpy(out)
 
-    starts = np.cumsum(lengths) - lengths
     learned = [i for i, (_, s) in enumerate(segments) if s.kind == TokenKind.LEARNED and s.block]
     context = [i for i, (_, s) in enumerate(segments) if s.kind == TokenKind.CLEAN and s.block]
     rows = np.zeros(len(segments), dtype=np.int64)
     rows[learned + context] = np.arange(1, len(learned + context) + 1)
     blocks = [s.block for _, s in segments]
-    spans = [np.arange(starts[i] + b.prefix, starts[i] + b.length) for i in learned if (b := blocks[i])]
+    spans = [np.arange(table.start[i] + b.prefix, table.start[i] + b.length) for i in learned if (b := blocks[i])]
     learned_at = np.concatenate([*spans, np.zeros(0, dtype=np.int64)]) - (reads == "previous")
     target = np.array([t for _, s in segments if s.kind == TokenKind.TEXT for t in s.targets], dtype=bool)
     text_ids = np.array([i for _, s in segments if s.kind == TokenKind.TEXT for i in s.ids], dtype=np.int64)
