@@ -53,10 +53,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Speed:
-    """What this machine does a second, and how long AdamW takes."""
+    """What this machine does a second, and how long it is at the rest."""
 
     products: float  # FLOPs of bare matrix products in the model's shapes
     layer: float  # useful FLOPs of a layer, forward and backward
+    packing: float  # seconds a pack, in the training process
+    around: float  # seconds a pack around its layers: positions, attention's plan, the last norm
     optimizer: float  # seconds a step
 
 
@@ -80,9 +82,10 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         """One optimizer step: layers at the rate one was measured at, all else at that of bare products."""
-        layers = self.flops.layers + self.flops.attention
-        rest = self.flops.total - layers
-        return self.packs * (layers / self.speed.layer + rest / self.speed.products) + self.speed.optimizer
+        speed, layers = self.speed, self.flops.layers + self.flops.attention
+        pack = layers / speed.layer + (self.flops.total - layers) / speed.products + speed.around
+        # Every device lays out all packs of a step and keeps its own.
+        return self.packs * (pack + self.devices * speed.packing) + speed.optimizer
 
     @property
     def bound_seconds(self) -> float:
@@ -101,18 +104,20 @@ def make_plan(module: LightningModule, data: Any, trainer: Trainer) -> Plan:
         module.train_text(data)
     precision.convert_module(module)
     packing = Packing(model.sequencer, model.backbone.config.experts, model.generator.reads, data.batch_tokens)
-    packed = next(iter(PackStream(Mixture(data.training_sources(), data.seed), packing)))
+    stream = iter(PackStream(Mixture(data.training_sources(), data.seed), packing))
+    packed = next(stream)
+    packing_seconds = 0.0 if data.workers else _timed(lambda: next(stream))
     parameters = _parameters(model)
     with precision.forward_context():
         probe = _Probe(model, packed, device)
         layers, attention = layer_flops(model.backbone, packed)
         flops = Flops(layers, attention, head_flops(model.backbone, packed), *probe.image_flops())
         per_layer = (layers + attention) / len(model.backbone.layers)
-        seconds = probe.layer_seconds()
+        seconds, around = probe.layer_seconds()
         memory = _estimate_memory(model, packed, probe)
         products = probe.product_rate()
     trained = sum(count for count, _ in parameters.values())
-    speed = Speed(products, per_layer / seconds, probe.optimizer_seconds() * trained)
+    speed = Speed(products, per_layer / seconds, packing_seconds, around, probe.optimizer_seconds() * trained)
     return Plan(
         parameters, packed, flops, memory, speed, steps=trainer.max_steps, packs=trainer.accumulate_grad_batches,
         devices=trainer.world_size, device=device, dtype=probe.dtype, checkpoint_layers=model.backbone.checkpointing,
@@ -184,13 +189,15 @@ class _Probe:
             for mine, its in zip(layer.parameters(), model.backbone.layers[0].parameters(), strict=True):
                 mine.requires_grad_(its.requires_grad)
         backbone.checkpointing = model.backbone.checkpointing
+        self.layers = backbone.layers
         self.model, self.backbone = copy.copy(model), backbone
         parts = {"generator": model.generator.to(device), "tokenizer": model.tokenizer.to(device)}
         self.model._modules = {**model._modules, **parts, "backbone": backbone}
 
-    def run(self, *, backward: bool) -> Tensor:
-        """The layers over random embeddings of the pack."""
+    def run(self, depth: int, *, backward: bool) -> Tensor:
+        """The first layers over random embeddings of the pack."""
         packed, weight = self.packed, self.backbone.embedding.weight
+        self.backbone.layers = self.layers[:depth]
 
         def values(rows: int) -> Tensor:
             return torch.randn(rows, weight.shape[1], device=self.device, dtype=weight.dtype, requires_grad=True)
@@ -210,23 +217,21 @@ class _Probe:
 
     def kept(self) -> tuple[int, int]:
         """Bytes kept for backward by one layer that is not computed again, and by all that is around the layers."""
-        backbone, sizes = self.backbone, []
-        layers, checkpointing = backbone.layers, backbone.checkpointing
-        backbone.checkpointing = False
-        for depth in (1, 2):
-            backbone.layers = layers[:depth]
-            sizes.append(_saved(lambda: self.run(backward=False), self.model))
-        backbone.checkpointing = checkpointing
-        layer = sizes[1] - sizes[0]
-        return layer, sizes[0] - layer + _saved(lambda: generator_loss(self.model, self.packed), self.model)
+        again, self.backbone.checkpointing = self.backbone.checkpointing, False
+        one = _saved(lambda: self.run(1, backward=False), self.model)
+        two = _saved(lambda: self.run(2, backward=False), self.model)
+        self.backbone.checkpointing = again
+        return two - one, one - (two - one) + _saved(lambda: generator_loss(self.model, self.packed), self.model)
 
-    def layer_seconds(self) -> float:
-        """Of one layer, forward and backward."""
-        return self.seconds(lambda: self.run(backward=True)) / len(self.backbone.layers)
+    def layer_seconds(self) -> tuple[float, float]:
+        """Of one layer, forward and backward, and of all that is around the layers."""
+        none = self.seconds(lambda: self.run(0, backward=True))
+        two = self.seconds(lambda: self.run(2, backward=True))
+        return (two - none) / 2, none
 
     def product_rate(self) -> float:
         """FLOPs a second of the matrix products of one layer, forward and backward, and of nothing else."""
-        layer = self.backbone.layers[0]
+        layer = self.layers[0]
         assert isinstance(layer, DecoderLayer)
         products, flops = [], 0
         for expert, places in enumerate(self.packed.splits):
@@ -245,23 +250,32 @@ class _Probe:
 
     def optimizer_seconds(self) -> float:
         """Of AdamW, a parameter."""
-        parameters = list(self.backbone.layers.parameters())
+        parameters = list(self.layers.parameters())
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         optimizer = torch.optim.AdamW(parameters, lr=1e-6)
         return self.seconds(optimizer.step) / sum(p.numel() for p in parameters)
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Of one call: the median of as many as fit into `SECONDS`, three at least, after one that is not timed."""
-        times: list[float] = []
-        end = time.perf_counter() + SECONDS
-        while len(times) < 4 or time.perf_counter() < end:
-            begin = time.perf_counter()
+        """Of one call, until the device is done."""
+
+        def wait() -> None:
             run()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            times.append(time.perf_counter() - begin)
-        return median(times[1:])
+
+        return _timed(wait)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    """Seconds of one call: the median of as many as fit into `SECONDS`, three at least, after one that does not count."""
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(times) < 4 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return median(times[1:])
 
 
 def _saved(run: Callable[[], object], model: nn.Module) -> int:
@@ -287,7 +301,8 @@ def _saved(run: Callable[[], object], model: nn.Module) -> int:
 def describe(plan: Plan) -> str:
     """The plan as text, which says what of it is estimated."""
     lines = [*_size_lines(plan), "", *_memory_lines(plan), "", *_time_lines(plan), ""]
-    lines.append("Parameters and FLOPs are counted; bytes and seconds are estimates, made with one pack.")
+    lines.append("Parameters and FLOPs are counted; bytes and seconds are estimates, made with one pack of the data.")
+    lines.append("Bytes are those of tensors: the process, its libraries and what its allocator wastes come on top.")
     if plan.compiles:
         lines.append("Layers were measured as they are written; compiled ones take less time and memory.")
     return "\n".join(lines)
@@ -318,7 +333,7 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 
 def _time_lines(plan: Plan) -> list[str]:
-    counts, shares = plan.packed.counts, zip(plan.flops._fields, plan.flops)
+    speed, counts, shares = plan.speed, plan.packed.counts, zip(plan.flops._fields, plan.flops)
     tokens = plan.packs * plan.devices * len(plan.packed)
     packs = f"{plan.packs} pack{'s' * (plan.packs > 1)} on {plan.devices} device{'s' * (plan.devices > 1)}"
     lines = [
@@ -326,8 +341,10 @@ def _time_lines(plan: Plan) -> list[str]:
                    f"{counts['text']:,} text and {counts['image']:,} image targets"),
         ("useful work of it", f"{plan.flops.total / 1e9:,.1f} GFLOP: "
                               + ", ".join(f"{name} {n / 1e9:,.1f}" for name, n in shares)),
-        ("matrix products", f"{plan.speed.products / 1e9:,.1f} GFLOP/s in the model's shapes"),
-        ("a layer", f"{plan.speed.layer / 1e9:,.1f} useful GFLOP/s, forward and backward"),
+        ("matrix products", f"{speed.products / 1e9:,.1f} GFLOP/s in the model's shapes"),
+        ("a layer", f"{speed.layer / 1e9:,.1f} useful GFLOP/s, forward and backward"),
+        ("beside them", f"{speed.packing:.2g} s to lay out a pack, {speed.around:.2g} s around its layers, "
+                        f"{speed.optimizer:.2g} s for AdamW"),
         ("a step", f"{plan.step_seconds:.3g} s ({packs}, {tokens / plan.step_seconds:,.0f} tokens/s); "
                    f"with bare matrix products {plan.bound_seconds:.3g} s"),
     ]  # fmt: skip
