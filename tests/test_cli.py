@@ -32,7 +32,7 @@ trainer: {max_steps: 2, val_check_interval: 100, precision: 32-true, accelerator
 """
 COMMANDS = [
     [], ["fit"], ["validate"], ["test"], ["predict"], ["generate"], ["generate", "image"], ["generate", "document"],
-    ["describe"], ["evaluate"], ["evaluate", "digits"],
+    ["describe"], ["evaluate"], ["evaluate", "digits"], ["import"], ["import", "hf"], ["export"], ["export", "hf"],
 ]  # fmt: skip
 Refused = Callable[..., str]
 
@@ -113,7 +113,7 @@ def test_help_lists_exactly_the_commands_that_work(capsys: pytest.CaptureFixture
         main(["--help"])
     assert end.value.code == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
-    assert listed == ["fit", "validate", "test", "predict", "generate", "describe", "evaluate"]
+    assert listed == ["fit", "validate", "test", "predict", "generate", "describe", "evaluate", "import", "export"]
 
 
 def test_the_script_reports_on_standard_error_and_exits_with_2() -> None:
@@ -475,3 +475,11 @@ def test_out_must_be_a_folder(run: Path, tmp_path: Path, refused: Refused) -> No
     refused("generate", "document", "--run", run, "--prompt", "six", "--out", out, names=str(out))
     refused("evaluate", "digits", "--run", run, "--out", out, names=str(out))
     assert out.read_text() == "mine"
+
+
+def test_compiling_without_a_compiler_is_refused(
+    run: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unimodal.commands.can_compile", lambda: (False, "no C++ compiler"))
+    message = refused("generate", "image", "--run", run, "--prompt", "a", "--out", tmp_path / "o", "--compile")
+    assert "--compile: this machine cannot, it has no C++ compiler" in message

@@ -136,6 +136,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step (ema)")
     parser.add_argument("--seed", type=_seed, default=0, help="(0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
+    parser.add_argument("--compile", action="store_true", help="compile the network first: pays for many documents")
 
 
 def _add_image_sampling(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part, load_image, read_markdown, write_html, write_markdown
+from unimodal.environment import can_compile
 from unimodal.export import load_run
 from unimodal.model import UnifiedModel
 from unimodal.text import SPECIAL_TOKENS, TextTokenizer
@@ -139,9 +140,15 @@ def _model(args: argparse.Namespace) -> UnifiedModel:
     model = load_run(args.folder, args.weights)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
-        return model.to(torch.device(device))
+        model.to(torch.device(device))
     except RuntimeError as error:
         raise ValueError(f"--device: {args.device} cannot be used ({str(error).splitlines()[0]})") from error
+    if args.compile:
+        able, why = can_compile()
+        if not able and model.device.type == "cpu":
+            raise ValueError(f"--compile: this machine cannot, it has {why}")
+        model.backbone.compile_decoding()
+    return model
 
 
 def _image_settings(args: argparse.Namespace, model: UnifiedModel) -> SamplingSettings:
