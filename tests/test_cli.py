@@ -481,5 +481,5 @@ def test_compiling_without_a_compiler_is_refused(
     run: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("unimodal.commands.can_compile", lambda: (False, "no C++ compiler"))
-    message = refused("generate", "image", "--run", run, "--prompt", "a", "--out", tmp_path / "o", "--compile")
-    assert "--compile: this machine cannot, it has no C++ compiler" in message
+    args = "generate", "image", "--run", run, "--prompt", "a", "--out", tmp_path / "o", "--compile"
+    refused(*args, names="--compile: this machine cannot, it has no C++ compiler", absent=tmp_path / "o")
