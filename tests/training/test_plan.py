@@ -259,6 +259,15 @@ def test_a_recipe_with_a_frozen_tokenizer_and_recomputed_layers(
 
 
 @pytest.mark.usefixtures("untrained")
+def test_what_was_not_measured_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = made(monkeypatch, tmp_path, FLOW, "--data.init_args.workers", "1")
+    assert plan.speed.packing == 0  # beside the training process
+    for changes, note in (({"compiles": True}, "not as they are compiled"), ({"devices": 2}, "not measured together")):
+        assert note not in describe(plan)
+        assert note in describe(replace(plan, **changes))
+
+
+@pytest.mark.usefixtures("untrained")
 def test_a_plan_leaves_a_run_that_is_there_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)

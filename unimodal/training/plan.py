@@ -304,7 +304,9 @@ def describe(plan: Plan) -> str:
     lines.append("Parameters and FLOPs are counted; bytes and seconds are estimates, made with one pack of the data.")
     lines.append("Bytes are those of tensors: the process, its libraries and what its allocator wastes come on top.")
     if plan.compiles:
-        lines.append("Layers were measured as they are written; compiled ones take less time and memory.")
+        lines.append("Layers were measured as they are written, not as they are compiled.")
+    if plan.devices > 1:
+        lines.append("Devices were not measured together: what they tell each other takes time and memory too.")
     return "\n".join(lines)
 
 
