@@ -125,12 +125,11 @@ def _long(
     held: list[int] = []
 
     def emit(a: int, b: int, own: tuple[int, int]) -> tuple[Tile, Tensor | None]:
+        """Rows a to b, which see the past and `own`: all before them, and of themselves what the mask says."""
         at = torch.arange(first + a, first + b)
-        keys = torch.arange(first + own[0], first + own[1])
-        seen = visible(tokens, at[:, None], keys[None, :])
+        seen = visible(tokens, at[:, None], at[None, :])  # rows of a whole image see each other, then no mask is needed
         full = bool(seen.all())
-        ranges = _joined([*past, own])
-        return Tile(base, 1, stride, (a, b), ranges, size, 0 if full else own[1] - own[0]), None if full else seen
+        return Tile(base, 1, stride, (a, b), _joined([*past, own]), size, 0 if full else b - a), None if full else seen
 
     def close() -> Iterator[tuple[Tile, Tensor | None]]:
         nonlocal size
@@ -153,22 +152,13 @@ def _long(
             for low in range(a, a + length, ROWS):
                 high = min(low + ROWS, a + length)
                 own = (a, a + length) if table.bidirectional[s] else (a, high)
-                made = _trimmed(emit(low, high, own), low, high)
+                made = emit(low, high, own)
                 size += 0 if made[1] is None else made[1].numel()
                 yield made
             _extend(past, table, int(s), first)
         else:
             held.append(int(s))
     yield from close()
-
-
-def _trimmed(made: tuple[Tile, Tensor | None], low: int, high: int) -> tuple[Tile, Tensor | None]:
-    """A mask over the rows' own keys only: everything of the segment before them is seen."""
-    tile, seen = made
-    if seen is None:
-        return made
-    width = high - low
-    return Tile(tile.base, tile.n, tile.stride, tile.rows, tile.keys, tile.mask, width), seen[:, -width:].contiguous()
 
 
 def _extend(past: list[tuple[int, int]], table: SegmentTable, s: int, first: int) -> None:
@@ -232,8 +222,8 @@ def tiled_attention(
 def _(q: Tensor, k: Tensor, v: Tensor, gather: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows = gather.shape[0]
-    gathered = [x.new_empty(rows, *x.shape[1:]) for x in (q, k, v)]
-    return q.new_empty(q.shape), q.new_empty(rows * q.shape[1], dtype=dtype), *gathered
+    gathered_q, gathered_k, gathered_v = (x.new_empty(rows, *x.shape[1:]) for x in (q, k, v))
+    return q.new_empty(q.shape), q.new_empty(rows * q.shape[1], dtype=dtype), gathered_q, gathered_k, gathered_v
 
 
 @torch.library.custom_op("unimodal::tiled_attention_backward", mutates_args=())
