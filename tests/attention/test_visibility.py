@@ -3,12 +3,13 @@
 import re
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unimodal.attention import TokenTable, dense_mask, visibility, visible
+from unimodal.attention import SegmentTable, TokenTable, dense_mask, visibility, visible
 
 Spans = list[list[tuple[int, bool, bool]]]  # documents of (length, bidirectional, private)
 
@@ -16,16 +17,13 @@ SPAN = st.tuples(st.integers(1, 4), st.booleans(), st.booleans())
 LAYOUTS = st.lists(st.lists(SPAN, min_size=1, max_size=5), min_size=1, max_size=3)
 
 
-def table(documents: Spans) -> TokenTable:
+def segments(documents: Spans) -> SegmentTable:
     spans = [(d, *span) for d, document in enumerate(documents) for span in document]
-    lengths = torch.tensor([n for _, n, _, _ in spans])
-    return TokenTable(
-        document=torch.tensor([d for d, *_ in spans]).repeat_interleave(lengths),
-        block=torch.arange(len(spans)).repeat_interleave(lengths),
-        bidirectional=torch.tensor([b for *_, b, _ in spans]).repeat_interleave(lengths),
-        private=torch.tensor([p for *_, p in spans]).repeat_interleave(lengths),
-        document_lengths=tuple(sum(n for n, _, _ in document) for document in documents),
-    )
+    return SegmentTable(*(np.array(column) for column in zip(*spans, strict=True)))
+
+
+def table(documents: Spans) -> TokenTable:
+    return segments(documents).tokens(torch.device("cpu"))
 
 
 def slow(documents: Spans) -> list[list[bool]]:
@@ -73,8 +71,8 @@ def test_the_rule_broadcasts_over_any_shapes(documents: Spans, seed: int) -> Non
     one = table(documents)
     mask = dense_mask(one)
     rng = torch.Generator().manual_seed(seed)
-    q = torch.randint(len(one), (3, 4, 1), generator=rng)
-    k = torch.randint(len(one), (3, 1, 2), generator=rng)
+    q = torch.randint(len(mask), (3, 4, 1), generator=rng)
+    k = torch.randint(len(mask), (3, 1, 2), generator=rng)
     assert torch.equal(visible(one, q, k), mask[q.expand(3, 4, 2), k.expand(3, 4, 2)])
 
 
@@ -87,10 +85,20 @@ def test_every_token_sees_itself_and_no_other_document(flags: tuple[bool, bool])
     assert not mask[5:, :5].any()
 
 
-def test_tables_move_whole() -> None:
-    one = table([[(3, True, False)], [(2, False, True)]])
-    moved = one.to("meta")
-    names = ("document", "block", "bidirectional", "private")
-    assert all(getattr(moved, name).device.type == "meta" for name in names)
-    assert moved.document_lengths == (3, 2)
-    assert len(one) == 5
+@given(documents=LAYOUTS)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_table_counts_its_tokens(documents: Spans) -> None:
+    one = segments(documents)
+    assert len(one) == len(one.tokens(torch.device("cpu")).document) == sum(n for d in documents for n, _, _ in d)
+    assert one.document_lengths.tolist() == [sum(n for n, _, _ in document) for document in documents]
+    assert one.start.tolist() == [0, *accumulate(n for d in documents for n, _, _ in d)][:-1]
+
+
+def test_tokens_are_made_where_they_are_wanted() -> None:
+    made = segments([[(3, True, False)], [(2, False, True)]]).tokens(torch.device("meta"))
+    assert all(column.device.type == "meta" for column in made)
+    assert [column.dtype for column in made] == [torch.long, torch.long, torch.bool, torch.bool]
+    here = table([[(3, True, False)], [(2, False, True)]])
+    assert [column.tolist() for column in here] == [
+        [0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [True, True, True, False, False], [False, False, False, True, True],
+    ]  # fmt: skip

@@ -4,24 +4,26 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from unimodal.attention import sdpa
+from unimodal.attention import flex, sdpa, xformers
 from unimodal.attention.packed import Backend, PackedAttention, ReferenceAttention
 from unimodal.attention.visibility import SegmentTable
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(ReferenceAttention, lambda device: None, lambda device: "einsum with an S x S mask"),
     "sdpa": Backend(sdpa.SdpaAttention, lambda device: None, sdpa.kernel),
+    "flex": Backend(flex.FlexAttention, flex.missing, flex.kernel),
+    "xformers": Backend(xformers.XformersAttention, xformers.missing, xformers.kernel),
 }
 
 
 def choose_backend(name: str, device: torch.device) -> str:
-    """The back end that a name means on a device.
+    """The back end that a name means on a device; `auto` is flex on CUDA and sdpa elsewhere.
 
     Raises:
         ValueError: no such name, or it cannot run there; the message says what to install.
     """
     if name == "auto":
-        return "flex" if device.type == "cuda" and "flex" in BACKENDS else "sdpa"
+        name = "flex" if device.type == "cuda" else "sdpa"
     if name not in BACKENDS:
         raise ValueError(f"backbone.attention: expected auto or one of {', '.join(sorted(BACKENDS))}, got {name}")
     problem = BACKENDS[name].missing(device)

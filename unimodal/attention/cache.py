@@ -142,7 +142,7 @@ class PackedView(NamedTuple):
     k: Float[Tensor, "layers N K capacity E"]
     v: Float[Tensor, "layers N K capacity E"]
     runs: Int[Tensor, " numbers"]
-    index: Int[Tensor, " _"]
+    places: Int[Tensor, " _"]  # row, token and place of what is written one by one, run by run
     masks: Float[Tensor, " _"]
 
     def layer(self, number: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
