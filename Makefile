@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt
 TYPED := unimodal tokenizers/unimodal_tokenizers generators/unimodal_generators experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help venv checked demo demo-vq test test-fast lint format wheel clean FORCE
+.PHONY: help venv checked demo demo-vq bench bench-gpu test test-fast lint format wheel clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,14 @@ demo: checked ## train, generate and score on real images; leaves out/demo/index
 demo-vq: checked ## the same with discrete tokens: leaves out/demo-vq/index.html
 	@$(PY) -m experiments.digits --recipe lightning_configs/models/digits_vq_ar.yaml \
 		--tokenizer lightning_configs/tokenizers/digits_vq.yaml --out out/demo-vq
+
+bench: checked ## measure speed and memory against other libraries; leaves out/bench.json
+	@$(PY) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transfusion_pytorch") is None)' || \
+		$(PIP) --build-constraint constraints.txt --editable '.[bench]'
+	@$(PY) -m experiments.benchmarks --out out/bench.json
+
+bench-gpu: checked ## the same on one CUDA device; leaves experiments/benchmarks/results/gpu_<card>.json
+	@$(PY) -m experiments.benchmarks.gpu
 
 # --- what a developer does
 
