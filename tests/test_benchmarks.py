@@ -17,7 +17,7 @@ from experiments.benchmarks import __main__ as cpu
 from experiments.benchmarks import gpu, models, results, runner
 from experiments.benchmarks.cases import Settings, relative, worst
 from experiments.benchmarks.decoding import PastCopies
-from experiments.benchmarks.flops import allowed_pairs, train_flops, weights_per_token
+from experiments.benchmarks.flops import train_flops, weights_per_token
 from experiments.benchmarks.memory import peak_bytes
 from experiments.benchmarks.results import Goal, Result, speedup
 from experiments.benchmarks.timing import Timing, interleave, threads
@@ -145,7 +145,7 @@ def random_table(seed: int) -> SegmentTable:
 @pytest.mark.parametrize("seed", range(8))
 def test_allowed_pairs_are_those_of_the_dense_mask(seed: int) -> None:
     table = random_table(seed)
-    assert allowed_pairs(table) == int(dense_mask(table.tokens(torch.device("cpu"))).sum())
+    assert table.pairs == int(dense_mask(table.tokens(torch.device("cpu"))).sum())
 
 
 def test_useful_flops_are_weights_and_pairs_of_one_expert_a_token() -> None:

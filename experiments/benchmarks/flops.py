@@ -2,23 +2,9 @@
 
 from collections.abc import Iterable
 
-import numpy as np
-
 from unimodal.attention import SegmentTable
 from unimodal.backbone import BackboneConfig
 from unimodal.packing import PackedSequence
-
-
-def allowed_pairs(table: SegmentTable) -> int:
-    """Query-key pairs that the visibility rule allows."""
-    pairs = 0
-    for document in np.unique(table.document):
-        past = 0  # tokens that later segments see
-        for s in np.flatnonzero(table.document == document):
-            n = int(table.length[s])
-            pairs += n * past + (n * n if table.bidirectional[s] else n * (n + 1) // 2)
-            past += 0 if table.private[s] else n
-    return pairs
 
 
 def weights_per_token(config: BackboneConfig) -> int:
@@ -34,16 +20,20 @@ def train_flops(config: BackboneConfig, packed: PackedSequence, latent: int) -> 
     The head counts for text targets only; recomputation does not count.
     """
     linear = 6 * config.depth * weights_per_token(config) * len(packed)
-    attention = 12 * config.depth * config.heads * config.head_size * allowed_pairs(packed.table)
+    attention = 12 * config.depth * config.heads * config.head_size * packed.table.pairs
     head = 6 * config.width * config.rows * packed.counts["text"]
     patches = 6 * config.width * latent * packed.counts["image"]
-    modulation = 36 * config.depth * config.width**2 * len(packed.learned_blocks) if config.adaln else 0
+    modulation = (
+        36 * config.depth * config.width**2 * (len(packed.learned_blocks) + len(packed.context_blocks))
+        if config.adaln
+        else 0
+    )
     return float(linear + attention + head + patches + modulation)
 
 
 def attention_flops(table: SegmentTable, heads: int, head_dim: int, backward: bool) -> float:
     """Of one attention: 4 a visible pair and channel of a head, three times as many with backward."""
-    return (12.0 if backward else 4.0) * heads * head_dim * allowed_pairs(table)
+    return (12.0 if backward else 4.0) * heads * head_dim * table.pairs
 
 
 def dense_train_flops(config: BackboneConfig, lengths: Iterable[int]) -> float:

@@ -22,7 +22,7 @@ from experiments.benchmarks.blocks import Blocks, ratio
 from experiments.benchmarks.blocks import measure as measure_blocks
 from experiments.benchmarks.cases import Case, Settings, bests, fastest, grads, relative, worst
 from experiments.benchmarks.decoding import generate, greedy
-from experiments.benchmarks.flops import allowed_pairs, attention_flops, train_flops
+from experiments.benchmarks.flops import attention_flops, train_flops
 from experiments.benchmarks.machine import copy_bandwidth, gemm, gemm_peak
 from experiments.benchmarks.machine import probe as probe_host
 from experiments.benchmarks.memory import loss_memory
@@ -147,7 +147,7 @@ def attention(settings: Settings, backward: bool) -> Result:
     heads, head_dim = inputs[0].shape[1:]
     flops = attention_flops(table, heads, head_dim, backward)
     result.extra = {"useful_tflops": flops / times["ours"].best / 1e12,
-                    "density": allowed_pairs(table) / len(table) ** 2,
+                    "density": table.pairs / len(table) ** 2,
                     "backend": choose_backend("auto", inverse.device)}  # fmt: skip
     return result
 

@@ -21,7 +21,7 @@ from unimodal.documents import Document
 from unimodal.model import UnifiedModel
 from unimodal.packing import BUCKET, PackedSequence, pack
 from unimodal.training import plan as planning
-from unimodal.training.flops import allowed_pairs, useful_flops
+from unimodal.training.flops import useful_flops
 from unimodal.training.plan import Memory, Plan, describe
 from unimodal.training.stages import freeze
 
@@ -56,13 +56,13 @@ def packed(model: UnifiedModel, documents: list[Document], bucket: int = BUCKET)
 def test_allowed_pairs_are_those_of_the_mask(segments: list[tuple[bool, int, bool, bool]]) -> None:
     new, length, bidirectional, private = (np.array(column) for column in zip(*segments, strict=True))
     table = SegmentTable(np.cumsum(new), length, bidirectional, private)
-    assert allowed_pairs(table) == int(dense_mask(table.tokens(torch.device("cpu"))).sum())
+    assert table.pairs == int(dense_mask(table.tokens(torch.device("cpu"))).sum())
 
 
 def test_pairs_are_not_looked_at_one_by_one() -> None:
     n = 1_000_000
     table = SegmentTable(np.zeros(1, int), np.array([n]), np.array([False]), np.array([False]))
-    assert allowed_pairs(table) == n * (n + 1) // 2
+    assert table.pairs == n * (n + 1) // 2
 
 
 MOE = Moe(experts=4, top_k=2, width=16, shared=1)
@@ -93,7 +93,7 @@ def test_useful_flops_are_those_of_a_step_without_filling(
     besides = 6 * 2 * config.moe.top_k * 32 * len(p) if config.moe else 0
     besides += 2 * (4 if "modulation" in frozen else 6) * 2 * 6 * 32 * 32 if config.adaln else 0
     assert found.total - found.attention + besides == counter.get_total_flops()
-    assert found.attention == 12 * 2 * config.heads * config.head_size * allowed_pairs(p.table)
+    assert found.attention == 12 * 2 * config.heads * config.head_size * p.table.pairs
     assert found == useful_flops(model, packed(model, mixed))  # whatever fills up
 
 

@@ -54,6 +54,17 @@ class SegmentTable:
         """Tokens of each document."""
         return np.bincount(self.document, weights=self.length).astype(np.int64)
 
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of query and key that the rule allows, counted by segment and never looked at one by one."""
+        length = self.length.astype(np.int64)
+        seen = np.where(self.private, 0, length)  # by later segments of the document
+        before = np.cumsum(seen) - seen
+        _, first, document = np.unique(self.document, return_index=True, return_inverse=True)
+        past = before - before[first][document]
+        own = np.where(self.bidirectional, length * length, length * (length + 1) // 2)
+        return int((length * past + own).sum())
+
     def tokens(self, device: torch.device) -> "TokenTable":
         """The same, token by token."""
 

@@ -7,12 +7,10 @@ weights where they are trained. Filling of expert slices, pairs that may not see
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unimodal.attention import SegmentTable
 from unimodal.backbone import Backbone
 from unimodal.backbone.adapters import LoraLinear
 from unimodal.backbone.moe import RoutedMLP
@@ -42,17 +40,6 @@ def useful_flops(model: UnifiedModel, packed: PackedSequence) -> Flops:
     return Flops(layers, attention, head_flops(model.backbone, packed), *image_flops(model, packed))
 
 
-def allowed_pairs(table: SegmentTable) -> int:
-    """Pairs of query and key that the visibility rule allows, counted by segment and never looked at one by one."""
-    length = table.length.astype(np.int64)
-    seen = np.where(table.private, 0, length)  # by later segments of the document
-    before = np.cumsum(seen) - seen
-    _, first, document = np.unique(table.document, return_index=True, return_inverse=True)
-    past = before - before[first][document]
-    own = np.where(table.bidirectional, length * length, length * (length + 1) // 2)
-    return int((length * past + own).sum())
-
-
 def layer_flops(backbone: Backbone, packed: PackedSequence) -> tuple[int, int]:
     """Of the layers' weights, and of their attention."""
     config, weights = backbone.config, 0.0
@@ -64,7 +51,7 @@ def layer_flops(backbone: Backbone, packed: PackedSequence) -> tuple[int, int]:
         if layer.modulation is not None:  # by image, never by token
             weights += images * _per_row(layer.modulation.project.weight)
     # Forward two products, scores and values; backward four.
-    attention = 12 * len(backbone.layers) * config.heads * config.head_size * allowed_pairs(packed.table)
+    attention = 12 * len(backbone.layers) * config.heads * config.head_size * packed.table.pairs
     return round(weights), attention
 
 
