@@ -37,10 +37,11 @@ class FlexAttention:
     """One pack, planned: where its rows are, which blocks are looked at, and the two numbers a token.
 
     Inside the compiled layer, whose lengths are symbols, everything here has static sizes. Dynamo ignores a `torch.compile`
-    within a compiled function, and FlexAttention under symbolic lengths has given silent NaN (pytorch issue 186775) and
-    slower kernels, so `mark_static` fixes the sizes of what is captured: R is a constant of the graph, and only P stays a
-    symbol. A layer is compiled again for a new R, never for a new layout. The other ways out are worse: a disabled function
-    breaks the full graph, and an opaque operator would have to run the forward again to reach a backward that is not public.
+    within a compiled function, and FlexAttention under symbolic lengths has been reported to give silent NaN (pytorch issue
+    186775) and checks every bound, so `mark_static` fixes the sizes of what is captured: R is a constant of the graph, and
+    only P stays a symbol. A layer is compiled again for a new R, never for a new layout. Other ways out are worse: a
+    disabled function breaks the full graph, and an opaque operator would run the forward again to reach a backward that is
+    not public.
     """
 
     def __init__(self, table: SegmentTable, inverse: Int[Tensor, " S"], places: int) -> None:
@@ -70,6 +71,7 @@ class FlexAttention:
         last, until = self.last, self.until
         rows = last.shape[0]
         made: Any = BlockMask  # the type checker cannot see how many `blocks` are
+        # A lambda, which the run-time checks of shapes leave alone: torch looks into this function.
         return made(
             (rows, rows), *self.blocks, (BLOCK, BLOCK),
             lambda batch, head, query, key: (key <= last[query]) & (query < until[key]),
