@@ -210,11 +210,14 @@ def tiled_attention(
     out = _by_place(q, empty)
     q, k, v = (x.index_select(0, gather) for x in (q, k, v))  # (R, H | K | K, E)
     statistics = []
-    for tile in _unpack_tiles(tiles):
-        one = _Tile(tile, kv_heads, groups, masks)
-        o, lse = one.forward(one.rows(q), one.keys(k), one.keys(v))
-        out.index_copy_(0, one.places(scatter), one.flat(o))
-        statistics.append(lse.flatten())
+    for document in _by_document(_unpack_tiles(tiles)):
+        whole = _Tile(document[0], kv_heads, groups, masks)
+        hq, hk, hv = (whole.heads(x, dense=not _is_fused(x)) for x in (q, k, v))
+        for tile in document:
+            one = _Tile(tile, kv_heads, groups, masks)
+            o, lse = one.forward(one.rows(hq), one.keys(hk), one.keys(hv))
+            out.index_copy_(0, one.places(scatter), one.flat(o))
+            statistics.append(lse.flatten())
     return out[:-1], torch.cat(statistics), q, k, v
 
 
@@ -234,20 +237,23 @@ def tiled_attention_backward(
     """Gradients of q, k and v, in expert order."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     grads = [_by_place(x.new_empty(grad.shape[0], *x.shape[1:]), empty) for x in (q, k, v)]
-    out, grad = out.index_select(0, gather), grad.index_select(0, gather)
+    fused = _is_fused(q) and q.dtype != torch.bfloat16  # whose backward does not reach the matrix units of a CPU
+    out = out.index_select(0, gather) if fused else q  # plain products do not ask for it
+    grad = grad.index_select(0, gather)
     grad.index_fill_(0, (scatter == len(grads[0]) - 1).nonzero().squeeze(1), 0)  # padding, which nobody read
     at = 0
     for document in _by_document(_unpack_tiles(tiles)):
         whole = _Tile(document[0], kv_heads, groups, masks)
-        dk, dv = (torch.zeros_like(whole.view(x)) for x in (k, v)) if len(document) > 1 else (None, None)
+        hq, hk, hv, ho, hg = (whole.heads(x, dense=not fused) for x in (q, k, v, out, grad))
+        dk, dv = (torch.zeros_like(x) for x in (hk, hv)) if len(document) > 1 else (None, None)
         for tile in document:
             one = _Tile(tile, kv_heads, groups, masks)
             count = one.n * q.shape[1] * one.height
-            inputs = one.rows(q), one.keys(k), one.keys(v), one.rows(out), one.rows(grad)
+            inputs = one.rows(hq), one.keys(hk), one.keys(hv), one.rows(ho), one.rows(hg)
             dq, part_k, part_v = one.backward(*inputs, lse[at : at + count])
             grads[0].index_copy_(0, one.places(scatter), one.flat(dq))
             if dk is None or dv is None:
-                dk, dv = part_k.transpose(1, 2), part_v.transpose(1, 2)  # (n, L, K, E): the only tile sees every key
+                dk, dv = part_k, part_v  # the only tile sees every key
             else:
                 one.add(dk, part_k)
                 one.add(dv, part_v)
@@ -255,8 +261,8 @@ def tiled_attention_backward(
         assert dk is not None
         assert dv is not None
         places = scatter[whole.tile.base : whole.tile.base + whole.n * whole.tile.stride]
-        grads[1].index_copy_(0, places, dk.flatten(0, 1))
-        grads[2].index_copy_(0, places, dv.flatten(0, 1))
+        grads[1].index_copy_(0, places, dk.transpose(1, 2).flatten(0, 1))  # (n, K, L, E) -> (n*L, K, E)
+        grads[2].index_copy_(0, places, dv.transpose(1, 2).flatten(0, 1))
     dq, dk, dv = (g[:-1] for g in grads)
     return dq, dk, dv
 
@@ -287,6 +293,11 @@ def _by_place(like: Tensor, empty: Tensor) -> Tensor:
     return out.index_fill_(0, empty, 0)
 
 
+def _is_fused(x: Tensor) -> bool:
+    """Whether a fused kernel is called, which takes strided heads; matrix products would copy them for every tile."""
+    return x.device.type == "cpu"
+
+
 def _by_document(tiles: list[Tile]) -> Iterator[list[Tile]]:
     """Tiles of the same documents together."""
     for _, group in groupby(tiles, key=lambda tile: tile.base):
@@ -301,19 +312,19 @@ class _Tile:
         self.n, self.height = tile.n, tile.rows[1] - tile.rows[0]
         self.masks = masks
 
-    def view(self, x: Tensor) -> Tensor:
-        """(R, heads, E) -> (n, L, heads, E), a view."""
-        return x[self.tile.base : self.tile.base + self.n * self.tile.stride].unflatten(0, (self.n, -1))
+    def heads(self, x: Tensor, dense: bool) -> Tensor:
+        """(R, heads, E) -> (n, heads, L, E) of this tile's documents, a view unless it is to be dense."""
+        x = x[self.tile.base : self.tile.base + self.n * self.tile.stride].unflatten(0, (self.n, -1)).transpose(1, 2)
+        return x.contiguous() if dense else x
 
     def rows(self, x: Tensor) -> Tensor:
-        """(R, H, E) -> (n, K, G*T, E)."""
+        """(n, H, L, E) -> (n, K, G*T, E)."""
         a, b = self.tile.rows
-        x = self.view(x)[:, a:b].transpose(1, 2)  # (n, H, T, E)
+        x = x[:, :, a:b]  # (n, H, T, E)
         return x if self.g == 1 else x.unflatten(1, (self.k, self.g)).flatten(2, 3)
 
     def keys(self, x: Tensor) -> Tensor:
-        """(R, K, E) -> (n, K, M, E)."""
-        x = self.view(x).transpose(1, 2)  # (n, K, L, E)
+        """(n, K, L, E) -> (n, K, M, E)."""
         parts = [x[:, :, a:b] for a, b in self.tile.keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -328,19 +339,25 @@ class _Tile:
         return mine.unflatten(0, (self.n, -1))[:, a:b].flatten()
 
     def add(self, out: Tensor, x: Tensor) -> None:
-        """The inverse of `keys`, added to (n, L, K, E)."""
-        x, at = x.transpose(1, 2), 0  # (n, M, K, E)
+        """The inverse of `keys`, added to (n, K, L, E)."""
+        at = 0
         for a, b in self.tile.keys:
-            out[:, a:b] += x[:, at : at + b - a]
+            out[:, :, a:b] += x[:, :, at : at + b - a]
             at += b - a
 
-    def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """(n, 1, G*T, M), added to scores."""
-        masked = self.tile.masked
+    def mask(self) -> Tensor | None:
+        """(n, 1, 1, T, masked), added to the scores of the last `masked` keys."""
+        at, masked = self.tile.mask, self.tile.masked
         if not masked:
             return None
-        at, width = self.tile.mask, sum(b - a for a, b in self.tile.keys)
-        mask = self.masks[at : at + self.n * self.height * masked].view(self.n, 1, 1, self.height, masked)
+        return self.masks[at : at + self.n * self.height * masked].view(self.n, 1, 1, self.height, masked)
+
+    def whole_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """(n, 1, G*T, M), as a fused kernel wants it."""
+        mask = self.mask()
+        if mask is None:
+            return None
+        masked, width = self.tile.masked, sum(b - a for a, b in self.tile.keys)
         if width == masked and self.g == 1:
             return mask[:, :, 0].to(dtype)
         full = torch.zeros(self.n, 1, self.g, self.height, width, dtype=dtype, device=mask.device)
@@ -349,36 +366,38 @@ class _Tile:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs (n, K, G*T, E) and log-sum-exp (n, K, G*T)."""
-        if q.device.type == "cpu":
+        if _is_fused(q):
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, False, attn_mask=self.mask(q.dtype)
+                q, k, v, 0.0, False, attn_mask=self.whole_mask(q.dtype)
             )
         return self.plain_forward(q, k, v)
 
     def backward(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         """Gradients of q, k, v."""
-        # In bf16 plain products reach the matrix units of a CPU, and the fused backward does not.
-        if q.device.type == "cpu" and q.dtype != torch.bfloat16:
+        if _is_fused(q) and q.dtype != torch.bfloat16:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do, q, k, v, o, lse.view(q.shape[:-1]), 0.0, False, attn_mask=self.mask(q.dtype)
+                do, q, k, v, o, lse.view(q.shape[:-1]), 0.0, False, attn_mask=self.whole_mask(q.dtype)
             )
         return self.plain_backward(q, k, v, do)
 
     def plain_forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The same as matrix products."""
-        s = self.scores(q, k)
+        s = self.scores(q * q.shape[-1] ** -0.5, k)
         exact = torch.promote_types(q.dtype, torch.float32)
         return s.softmax(-1) @ v, s.to(exact).logsumexp(-1)
 
     def plain_backward(self, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, ...]:
         """Gradients from the probabilities P, computed again: they are never kept."""
+        scale = q.shape[-1] ** -0.5
+        q = q * scale
         p = self.scores(q, k).softmax(-1)  # (n, K, G*T, M); softmax and its gradient add up in fp32 or better
         dp = do @ v.transpose(-1, -2)
-        ds = torch._softmax_backward_data(dp, p, -1, q.dtype).mul_(q.shape[-1] ** -0.5)
-        return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do
+        ds = torch._softmax_backward_data(dp, p, -1, q.dtype)
+        return (ds @ k).mul_(scale), ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Scaled and masked."""
-        s = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        mask = self.mask(s.dtype)
-        return s if mask is None else s.add_(mask)
+        """q k^T, masked."""
+        s, mask = q @ k.transpose(-1, -2), self.mask()
+        if mask is not None:
+            s.unflatten(2, (self.g, -1))[..., s.shape[-1] - self.tile.masked :] += mask.to(s.dtype)
+        return s
