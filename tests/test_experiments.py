@@ -52,6 +52,12 @@ def check(out: Path, printed: str) -> None:
     assert "precision" in printed
 
 
+@pytest.fixture(autouse=True)
+def written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run-time checks of shapes cannot be compiled."""
+    monkeypatch.setattr("experiments.digits.__main__.can_compile", lambda: (False, "not in tests"))
+
+
 @pytest.mark.slow
 def test_the_demo_ends_with_scores_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = {"model.init_args.model.generator.init_args.sampling.steps": 1}

@@ -145,7 +145,7 @@ def _model(args: argparse.Namespace) -> UnifiedModel:
         raise ValueError(f"--device: {args.device} cannot be used ({str(error).splitlines()[0]})") from error
     if args.compile:
         able, why = can_compile()
-        if not able and model.device.type == "cpu":
+        if not able:
             raise ValueError(f"--compile: this machine cannot, it has {why}")
         model.backbone.compile_decoding()
     return model

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from unimodal_generators.base import (
     guide,
 )
 from unimodal_generators.choice import choose
+from unimodal_generators.cross_entropy import linear_cross_entropy
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 
@@ -117,7 +117,10 @@ class Autoregressive(ImageGenerator):
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
         """Cross-entropy of each id given everything before it."""
         assert corrupted.targets is not None
-        total = F.cross_entropy(self.logits(hidden), corrupted.targets, reduction="sum")
+        *inner, last = self.head
+        for module in inner:
+            hidden = module(hidden)
+        total = linear_cross_entropy(hidden, [last.weight], corrupted.targets, last.bias)
         return {"image": LossTerm(total, len(corrupted.targets))}
 
     def sample(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BUDGET = 2**24  # logits held at once
+BUDGET = 2**25  # logits held at once
 
 
 def linear_cross_entropy(

@@ -170,7 +170,7 @@ class Flow(ImageGenerator):
     @staticmethod
     def _per_token(values: Shaped[Tensor, "N *rest"], grids: Sequence[Grid]) -> Shaped[Tensor, "T *rest"]:
         lengths = torch.tensor([g.length for g in grids], device=values.device, dtype=torch.long)
-        return values.repeat_interleave(lengths, 0)
+        return values.repeat_interleave(lengths, 0, output_size=sum(g.length for g in grids))  # no waiting for a GPU
 
 
 def timestep_embedding(t: Float[Tensor, " N"], dim: int = 256) -> Float[Tensor, "N {dim}"]:

@@ -274,3 +274,31 @@ def test_the_past_is_never_copied(
         start = kept.lengths[s]
         assert torch.equal(kept.k[0, s, :, start : start + n], k[row, :n].transpose(0, 1))
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_first_prompt_needs_no_mask(kv_heads: int) -> None:
+    """It is causal; written out, its mask would grow with the square of the prompt."""
+    rng = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 9, heads, E, generator=rng, dtype=torch.float64) for heads in (4, kv_heads, kv_heads))
+    device = torch.device("cpu")
+    outputs = []
+    for packed in (False, True):
+        kept = KVCache(1, 2, 16, kv_heads, E, device=device, dtype=torch.float64)
+        view = kept.view([0, 1], [9, 9], False)
+        assert all(run.mask is None for run in view.runs)
+        layer = (view.packed() if packed else view).layer(0)
+        outputs.append(layer(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (2, 9)))
+    for out in outputs:
+        for row in range(2):
+            torch.testing.assert_close(out[row], scratch_causal(q[row], k[row], v[row]), atol=1e-12, rtol=1e-10)
+
+
+def scratch_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Query by query, with every key head repeated."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    rows = []
+    for i, query in enumerate(q):
+        weights = (torch.einsum("he,nhe->hn", query, k[: i + 1]) / E**0.5).softmax(-1)
+        rows.append(torch.einsum("hn,nhe->he", weights, v[: i + 1]))
+    return torch.stack(rows)

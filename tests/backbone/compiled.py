@@ -4,12 +4,14 @@ Run by `test_compile.py` in a process without the run-time checks of shapes, whi
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from unimodal.backbone import Experts, Lora
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part
 from unimodal.environment import can_compile
@@ -50,13 +52,20 @@ def random_documents(rng: np.random.Generator, mixed: list[Document], number: in
     return [(*mixed, short)[int(rng.integers(5))] for _ in range(int(rng.integers(1, 12)))]
 
 
-@pytest.mark.parametrize("generator", ["flow", "codes"])
-def test_one_graph_serves_two_hundred_layouts(
-    make: Callable[..., UnifiedModel], mixed: list[Document], generator: str
-) -> None:
-    model, rng = make(generator).train(), np.random.default_rng(0)
+MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "flow": ("flow", {}, 200),
+    "codes": ("codes", {}, 200),
+    "adaln and lora": ("flow", {"time": "adaln", "experts": Experts(lora=Lora(2, 4.0))}, 40),
+    "time token": ("flow", {"time": "token"}, 40),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_graph_serves_every_layout(make: Callable[..., UnifiedModel], mixed: list[Document], name: str) -> None:
+    generator, settings, layouts = MODELS[name]
+    model, rng = make(generator, **settings).train(), np.random.default_rng(0)
     model.backbone.compile()
-    for number in range(200):
+    for number in range(layouts):
         losses = model(packed(model, random_documents(rng, mixed, number), number))
         sum(term.sum for term in losses.values()).backward()  # type: ignore[union-attr]
     assert counters["stats"]["unique_graphs"] == 1
@@ -99,3 +108,13 @@ def test_a_compiled_session_writes_the_same_documents(
         ]
     assert any(p.is_image for d in got for p in d.parts[1:])
     assert counters["stats"]["unique_graphs"] <= 2 * len(model.backbone.config.experts.names)
+
+
+def test_two_compiled_networks_keep_apart(make: Callable[..., UnifiedModel], mixed: list[Document]) -> None:
+    """Of different depth, in one process: what is compiled for the first must not serve the second."""
+    prompts = [Document(mixed[3].parts, "text")]
+    for depth in (2, 3):
+        model = make("flow", backbone={"depth": depth}).double()
+        expected = decode(model, prompts, DecodingSettings(max_tokens=8, max_images=0), [0])
+        model.backbone.compile_decoding()
+        assert decode(model, prompts, DecodingSettings(max_tokens=8, max_images=0), [0]) == expected

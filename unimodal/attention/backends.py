@@ -17,13 +17,13 @@ BACKENDS: dict[str, Backend] = {
 
 
 def choose_backend(name: str, device: torch.device) -> str:
-    """The back end that a name means on a device; `auto` is flex on CUDA and sdpa elsewhere.
+    """The back end that a name means on a device; `auto` is flex on CUDA where it can run, and sdpa elsewhere.
 
     Raises:
         ValueError: no such name, or it cannot run there; the message says what to install.
     """
     if name == "auto":
-        name = "flex" if device.type == "cuda" else "sdpa"
+        name = "flex" if device.type == "cuda" and BACKENDS["flex"].missing(device) is None else "sdpa"
     if name not in BACKENDS:
         raise ValueError(f"backbone.attention: expected auto or one of {', '.join(sorted(BACKENDS))}, got {name}")
     problem = BACKENDS[name].missing(device)

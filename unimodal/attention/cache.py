@@ -55,6 +55,7 @@ class _Run:
     at: slice  # where every row is written, when `index` is None
     index: Int[Tensor, "3 m"] | None  # row, token and place of each new token, when lengths differ
     mask: Float[Tensor, "n 1 T M"] | None  # added to scores
+    causal: bool  # the same for tokens without a past, which need none written out
 
     @classmethod
     def make(
@@ -66,12 +67,13 @@ class _Run:
         ends = [a + b for a, b in zip(starts, counts, strict=True)]
         longest = max(ends)
         even = len(set(starts)) == 1 and min(counts) == tokens
+        causal = even and starts[0] == 0 and not bidirectional
         index = mask = None
         if not even:
             real = torch.arange(tokens) < torch.tensor(counts)[:, None]  # (n, T); padding is not written
             row, token = real.nonzero(as_tuple=True)
             index = torch.stack([row, token, token + torch.tensor(starts)[row]]).to(device)
-        if not even or (tokens > 1 and not bidirectional):
+        if not even or (tokens > 1 and not bidirectional and not causal):
             last = torch.tensor(ends)[:, None] - 1  # (n, 1): the last key a row sees
             if not bidirectional:
                 # Padded queries see what the last real one sees, so that no row is empty; nobody reads them.
@@ -79,7 +81,7 @@ class _Run:
             hidden = torch.arange(longest) > last.expand(n, tokens)[:, :, None]  # (n, T, M)
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None].to(device)
         held = slice(sequence, sequence + n)
-        return cls(slice(first, first + n), held, longest, slice(starts[0], starts[0] + tokens), index, mask)
+        return cls(slice(first, first + n), held, longest, slice(starts[0], starts[0] + tokens), index, mask, causal)
 
     def write(self, cache: Float[Tensor, "N K capacity E"], x: Float[Tensor, "R T K E"]) -> None:
         """Put new rows behind the past."""
@@ -127,7 +129,7 @@ class CacheView:
         masks: list[Tensor] = []
         for run in self.runs:
             written = 0 if run.index is None else run.index.shape[1]
-            flags = [written, int(run.mask is not None)]
+            flags = [written, int(run.mask is not None), int(run.causal)]
             numbers += [run.rows.start, run.rows.stop, run.held.start, run.held.stop, run.longest, run.at.start, *flags]
             index += [] if run.index is None else [run.index.flatten()]
             masks += [] if run.mask is None else [run.mask.flatten()]
@@ -167,14 +169,14 @@ def _cached_attention(
     rows, tokens, *numbers = runs.tolist()
     made = []
     at = mask_at = 0
-    for i in range(0, len(numbers), 8):
-        first, stop, held, until, longest, start, written, masked = numbers[i : i + 8]
+    for i in range(0, len(numbers), 9):
+        first, stop, held, until, longest, start, written, masked, causal = numbers[i : i + 9]
         where = index[at : at + 3 * written].view(3, written) if written else None
         size = (stop - first) * tokens * longest * masked
         mask = masks[mask_at : mask_at + size].view(stop - first, 1, tokens, longest) if masked else None
         at, mask_at = at + 3 * written, mask_at + size
         made.append(
-            _Run(slice(first, stop), slice(held, until), longest, slice(start, start + tokens), where, mask)
+            _Run(slice(first, stop), slice(held, until), longest, slice(start, start + tokens), where, mask, bool(causal))
         )  # fmt: skip
     return _attend_runs(q, k, v, cache_k[layer], cache_v[layer], (rows, tokens), made).contiguous()
 
@@ -207,22 +209,24 @@ def _attend_runs(
         run.write(cache_k, k)
         run.write(cache_v, v)
         past_k, past_v = (c[run.held, :, : run.longest] for c in (cache_k, cache_v))  # (n, K, M, E)
-        outputs.append(attend(q[run.rows].to(past_k.dtype), past_k, past_v, run.mask))
+        outputs.append(attend(q[run.rows].to(past_k.dtype), past_k, past_v, run.mask, run.causal))
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (R, T, H, E)
     return o.to(q.dtype).flatten(0, 1)
 
 
 def attend(
-    q: Float[Tensor, "n T H E"], k: Float[Tensor, "n K M E"], v: Float[Tensor, "n K M E"], mask: Tensor | None
-) -> Float[Tensor, "n T H E"]:
-    """Attention of a few queries over many keys; `mask` (n, 1, T, M) is added to scores.
+    q: Float[Tensor, "n T H E"], k: Float[Tensor, "n K M E"], v: Float[Tensor, "n K M E"], mask: Tensor | None,
+    causal: bool = False,
+) -> Float[Tensor, "n T H E"]:  # fmt: skip
+    """Attention of a few queries over many keys; `mask` (n, 1, T, M) is added to scores, `causal` needs T = M.
 
     Queries that share a key head become rows of one matrix: the past is read once a key head and never repeated.
     """
     _, tokens, heads, _ = q.shape
     groups = heads // k.shape[1]
-    if groups == 1:
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
+    if groups == 1 or causal:  # without a past, repeated keys are new ones
+        q = q.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=groups > 1).transpose(1, 2)
     q = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (n, K, G*T, E)
     if mask is not None:
         mask = mask.repeat(1, 1, groups, 1)  # (n, 1, G*T, M)

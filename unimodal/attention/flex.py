@@ -27,6 +27,7 @@ from torch import Tensor
 
 from unimodal.attention.packed import KV, Q
 from unimodal.attention.visibility import SegmentTable
+from unimodal.environment import can_compile
 
 BLOCK = 128  # rows and keys of a block, which is FlexAttention's default
 COMPILED = 64  # padded lengths that may be compiled for; eight an octave, a run meets two or three
@@ -102,7 +103,8 @@ def missing(device: torch.device) -> str | None:
         return f"its kernels need CUDA, the device is {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "its kernels are written in Triton; install triton"
-    return None
+    able, why = can_compile()
+    return None if able else f"Triton builds its kernels' launchers, and this machine has {why}"
 
 
 def kernel(device: torch.device) -> str:

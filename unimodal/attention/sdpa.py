@@ -245,7 +245,8 @@ def tiled_attention_backward(
     for document in _by_document(_unpack_tiles(tiles)):
         whole = _Tile(document[0], kv_heads, groups, masks)
         hq, hk, hv, ho, hg = (whole.heads(x, dense=not fused) for x in (q, k, v, out, grad))
-        dk, dv = (torch.zeros_like(x) for x in (hk, hv)) if len(document) > 1 else (None, None)
+        exact = torch.promote_types(k.dtype, torch.float32)  # one sum over many tiles
+        dk, dv = (torch.zeros_like(x, dtype=exact) for x in (hk, hv)) if len(document) > 1 else (None, None)
         for tile in document:
             one = _Tile(tile, kv_heads, groups, masks)
             count = one.n * q.shape[1] * one.height
@@ -261,8 +262,8 @@ def tiled_attention_backward(
         assert dk is not None
         assert dv is not None
         places = scatter[whole.tile.base : whole.tile.base + whole.n * whole.tile.stride]
-        grads[1].index_copy_(0, places, dk.transpose(1, 2).flatten(0, 1))  # (n, K, L, E) -> (n*L, K, E)
-        grads[2].index_copy_(0, places, dv.transpose(1, 2).flatten(0, 1))
+        grads[1].index_copy_(0, places, dk.transpose(1, 2).flatten(0, 1).to(k.dtype))  # (n*L, K, E)
+        grads[2].index_copy_(0, places, dv.transpose(1, 2).flatten(0, 1).to(v.dtype))
     dq, dk, dv = (g[:-1] for g in grads)
     return dq, dk, dv
 

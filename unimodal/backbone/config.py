@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from unimodal_generators.base import TokenKind
 
+TAKEN = ("shared", "embedding", "head", "modulation", "generator")  # names of other parts of a model
 PARTS = ("attention", "mlp", "norms")
 Part = Literal["attention", "mlp", "norms"]
 
@@ -29,8 +32,9 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"experts.lora.rank: expected at least 1, got {self.rank}")
-        if "norms" in self.parts:
-            raise ValueError("experts.lora.parts: expected attention or mlp (norms have no matrix), got norms")
+        for part in self.parts:
+            if part not in ("attention", "mlp"):
+                raise ValueError(f"experts.lora.parts: expected attention or mlp, which have matrices, got {part}")
         if not self.parts:
             raise ValueError("experts.lora.parts: expected attention, mlp or both, got none")
         if not self.experts:
@@ -42,7 +46,7 @@ class Moe:
     """A learned router over small MLPs in the place of each MLP (ARIA, arXiv 2410.05993).
 
     Args:
-        experts: how many the router chooses from.
+        experts: how many the router chooses from; where tokens go is decided on the host, so a GPU waits once a layer.
         top_k: how many read each token.
         width: hidden width of one.
         shared: how many more read every token.
@@ -85,8 +89,9 @@ class Experts:
 
     def __post_init__(self) -> None:
         named = dict.fromkeys((self.text, self.understanding, self.clean, self.learned))
-        if "shared" in named:
-            raise ValueError("experts: expected names other than shared (that of weights all experts use), got shared")
+        for name in named:
+            if name in TAKEN or not name.isidentifier() or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"experts: expected a word other than {', '.join(TAKEN)} for an expert, got {name!r}")
         for name in self.lora.experts if self.lora else ():
             if name not in named:
                 raise ValueError(f"experts.lora.experts: expected some of {', '.join(named)}, got {name}")
@@ -126,6 +131,8 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(f"rope_scaling.kind: expected linear, llama3 or yarn, got {self.kind}")
         if self.factor < 1:
             raise ValueError(f"rope_scaling.factor: expected at least 1, got {self.factor}")
         if self.kind != "linear" and self.original_length is None:
@@ -185,6 +192,8 @@ class BackboneConfig:
         for name in ("width", "depth", "mlp_width", "vocabulary"):
             if getattr(self, name) < 1:
                 raise ValueError(f"backbone.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.positions not in ("sequential", "block", "mrope", "rope2d"):
+            raise ValueError(f"backbone.positions: expected sequential, block, mrope or rope2d, got {self.positions}")
         if self.positions == "block" and self.width % 4:
             raise ValueError(f"backbone.width: positions block need a multiple of 4, got {self.width}")
         if self.heads < 1 or (self.head_dim is None and self.width % self.heads) or self.head_size % 2:

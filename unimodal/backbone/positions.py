@@ -144,6 +144,7 @@ class Rotary:
         # On the host in float64 and no buffer: never cast, never empty on the meta device.
         self.frequency = stretch(theta ** (-np.arange(half) / half), head_dim, theta, scaling)  # (E/2,)
         self.axis = scheme.axis(half)
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.scale = 1.0
         if scaling is not None and scaling.kind == "yarn":
             default = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
@@ -151,10 +152,16 @@ class Rotary:
 
     def __call__(self, positions: Int[Tensor, "n A"]) -> tuple[Float[Tensor, "n 1 E2"], Float[Tensor, "n 1 E2"]]:
         """Cosines and sines of every token, of a half head each, in fp32."""
-        frequency = torch.from_numpy(self.frequency).to(positions.device)
+        device = positions.device
+        if device not in self._on_device:
+            self._on_device[device] = (
+                torch.from_numpy(self.frequency).to(device),
+                torch.from_numpy(self.axis).to(device),
+            )
+        frequency, axis = self._on_device[device]
         ids = positions.double()  # (n, A)
         if positions.shape[1] > 1:
-            ids = ids[:, torch.from_numpy(self.axis).to(positions.device)]  # (n, E/2): each frequency its own axis
+            ids = ids[:, axis]  # (n, E/2): each frequency its own axis
         angle = ids * frequency
         cos, sin = angle.cos(), angle.sin()  # (n, E/2)
         if self.scale != 1.0:

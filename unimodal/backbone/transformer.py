@@ -272,15 +272,11 @@ class Backbone(nn.Module):
         self._layer = _symbolic(DecoderLayer.forward)
 
     def compile_decoding(self) -> None:
-        """Compile all layers for a session: one graph an expert, whatever the lengths."""
+        """Compile all layers for a session: one or two graphs an expert, whatever the lengths."""
         if self.config.moe is not None:
             raise ValueError("compile: expected no backbone.moe (whose routing no compiled layer can hold), got one")
 
-        def inputs_only(guards: Sequence[Any]) -> list[bool]:
-            """What the network is made of stays as it is, and is not checked again at every token."""
-            return [not guard.name.startswith("L['self']") for guard in guards]
-
-        self._stack = _symbolic(self.stack, options={"guard_filter_fn": inputs_only})
+        self._stack = _symbolic(self.stack)
 
     def forward(
         self,
@@ -355,6 +351,7 @@ def _symbolic(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]
     """A function compiled with symbolic lengths."""
     from torch.fx.experimental import _config
 
-    # Two experts may have equally many tokens in the first pack: that must not become a rule for all others.
+    # Two experts may have equally many tokens in the first pack: that must not become a rule for all others. There is no
+    # setting of one function's own for it: whatever else this process compiles is compiled so too.
     _config.use_duck_shape = False
     return torch.compile(function, dynamic=True, fullgraph=True, **kwargs)
