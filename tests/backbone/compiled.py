@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from unimodal.backbone import Experts, Lora
+from unimodal.backbone import BackboneConfig, Experts, Lora, RopeScaling
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part
 from unimodal.environment import can_compile
@@ -118,3 +118,14 @@ def test_two_compiled_networks_keep_apart(make: Callable[..., UnifiedModel], mix
         expected = decode(model, prompts, DecodingSettings(max_tokens=8, max_images=0), [0])
         model.backbone.compile_decoding()
         assert decode(model, prompts, DecodingSettings(max_tokens=8, max_images=0), [0]) == expected
+
+
+def test_settings_from_python_are_refused_too() -> None:
+    """Here, because the run-time checks of types would come first."""
+    with pytest.raises(ValueError, match=r"rope_scaling.kind: expected linear, llama3 or yarn, got dynamic"):
+        RopeScaling("dynamic", 2.0, 100)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"experts.lora.parts: expected attention or mlp, .* got foo"):
+        Lora(2, 1.0, parts=("foo",))  # type: ignore[arg-type]
+    shape = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "mlp_width": 48, "vocabulary": 300}
+    with pytest.raises(ValueError, match=r"backbone.positions: expected sequential, .* got foo"):
+        BackboneConfig(positions="foo", **shape)  # type: ignore[arg-type]
