@@ -83,13 +83,19 @@ class _Run:
         held = slice(sequence, sequence + n)
         return cls(slice(first, first + n), held, longest, slice(starts[0], starts[0] + tokens), index, mask, causal)
 
-    def write(self, cache: Float[Tensor, "N K capacity E"], x: Float[Tensor, "R T K E"]) -> None:
-        """Put new rows behind the past."""
+    def past(self, cache: Float[Tensor, "N K capacity E"], x: Float[Tensor, "n T K E"]) -> Float[Tensor, "n K M E"]:
+        """Put new rows behind the past; both, where they lie.
+
+        Views are made by `narrow`: at a token a step, indexing by slices would take as long as what it is for.
+        """
+        held, at = self.held, self.at
+        cache = cache.narrow(0, held.start, held.stop - held.start)
         if self.index is None:
-            cache[self.held, :, self.at] = x[self.rows].transpose(1, 2)
+            cache.narrow(2, at.start, at.stop - at.start).copy_(x.transpose(1, 2))
         else:
             row, token, place = self.index
-            cache[self.held][row, :, place] = x[self.rows][row, token].to(cache.dtype)
+            cache[row, :, place] = x[row, token].to(cache.dtype)
+        return cache.narrow(2, 0, self.longest)
 
 
 class CacheView:
@@ -203,15 +209,20 @@ class CacheLayer(NamedTuple):
 def _attend_runs(
     q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, shape: tuple[int, int], runs: Sequence[_Run]
 ) -> Tensor:
-    q, k, v = (x.unflatten(0, shape) for x in (q, k, v))  # (R, T, H | K | K, E)
+    dtype = q.dtype
+    q, k, v = (
+        q.view(*shape, *q.shape[1:]),
+        k.view(*shape, *k.shape[1:]),
+        v.view(*shape, *v.shape[1:]),
+    )  # (R, T, heads, E)
     outputs = []
     for run in runs:
-        run.write(cache_k, k)
-        run.write(cache_v, v)
-        past_k, past_v = (c[run.held, :, : run.longest] for c in (cache_k, cache_v))  # (n, K, M, E)
-        outputs.append(attend(q[run.rows].to(past_k.dtype), past_k, past_v, run.mask, run.causal))
+        first, n = run.rows.start, run.rows.stop - run.rows.start
+        one = (q, k, v) if n == len(q) else (q.narrow(0, first, n), k.narrow(0, first, n), v.narrow(0, first, n))
+        past_k, past_v = run.past(cache_k, one[1]), run.past(cache_v, one[2])  # (n, K, M, E)
+        outputs.append(attend(one[0].to(past_k.dtype), past_k, past_v, run.mask, run.causal))
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (R, T, H, E)
-    return o.to(q.dtype).flatten(0, 1)
+    return o.to(dtype).flatten(0, 1)
 
 
 def attend(
