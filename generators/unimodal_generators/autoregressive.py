@@ -118,6 +118,7 @@ class Autoregressive(ImageGenerator):
         """Cross-entropy of each id given everything before it."""
         assert corrupted.targets is not None
         *inner, last = self.head
+        assert isinstance(last, nn.Linear)
         for module in inner:
             hidden = module(hidden)
         total = linear_cross_entropy(hidden, [last.weight], corrupted.targets, last.bias)
