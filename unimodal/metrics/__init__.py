@@ -1,0 +1,1 @@
+"""Formulas and torchmetrics `Metric`s: what is measured, with no model being asked and no file being written."""
