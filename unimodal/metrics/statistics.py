@@ -1,0 +1,265 @@
+"""Intervals and tests over items: bootstrap by item within its task, paired sign flips, Holm's correction.
+
+Answers to one prompt are alike, so the item is what is drawn, with all its answers: an interval over answers alone is
+too narrow. Letters: R resamples, G groups (tasks), N items of one group, V distinct values among them.
+
+B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13: percentile intervals, resampling of
+clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+Row = dict[str, Any]
+"""An answer's record; `id` names its item, `task` its group, and `cluster` (optional) what is drawn together."""
+
+_AT_ONCE = 4_000_000  # numbers drawn at once: 32 MB
+_EXACT = 13  # items up to which all 2^N sign flips are listed
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Ends of a confidence interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """How much better b is than a on the same items.
+
+    Attributes:
+        difference: headline of b less headline of a.
+        interval: of the difference, by bootstrap over the same items.
+        p: two-sided p-value of no difference, by flips of the items' signs.
+        items: how many there are.
+    """
+
+    difference: float
+    interval: Interval
+    p: float
+    items: int
+
+
+def mean_of_means(means: Float[np.ndarray, "G R"]) -> Float[np.ndarray, " R"]:
+    """Every group counts the same, however many items it has."""
+    return means.mean(axis=0)
+
+
+def bootstrap_interval(
+    groups: Mapping[str, Sequence[float | Sequence[float]]],
+    combine: Callable[[Float[np.ndarray, "G R"]], Float[np.ndarray, " R"]] = mean_of_means,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile interval of a function of group means; items are drawn with replacement within their group.
+
+    Args:
+        groups: name -> a value an item, or the values of an item's samples, which count by their mean.
+        combine: headline of each resample from its G group means; the default is their mean.
+        resamples: R.
+        seed: of the draws.
+        level: share that the interval should cover.
+
+    Raises:
+        ValueError: no group, a group or item without values, a value that is not finite, `resamples` or `level` out of
+            range.
+    """
+    _check(resamples, level)
+    if not groups:
+        raise ValueError("groups: expected at least one, got none")
+    rng = np.random.default_rng(seed)
+    means = [_resampled_means(_item_values(name, values), resamples, rng) for name, values in groups.items()]
+    return _percentiles(combine(np.stack(means)), level)
+
+
+def bootstrap_rows(
+    rows: Sequence[Row],
+    measure: Callable[[Sequence[Row]], Mapping[str, float]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """Percentile intervals of any measure of a set of answers, e.g. F1 or any-of-N.
+
+    What is drawn, within its task, is an item with all its rows, or all rows of one `cluster` where rows have that field
+    (two questions on one image). An item that is drawn twice gets another `id` (and `cluster`) the second time: a measure
+    that groups rows by them must see two items. The fields are otherwise the same.
+
+    Args:
+        rows: the answers; each has `id` and `task`.
+        measure: names to numbers, of any number of rows.
+        resamples: how often the measure is taken.
+        seed: of the draws.
+        level: share that the intervals should cover.
+
+    Raises:
+        ValueError: no rows, or a measure that is not finite or has other names on a resample.
+    """
+    _check(resamples, level)
+    if not rows:
+        raise ValueError("rows: expected at least one, got none")
+    clusters: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        clusters.setdefault(str(row["task"]), {}).setdefault(str(row.get("cluster", row["id"])), []).append(row)
+    strata = [list(named.values()) for named in clusters.values()]
+
+    @cache
+    def copy(stratum: int, index: int, time: int) -> list[Row]:
+        found = strata[stratum][index]
+        if time == 0:
+            return found
+        names = [name for name in ("id", "cluster") if name in found[0]]
+        return [row | {name: f"{row[name]}#{time}" for name in names} for row in found]
+
+    rng = np.random.default_rng(seed)
+    point, drawn = measure(rows), []
+    for _ in range(resamples):
+        chosen: list[Row] = []
+        for s, stratum in enumerate(strata):
+            for index, times in enumerate(rng.multinomial(len(stratum), np.full(len(stratum), 1 / len(stratum)))):
+                for time in range(times):
+                    chosen += copy(s, index, time)
+        drawn.append(_finite(measure(chosen), point))
+    return {name: _percentiles(np.array([d[name] for d in drawn]), level) for name in point}
+
+
+def paired_test(
+    a: Mapping[str, float],
+    b: Mapping[str, float],
+    tasks: Mapping[str, str],
+    *,
+    weights: Mapping[str, float] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> PairedTest:
+    """Compare two systems on the same items.
+
+    The headline is the weighted mean of the tasks' means. Under the null hypothesis either system could have given either
+    value of an item, so the sign of every item's difference is a fair coin (R. A. Fisher, The Design of Experiments, 1935,
+    section 21). All flips are listed for up to 13 items that differ; beyond, `resamples` of them are drawn, and the
+    observed one counts among them: (1 + as extreme) / (1 + drawn), which is never 0.
+
+    Args:
+        a: item -> value of the first system, the mean of its answers.
+        b: the same of the second.
+        tasks: item -> task.
+        weights: task -> weight, in any unit; None: every task the same.
+        resamples: of the bootstrap, and sign flips drawn.
+        seed: of both.
+        level: share that the interval should cover.
+
+    Raises:
+        ValueError: other items in `b` or `tasks` than in `a`, or none.
+    """
+    _same_items("b", a, b)
+    _same_items("tasks", a, tasks)
+    differences: dict[str, list[float]] = {}
+    for item, value in a.items():
+        differences.setdefault(tasks[item], []).append(float(b[item]) - float(value))
+    share = np.array([1.0 if weights is None else weights[task] for task in differences])
+    share = share / share.sum()  # (G,)
+    interval = bootstrap_interval(differences, share.__matmul__, resamples=resamples, seed=seed, level=level)
+    terms = np.concatenate([w * np.array(d) / len(d) for w, d in zip(share, differences.values(), strict=True)])
+    p = sign_flip_p(terms, resamples=resamples, seed=seed)
+    return PairedTest(float(terms.sum()), interval, p, len(a))
+
+
+def sign_flip_p(terms: Float[np.ndarray, " N"], *, resamples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p-value of a sum whose terms have, under the null hypothesis, either sign with equal chance."""
+    terms = terms[terms != 0]  # a zero has no sign: leaving it out changes nothing
+    if not len(terms):
+        return 1.0
+    limit = abs(terms.sum()) * (1 - 1e-9)  # flips that give the same sum again must count, whatever their rounding
+    if len(terms) <= _EXACT:
+        bits = np.arange(2 ** len(terms))[:, None] >> np.arange(len(terms)) & 1  # (2^N, N)
+        return float((np.abs((2 * bits - 1) @ terms) >= limit).mean())
+    rng, extreme = np.random.default_rng(seed), 0
+    for count in _chunks(resamples, len(terms)):
+        signs = 2.0 * rng.integers(0, 2, (count, len(terms)), dtype=np.int8) - 1
+        extreme += int((np.abs(signs @ terms) >= limit).sum())
+    return (1 + extreme) / (1 + resamples)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """p-values of several tests corrected so that the chance of any false alarm is kept.
+
+    S. Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6 (1979): the k-th smallest of m
+    is multiplied by m - k + 1, never below the one before it, at most 1.
+    """
+    corrected, before = {}, 0.0
+    for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
+        before = max(before, min(1.0, (len(p) - rank) * p[name]))
+        corrected[name] = before
+    return {name: corrected[name] for name in p}
+
+
+def _resampled_means(values: Float[np.ndarray, " N"], resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means (R,) of N items drawn with replacement.
+
+    How often each of the V distinct values comes is multinomial, and the mean depends on nothing else: scores of 0 and 1
+    need two numbers a resample, not N.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    share = counts / len(values)
+    drawn = [rng.multinomial(len(values), share, size=count) @ distinct for count in _chunks(resamples, len(distinct))]
+    return np.concatenate(drawn) / len(values)
+
+
+def _chunks(total: int, width: int) -> list[int]:
+    """`total` rows of `width` numbers in pieces of bounded size."""
+    most = max(1, _AT_ONCE // width)
+    return [min(most, total - start) for start in range(0, total, most)]
+
+
+def _item_values(name: str, values: Sequence[float | Sequence[float]]) -> np.ndarray:
+    """A value an item, (N,) float64: the mean of its samples."""
+    if not len(values) or any(np.size(value) == 0 for value in values):
+        raise ValueError(f"groups[{name!r}]: expected at least one value an item, got an empty list")
+    means = np.array([np.mean(value) for value in values], dtype=np.float64)
+    if not np.isfinite(means).all():
+        raise ValueError(f"groups[{name!r}]: expected finite values, got nan or infinity")
+    return means
+
+
+def _percentiles(values: np.ndarray, level: float) -> Interval:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+def _finite(measured: Mapping[str, float], point: Mapping[str, float]) -> Mapping[str, float]:
+    if measured.keys() != point.keys():
+        raise ValueError(
+            f"measure: expected {', '.join(point)} on every resample, got {', '.join(measured) or 'nothing'}"
+        )
+    for name, value in measured.items():
+        if not np.isfinite(value):
+            raise ValueError(f"measure: expected a finite {name} on every resample, got {value}")
+    return measured
+
+
+def _check(resamples: int, level: float) -> None:
+    if resamples < 1:
+        raise ValueError(f"resamples: expected 1 or more, got {resamples}")
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a share between 0 and 1, got {level}")
+
+
+def _same_items(name: str, a: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    if not a:
+        raise ValueError("a: expected at least one item, got none")
+    for item in [*(a.keys() - other.keys()), *(other.keys() - a.keys())][:1]:
+        side = "a" if item in a else name
+        raise ValueError(f"{name}: expected the same items as in a, got {item!r} only in {side}")
