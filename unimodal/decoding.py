@@ -88,6 +88,16 @@ class Session:
 
     def append_text(self, runs: Sequence[Run]) -> None:
         """One run of text ids a document. Branches without text get the structural ids only."""
+        self._text(runs, keep=True)
+
+    def peek_text(self, runs: Sequence[Run]) -> Float[Tensor, "N T C"] | None:
+        """Hidden states of one run of text ids a document; sees the cache, leaves no trace.
+
+        Shorter runs are filled up behind their end. Branches without text have no row; None when nothing is left.
+        """
+        return self._text(runs, keep=False)
+
+    def _text(self, runs: Sequence[Run], keep: bool) -> Float[Tensor, "N T C"] | None:
         sequences, ids = [], []
         for sequence, run in zip(self._sequences(), list(runs) * self.branches, strict=True):
             branch = self._state.branches[sequence // self._total]
@@ -96,16 +106,18 @@ class Session:
                 sequences.append(sequence)
                 ids.append(kept)
         if not sequences:
-            return
+            return None
         state, counts = self._state, [len(i) for i in ids]
         tokens = max(counts)
         padded = torch.tensor([i + [0] * (tokens - len(i)) for i in ids], device=state.last.device)  # (R, T)
         placed = [state.model.scheme.text(state.next[s], tokens) for s in sequences]
         x = state.model.backbone.embedding(padded)  # (R, T, C)
         hidden = self._forward(x, placed, sequences, counts, TokenKind.TEXT, bidirectional=False)
-        self._keep(hidden, sequences, counts)
-        for sequence, count in zip(sequences, counts, strict=True):
-            state.next[sequence] += count
+        if keep:
+            self._keep(hidden, sequences, counts)
+            for sequence, count in zip(sequences, counts, strict=True):
+                state.next[sequence] += count
+        return hidden
 
     def _image(self, embeddings: Embeddings, blocks: Sequence[Block], keep: bool) -> Float[Tensor, "G T C"]:
         state, sequences = self._state, self._sequences()
@@ -379,3 +391,22 @@ def decode(
     finally:
         model.train(training)
     return [Document((*d.parts, *new), d.kind) for d, new in zip(documents, parts, strict=True)]
+
+
+@torch.no_grad()
+def read_prompts(model: UnifiedModel, documents: Sequence[Document], room: int = 0) -> Session:
+    """A session without guidance that has read `documents` and holds up to `room` tokens more of each.
+
+    Raises:
+        ValueError: a document with its room is longer than the recipe's context.
+    """
+    runs = [model.sequencer.prompt(document) for document in documents]
+    settings = DecodingSettings(max_tokens=room, max_images=0, image=model.generator.sampling.override(guidance=1.0))
+    decoder = _Decoder(model, runs, settings, [0] * len(documents))
+    for i in range(len(documents)):
+        if (tokens := decoder.session.length(i) + room) > decoder.capacity:
+            raise ValueError(
+                f"prompt {i}: it has {tokens - room} tokens and needs room for {room} more, which is over this recipe's "
+                f"sequence.context_length {decoder.capacity}"
+            )
+    return decoder.session
