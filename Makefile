@@ -77,11 +77,14 @@ bench-gpu: checked ## the same on one CUDA device; leaves experiments/benchmarks
 
 # --- what a developer does
 
+# A process a core, eight at most; a file's tests stay together, because they share what they train.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+
 test: checked ## run every test
-	@$(PY) -m pytest
+	@$(PY) -m pytest $(PARALLEL)
 
 test-fast: checked ## run the tests that take less than ten seconds each
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest $(PARALLEL) -m "not slow"
 
 lint: $(STAMP) ## style, formatting, types; then that each of these tools is able to fail
 	$(PY) -m ruff check .

@@ -57,6 +57,10 @@ def _dispatch(args: list[str]) -> int:
         from unimodal.training.lightning_cli import run
 
         return run([command, *("--help" if arg == "--help-all" else arg for arg in rest)])
+    if command == "evaluate" and args[1:2] != ["digits"]:
+        from unimodal.evaluation.command import main as evaluate
+
+        return evaluate(args[1:])
     parsed = _parser().parse_args(args or ["--help"])
     from unimodal import commands
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document
 from unimodal.environment import can_compile
+from unimodal.evaluation.benchmark import Benchmark
 from unimodal.export import load_weights, read_info, read_weights
 from unimodal.importers import load_text
 from unimodal.model import UnifiedModel
@@ -19,6 +20,7 @@ from unimodal.text import TextTokenizer
 from unimodal.training import stages
 from unimodal.training.ema import EMA
 from unimodal.training.optimizers import scheduled_adamw
+from unimodal.training.scores import ValidationScores
 
 if TYPE_CHECKING:
     from unimodal.data.module import DocumentData
@@ -48,6 +50,7 @@ class UnifiedTraining(LightningModule):
         checkpoint_layers: whether each layer's activations are computed again in backward rather than kept.
         init_from: a folder of a text model in Hugging Face's format, which every expert begins as; its tokenizer is taken.
         freeze: what does not learn: EXPERT, EXPERT.PART (attention, mlp, norms), shared, embedding, head, generator ...
+        benchmarks: asked in full at every validation; each logs its tasks and their mean.
     """
 
     part = "model"
@@ -70,8 +73,10 @@ class UnifiedTraining(LightningModule):
         checkpoint_layers: bool = False,
         init_from: Path | None = None,
         freeze: Sequence[str] = (),
+        benchmarks: Sequence[Benchmark] = (),
     ) -> None:
         super().__init__()
+        self.benchmarks = benchmarks
         self.model = model
         self.compiles = compile
         model.backbone.checkpointing = checkpoint_layers
@@ -105,8 +110,8 @@ class UnifiedTraining(LightningModule):
         self.model.text = TextTokenizer.load(folder / "tokenizer.json")
 
     def configure_callbacks(self) -> list[Callback]:
-        """The moving average comes with the module."""
-        return [EMA(self.ema_decay)]
+        """The moving average comes with the module, and the benchmarks that it is scored by."""
+        return [EMA(self.ema_decay), *([ValidationScores(self.benchmarks)] if self.benchmarks else [])]
 
     def train_text(self, data: "DocumentData") -> None:
         """Train the text tokenizer on the data's corpus."""

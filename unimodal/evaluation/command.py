@@ -1,0 +1,219 @@
+"""`unimodal evaluate NAME`: options from the benchmark's class, then generate and score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+
+from unimodal.environment import can_compile
+from unimodal.evaluation.answers import RECORD, AnswerFolder
+from unimodal.evaluation.benchmark import Benchmark
+from unimodal.evaluation.fingerprint import items_sha256, model_record, sampling_record
+from unimodal.evaluation.harness import Choice, generate, report, score
+from unimodal.evaluation.registry import BENCHMARKS, benchmark_class
+from unimodal.evaluation.results import Summary, print_summary
+from unimodal.export import load_run, one_line
+from unimodal.model import UnifiedModel
+from unimodal_generators.base import SamplingSettings
+
+HELP = """usage: unimodal evaluate NAME --run DIR --out DIR [options]       generate, then score
+       unimodal evaluate NAME --images DIR --out DIR [options]    score what any other model made
+       unimodal evaluate digits ...                               the page of the digits recipes
+       unimodal evaluate statistics --images DIR --out FILE.npz   reference statistics of a folder of images
+       unimodal evaluate compare DIR DIR [--out FILE.md] [--force]    paired test of two results
+       unimodal evaluate published [NAME]                         published scores and their sources
+
+{names}
+
+unimodal evaluate NAME --help lists a benchmark's options.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark's command takes.
+
+    Args:
+        out: folder for answers/, results.jsonl, summary.json, summary.md and index.html.
+        run: run folder, or an export, of the model that answers.
+        images: folder of answers by another model, in the same layout; nothing is generated.
+        weights: averaged, or of the last step.
+        seed: of every answer's draws, together with the item and the answer's number.
+        batch: answers at once; changes no score.
+        device: cpu, cuda, cuda:1 ...
+        compile: whether the network is compiled first, which pays for many answers.
+        part: K/N: this process generates the K-th of N shares and scores only when there is one share.
+        tasks: these tasks alone.
+        limit: most items a task; the result is labelled PARTIAL.
+        score: whether answers are scored when they are there.
+        self_test: whether the judge is tested on known images, and nothing else done.
+        guidance: of images; 1 is conditional.
+        steps: network evaluations an image.
+        solver: euler or heun.
+        shift: of the sampler's times.
+        temperature: of image tokens.
+        top_k: of image tokens.
+        top_p: of image tokens.
+    """
+
+    out: Path | None = None
+    run: Path | None = None
+    images: Path | None = None
+    weights: Literal["ema", "raw"] = "ema"
+    seed: int = 0
+    batch: int = 32
+    device: str = "auto"
+    compile: bool = False
+    part: str = "1/1"
+    tasks: list[str] | None = None
+    limit: int | None = None
+    score: bool = True
+    self_test: bool = False
+    guidance: float | None = None
+    steps: int | None = None
+    solver: str | None = None
+    shift: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def choice(self) -> Choice:
+        """Which items."""
+        k, _, n = self.part.partition("/")
+        if not (k.isdigit() and n.isdigit()):
+            raise ValueError(f"--part: expected K/N such as 1/4, got {self.part}")
+        return Choice(tuple(self.tasks or ()), self.limit, (int(k), int(n)))
+
+    def sampling(self, model: UnifiedModel) -> SamplingSettings:
+        """The recipe's image sampler, changed where asked."""
+        names = ("guidance", "steps", "solver", "shift", "temperature", "top_k", "top_p")
+        return model.generator.sampling.override(**{name: getattr(self, name) for name in names})
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise ValueError(one_line(message)) from ex
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `unimodal evaluate` with everything behind that word."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, BENCHMARKS))
+        print(HELP.format(names="\n".join(f"  {name:{width}}  {what}" for name, (_, what) in BENCHMARKS.items())))
+        return 0
+    name, *rest = arguments
+    other = {"statistics": statistics, "compare": compare, "published": published}
+    if name in other:
+        return other[name](rest)
+    benchmark, options = parse(name, rest)
+    if options.self_test:
+        benchmark.self_test()
+        print(f"{name}: the self-test came out right")
+        return 0
+    summary = evaluate(benchmark, options)
+    if summary is not None:
+        print_summary(summary)
+        print(f"{options.out}/index.html shows every answer")
+    return 0
+
+
+def parse(name: str, arguments: Sequence[str]) -> tuple[Benchmark, Options]:
+    """The benchmark and the common options of a command line."""
+    cls = benchmark_class(name)
+    parser = _Parser(f"unimodal evaluate {name}", exit_on_error=False)
+    parser.add_class_arguments(Options, None, help="every benchmark's options")
+    # The device is one for the model and the judge.
+    parser.add_class_arguments(cls, None, skip={"device"}, help=f"options of {name}")
+    switches = [k for c in (Options, cls) for k, kind in c.__init__.__annotations__.items() if kind in (bool, "bool")]
+    try:
+        parsed = parser.parse_args(spelt(arguments, switches))
+    except ArgumentError as error:
+        raise ValueError(f"evaluate {name}: {one_line(str(error))}") from error
+    values = parsed.as_dict()
+    options = Options(**{key: values.pop(key) for key in Options.__dataclass_fields__})
+    if "device" in cls.__init__.__annotations__:
+        values["device"] = options.device
+    return cls(**values), options
+
+
+def spelt(arguments: Sequence[str], switches: Sequence[str]) -> list[str]:
+    """Arguments as the parser has them: --top-k is --top_k, --compile is --compile=true, --no-score is --score=false."""
+    found = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            option, equals, value = argument[2:].partition("=")
+            option = option.replace("-", "_")
+            if not equals and option in switches:
+                argument = f"--{option}=true"
+            elif not equals and option.removeprefix("no_") in switches:
+                argument = f"--{option.removeprefix('no_')}=false"
+            else:
+                argument = f"--{option}{equals}{value}"
+        found.append(argument)
+    return found
+
+
+def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
+    """Generate where a model is given, and score where that is asked; None when nothing was scored."""
+    if options.out is None:
+        raise ValueError("--out: expected a folder for the results, got none")
+    if (options.run is None) == (options.images is None):
+        raise ValueError(f"--run or --images: expected one of them, got {'neither' if options.run is None else 'both'}")
+    if options.batch < 1:
+        raise ValueError(f"--batch: expected at least 1, got {options.batch}")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {options.out}")
+    if options.images is not None and not options.images.is_dir():
+        raise ValueError(f"--images: expected a folder, got {options.images}, which does not exist")
+    choice = options.choice()
+    items = choice.of(benchmark.items())
+    folder = AnswerFolder(options.images or options.out / "answers", benchmark.draws, benchmark.samples)
+    if options.run is not None:
+        model = load(options)
+        image = options.sampling(model)
+        record = {
+            "model": model_record(options.run, options.weights),
+            "sampling": sampling_record(benchmark, image),
+            "seed": options.seed,
+            "items_sha256": items_sha256(list(benchmark.items())),
+        }
+        folder.check_record(record)
+        generate(benchmark, items, folder, model, image=image, seed=options.seed, batch=options.batch, part=choice.part)
+    if not options.score or choice.part[1] > 1:
+        return None
+    rows = score(benchmark, items, folder, options.batch)
+    if not rows:
+        raise ValueError(f"--images: {folder.root} holds no answer to {benchmark.name}")
+    return report(benchmark, rows, options.out, folder.root, provenance(folder.root))
+
+
+def provenance(answers: Path) -> dict[str, Any]:
+    """Who made a folder of answers, as far as it says."""
+    path = answers / RECORD
+    if not path.is_file():
+        return {"model": None, "sampling": None, "seed": None}
+    record = json.loads(path.read_text())
+    return {key: record.get(key) for key in ("model", "sampling", "seed")}
+
+
+def load(options: Options) -> UnifiedModel:
+    """The model on its device."""
+    assert options.run is not None
+    model = load_run(options.run, options.weights)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    try:
+        model.to(torch.device(device))
+    except RuntimeError as error:
+        raise ValueError(f"--device: {options.device} cannot be used ({str(error).splitlines()[0]})") from error
+    if options.compile:
+        able, why = can_compile()
+        if not able:
+            raise ValueError(f"--compile: this machine cannot, it has {why}")
+        model.backbone.compile_decoding()
+    return model
