@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from unimodal.data.images import DigitImageData, FolderImageData, ImageData
-    from unimodal.data.module import DigitsData, DocumentData, FolderData
+    from unimodal.data.module import DigitsData, DocumentData, FolderData, ShapesData
 
-__all__ = ["DigitImageData", "DigitsData", "DocumentData", "FolderData", "FolderImageData", "ImageData"]
+__all__ = ["DigitImageData", "DigitsData", "DocumentData", "FolderData", "FolderImageData", "ImageData", "ShapesData"]
 
 
 def __getattr__(name: str) -> object:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from unimodal.data.digits import DigitsSource
 from unimodal.data.folder import FolderSource, FolderSplit
+from unimodal.data.shapes import ShapesKind, ShapesSource, Split
 from unimodal.data.source import Source
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, validation_packs
 from unimodal.documents import Document
@@ -173,6 +174,68 @@ class DigitsData(DocumentData):
     def validation_sources(self) -> list[Source]:
         """The four kinds over the held-out scans."""
         return [DigitsSource(weighted.source.kind, "test") for weighted in self.training_sources()]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ShapesMixture:
+    """Shares of the six kinds of documents."""
+
+    text_to_image: float = 1.0
+    image_to_text: float = 1.0
+    question: float = 1.0
+    edit: float = 1.0
+    count: float = 1.0
+    steps: float = 1.0
+
+
+class ShapesData(DocumentData):
+    """Rendered scenes of coloured shapes: drawn, described, asked about, edited, counted, built step by step.
+
+    Training documents never repeat; validation holds pairs of shape and colour that training never shows or names.
+
+    Args:
+        batch_tokens: most tokens of one packed sequence, which is one micro-batch on one device.
+        size: pixels of the images' sides, 32 to 256.
+        documents: documents of each kind that count as one epoch.
+        mixture: shares of the kinds of documents.
+        validation_documents: most documents of each kind in validation.
+        prompts: documents of each kind that are continued in validation, always the same.
+        seed: of every draw; linked to `seed_everything`.
+        workers: 0 packs in the training process, 1 beside it.
+    """
+
+    def __init__(
+        self,
+        batch_tokens: int,
+        size: int = 32,
+        documents: int = 10_000,
+        mixture: ShapesMixture = ShapesMixture(),
+        validation_documents: int = 200,
+        prompts: int = 20,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(batch_tokens, validation_documents, prompts, seed, workers)
+        self.size, self.documents, self.mixture = size, documents, mixture
+
+    def training_sources(self) -> list[Weighted]:
+        """The six kinds without the pairs held out."""
+        w = self.mixture
+        return [
+            Weighted(self._source("text_to_image", "train"), w.text_to_image),
+            Weighted(self._source("image_to_text", "train"), w.image_to_text),
+            Weighted(self._source("question", "train"), w.question),
+            Weighted(self._source("edit", "train"), w.edit),
+            Weighted(self._source("count", "train"), w.count),
+            Weighted(self._source("steps", "train"), w.steps),
+        ]
+
+    def validation_sources(self) -> list[Source]:
+        """The kinds that are trained, on scenes with held-out pairs."""
+        return [self._source(w.source.kind, "test") for w in self.training_sources() if w.weight > 0]  # type: ignore[arg-type]
+
+    def _source(self, kind: ShapesKind, split: Split) -> ShapesSource:
+        return ShapesSource(kind, split, self.size, self.documents)
 
 
 @dataclass(frozen=True)
