@@ -11,14 +11,14 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from unimodal.metrics.captions import CaptionScorer, caption_scores, check_metric, from_fields, to_fields, tokenise
 
-WORDS = "a the dog cat red ball runs sits on under mat quickly , . and two".split()
+WORDS = "a the dog cat red ball runs sits on under mat quickly , . and two"
 
 
 def corpus(seed: int, images: int) -> tuple[dict[str, list[str]], dict[str, str]]:
     rng = random.Random(seed)
 
     def sentence() -> str:
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 14)))
+        return " ".join(rng.choice(WORDS.split()) for _ in range(rng.randint(1, 14)))
 
     references = {f"i{n}": [sentence() for _ in range(rng.randint(1, 5))] for n in range(images)}
     return references, {image: sentence() for image in references}

@@ -144,5 +144,6 @@ def to_fields(score: CaptionScore) -> dict[str, Any]:
 
 def from_fields(fields: Mapping[str, Any]) -> CaptionScore:
     """The inverse of `to_fields`; other keys are left alone."""
-    made = {name: fields[name] for name in CaptionScore.__dataclass_fields__}
-    return CaptionScore(**{name: tuple(value) if isinstance(value, list) else value for name, value in made.items()})
+    made: dict[str, Any] = {name: fields[name] for name in CaptionScore.__dataclass_fields__}
+    made |= {name: tuple(made[name]) for name in ("guessed", "matched")}
+    return CaptionScore(**made)

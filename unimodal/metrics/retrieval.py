@@ -48,7 +48,7 @@ def retrieval_recall(
         raise ValueError(f"ks: expected numbers from 1, got {min(ks)}")
     images, texts = (torch.nn.functional.normalize(x.double(), dim=1) for x in (images, texts))
     everything = torch.arange(len(images), device=image_of.device)
-    found = {}
+    found: dict[str, float] = {}
     for name, ranks in (
         ("text", _ranks(images, texts, everything, image_of)),
         ("image", _ranks(texts, images, image_of, everything)),
