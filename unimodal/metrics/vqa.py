@@ -32,7 +32,10 @@ _CONTRACTIONS_WRITTEN = (
 )
 # An answer that lacks one apostrophe gets it back; one that lacks two does not.
 _CONTRACTIONS = {
-    word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS_WRITTEN for i, letter in enumerate(word) if letter == "'"
+    word[:i] + word[i + 1 :]: word
+    for word in _CONTRACTIONS_WRITTEN.split()
+    for i, letter in enumerate(word)
+    if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the official table has this one the other way round
 
 
