@@ -32,6 +32,10 @@ from unimodal.data.digits import (
 )
 from unimodal.documents import GENERATED, Document, Part, png_bytes, write_atomically
 from unimodal.evaluation.page import RunDescription, print_scores, write_page
+from unimodal.metrics.distances import frechet_distance
+from unimodal.metrics.manifolds import copy_share, copy_threshold, pairwise, precision_recall_of_distances
+from unimodal.metrics.moments import Moments
+from unimodal.metrics.shares import wilson_interval
 from unimodal_generators.base import SamplingSettings
 
 FEATURE = "pixels64"
@@ -52,131 +56,6 @@ class DecodeFunction(Protocol):
     ) -> list[Document]:
         """Each document followed by what the model wrote and drew, those parts with role "generated"."""
         ...
-
-
-# ---- pure functions
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Ends of a confidence interval."""
-
-    low: float
-    high: float
-
-
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> Interval:
-    """Wilson's score interval of a share, 95 % at the default `z`.
-
-    E. B. Wilson, Probable inference, J. Am. Stat. Assoc. 22 (1927): all p with |p^ - p| <= z sqrt(p (1 - p) / n).
-
-    Raises:
-        ValueError: `n` is not positive, or `successes` not among 0..n.
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"successes: expected 0 <= successes <= n and n >= 1, got {successes} of {n}")
-    p = successes / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return Interval(max(0.0, float(centre - half)), min(1.0, float(centre + half)))
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance between Gaussians fitted to two sets of features, in float64.
-
-    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2): the symmetric product has the eigenvalues of C_a C_b,
-    and eigh stays real where covariances are singular (corner pixels are always empty).
-
-    Args:
-        a: (N, D).
-        b: (M, D).
-
-    Raises:
-        ValueError: not two sets of at least two finite feature vectors of one width.
-    """
-    a, b = _features("a", a, 2), _features("b", b, 2)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"b: expected {a.shape[1]} features as in a, got {b.shape[1]}")
-    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))  # (D, D)
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T  # (D, D)
-    product = root_a @ cov_b @ root_a
-    trace_root = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
-    distance = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root
-    return max(0.0, float(distance))  # equal sets come out a rounding error below zero
-
-
-@dataclass(frozen=True)
-class PrecisionRecall:
-    """Share of fakes among the reals, and of reals among the fakes."""
-
-    precision: float
-    recall: float
-
-
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991, equations 1 and 2).
-
-    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour in the
-    set. Precision is the share of fakes inside the manifold of the reals, recall the share of reals inside that of the
-    fakes.
-
-    Args:
-        real: (N, D).
-        fake: (M, D).
-        k: neighbour that sets the radius, itself not counted.
-
-    Raises:
-        ValueError: `k` < 1, or a set of k or fewer points.
-    """
-    if k < 1:
-        raise ValueError(f"k: expected 1 or more, got {k}")
-    real, fake = _features("real", real, k + 1), _features("fake", fake, k + 1)
-    return _precision_recall(pairwise(real, real), pairwise(real, fake), pairwise(fake, fake), k)
-
-
-def _precision_recall(real_real: np.ndarray, real_fake: np.ndarray, fake_fake: np.ndarray, k: int) -> PrecisionRecall:
-    """The same from distances (N, N), (N, M), (M, M)."""
-    radius_real = np.partition(real_real, k, axis=1)[:, k]  # (N,): entry 0 is the point itself
-    radius_fake = np.partition(fake_fake, k, axis=1)[:, k]  # (M,)
-    return PrecisionRecall(
-        precision=float((real_fake <= radius_real[:, None]).any(axis=0).mean()),
-        recall=float((real_fake <= radius_fake[None, :]).any(axis=1).mean()),
-    )
-
-
-def pairwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Euclidean distances (N, M) between rows of (N, D) and (M, D).
-
-    From differences, not from a^2 + b^2 - 2ab: equal rows must be exactly 0 apart, or copies would not count as copies.
-    """
-    rows = max(1, 4_000_000 // max(1, b.size))  # at most 32 MB of differences at once
-    pieces = [np.sqrt(np.square(a[i : i + rows, None] - b[None]).sum(-1)) for i in range(0, len(a), rows)]
-    return np.concatenate(pieces) if pieces else np.zeros((0, len(b)))
-
-
-def nearest_distances(samples: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Distance (N,) of every sample (N, D) to the nearest of train (M, D)."""
-    return pairwise(_features("samples", samples, 1), _features("train", train, 1)).min(axis=1)
-
-
-def copy_share(samples: np.ndarray, train: np.ndarray, threshold: float) -> float:
-    """Share of samples (N, D) nearer than `threshold` to some training image (M, D)."""
-    return float((nearest_distances(samples, train) < threshold).mean())
-
-
-def copy_threshold(held_out: np.ndarray, train: np.ndarray) -> float:
-    """Distance to the nearest training image that 1 % of unseen real images (N, D) fall below."""
-    return float(np.percentile(nearest_distances(held_out, train), 1))
-
-
-def _features(name: str, values: np.ndarray, at_least: int) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or len(values) < at_least:
-        raise ValueError(f"{name}: expected (N, D) with N >= {at_least}, got shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name}: expected finite numbers, got nan or infinity")
-    return values
 
 
 # ---- the judge
@@ -279,7 +158,7 @@ def evaluate_digits(
     Raises:
         ValueError: an argument out of range, `out` is a file, or images of another size than the digits'.
     """
-    # Here, because the pure functions above need no model.
+    # Here, because scores of images alone need no model.
     from unimodal.decoding import DecodingSettings, decode
     from unimodal.model import UnifiedModel
 
@@ -440,10 +319,11 @@ def _compare(
 ) -> _Comparison:
     """Means over subsets of `size` of the images (N, D); the reference (M, D), `within` (M, M) apart, stays whole."""
     across, own = pairwise(reference, images), pairwise(images, images)  # (M, N), (N, N)
+    moments = Moments.of(reference)
     rows = []
     for chosen in _subsets(len(images), size, rng):
-        pr = _precision_recall(within, across[:, chosen], own[np.ix_(chosen, chosen)], k=3)
-        rows.append((frechet_distance(reference, images[chosen]), pr.precision, pr.recall))
+        pr = precision_recall_of_distances(within, across[:, chosen], own[np.ix_(chosen, chosen)], k=3)
+        rows.append((frechet_distance(moments, Moments.of(images[chosen])), pr.precision, pr.recall))
     frechet, precision, recall = np.mean(rows, axis=0).tolist()
     return _Comparison(frechet, precision, recall)
 
