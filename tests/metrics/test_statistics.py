@@ -197,11 +197,24 @@ def test_rows_keep_their_strata_and_the_originals_their_ids() -> None:
     assert rows == before
 
 
-def test_rows_refuse_measures_that_are_not_numbers_on_some_resample() -> None:
+def test_a_measure_may_be_undefined_on_some_resamples() -> None:
     rows = make_rows(6, 1)
-    with pytest.raises(ValueError, match="finite ratio"):
+
+    def precision(drawn: Sequence[dict[str, Any]]) -> dict[str, float]:
+        chosen = [row["score"] for row in drawn if row["id"] in ("000", "001")]
+        return {"precision": 1.0 + float(np.mean(chosen))} if chosen else {}
+
+    missing = sum(not precision([rows[i] for i in np.random.default_rng(k).integers(0, 6, 6)]) for k in range(100))
+    assert missing > 0
+    interval = bootstrap_rows(rows, precision, resamples=200)["precision"]
+    assert 1.0 <= interval.low <= interval.high <= 2.0  # nowhere a 0 for what is undefined
+
+
+def test_rows_refuse_measures_that_are_not_numbers() -> None:
+    rows = make_rows(6, 1)
+    with pytest.raises(ValueError, match=r"finite values of ratio.*got nan or infinity"):
         bootstrap_rows(rows, lambda drawn: {"ratio": 1.0 if drawn is rows else float("nan")})
-    with pytest.raises(ValueError, match="got nothing"):
+    with pytest.raises(ValueError, match=r"finite values of x.*got none"):
         bootstrap_rows(rows, lambda drawn: {"x": 1.0} if drawn is rows else {})
     with pytest.raises(ValueError, match="rows"):
         bootstrap_rows([], mean_score)

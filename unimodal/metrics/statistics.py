@@ -95,7 +95,8 @@ def bootstrap_rows(
 
     What is drawn, within its task, is an item with all its rows, or all rows of one `cluster` where rows have that field
     (two questions on one image). An item that is drawn twice gets another `id` (and `cluster`) the second time: a measure
-    that groups rows by them must see two items. The fields are otherwise the same.
+    that groups rows by them must see two items. The fields are otherwise the same. A measure that is not defined on some
+    rows leaves its name out; its interval is then over the resamples that do define it.
 
     Args:
         rows: the answers; each has `id` and `task`.
@@ -105,7 +106,7 @@ def bootstrap_rows(
         level: share that the intervals should cover.
 
     Raises:
-        ValueError: no rows, or a measure that is not finite or has other names on a resample.
+        ValueError: no rows, or a measure that is not finite, or one that no resample defines.
     """
     _check(resamples, level)
     if not rows:
@@ -131,8 +132,8 @@ def bootstrap_rows(
             for index, times in enumerate(rng.multinomial(len(stratum), np.full(len(stratum), 1 / len(stratum)))):
                 for time in range(times):
                     chosen += copy(s, index, time)
-        drawn.append(_finite(measure(chosen), point))
-    return {name: _percentiles(np.array([d[name] for d in drawn]), level) for name in point}
+        drawn.append(measure(chosen))
+    return {name: _percentiles(_defined(name, drawn), level) for name in point}
 
 
 def paired_test(
@@ -239,15 +240,15 @@ def _percentiles(values: np.ndarray, level: float) -> Interval:
     return Interval(float(low), float(high))
 
 
-def _finite(measured: Mapping[str, float], point: Mapping[str, float]) -> Mapping[str, float]:
-    if measured.keys() != point.keys():
+def _defined(name: str, drawn: Sequence[Mapping[str, float]]) -> np.ndarray:
+    """The values of one measure on the resamples that define it."""
+    values = np.array([measured[name] for measured in drawn if name in measured], dtype=np.float64)
+    if not len(values) or not np.isfinite(values).all():
+        found = "none" if not len(values) else "nan or infinity"
         raise ValueError(
-            f"measure: expected {', '.join(point)} on every resample, got {', '.join(measured) or 'nothing'}"
+            f"measure: expected finite values of {name}, or its name left out where undefined, got {found}"
         )
-    for name, value in measured.items():
-        if not np.isfinite(value):
-            raise ValueError(f"measure: expected a finite {name} on every resample, got {value}")
-    return measured
+    return values
 
 
 def _check(resamples: int, level: float) -> None:
