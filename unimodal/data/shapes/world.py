@@ -187,8 +187,15 @@ def _seen(thing: Thing, left: np.ndarray) -> bool:
         return False
     if seen > 0.999 * whole:
         return True
-    _, pieces = ndimage.label(left >= 0.5, structure=np.ones((3, 3), int))
-    return bool(pieces == 1)
+    before = _pieces(coverage(thing.shape, thing.size))  # a small ring is thin: it has several parts of its own
+    return all(1 <= now <= max(1, then) for now, then in zip(_pieces(left), before, strict=True))
+
+
+def _pieces(cover: np.ndarray) -> tuple[int, int]:
+    """Parts of a thing that hang together by the sides of pixels, and by two pixels side by side."""
+    full = cover >= 0.6
+    squares = full[:-1, :-1] & full[1:, :-1] & full[:-1, 1:] & full[1:, 1:]
+    return int(ndimage.label(full)[1]), int(ndimage.label(squares)[1])
 
 
 # ---- random scenes

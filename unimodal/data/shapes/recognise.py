@@ -1,0 +1,264 @@
+"""Which shapes an image shows, by exact templates: nothing here is learned, and nothing knows the scene.
+
+1. Every pixel goes to the nearest colour of the palette, and pixels of one colour that touch form a piece.
+2. Every shape is laid over a piece at every size and place that could be; pixels of other colours are not held against it
+   (something may stand in front). The best few fits are kept (`fit.py`).
+3. The fits of all pieces are drawn together, what covers what being read off the pixels, and the ones whose picture is nearest
+   to the image win. On a rendered scene that picture is the image.
+4. The score of a thing falls with what is left: the squared difference of coverage over the thing's area, the distance of
+   its colour from the palette's, and the share of it that nothing shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from unimodal.data.shapes.fit import Layer, Piece, fits, layer
+from unimodal.data.shapes.render import BACKGROUND, COLOURS, SHAPES, coverage, paint, visible, window
+from unimodal.data.shapes.world import CANVAS, SMALLEST, Scene, Thing
+from unimodal.metrics.detection import Detection
+
+_PALETTE = np.array([*COLOURS.values(), BACKGROUND], np.float32)  # (11, 3)
+_NORMS = np.square(_PALETTE).sum(axis=1)  # (11,)
+_NAMES = tuple(COLOURS)
+_FAR = 52.0  # values of 255 from the nearest colour: half the least distance between two
+_STEEP = 30.0  # values of 255 between neighbours that lie on an edge
+_NEIGHBOURS = np.ones((3, 3), int)
+_LEAST_PIXELS = 9
+_MOST_PIECES = 24
+_EXACT = 2.0  # values of 255 that rounding may leave
+_SWEEPS = 3
+_WRONG_AREA, _WRONG_COLOUR = 0.3, 60.0  # at which a score is 1/e: share of the area, distance in values of 255
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """An image and what was read off it pixel by pixel.
+
+    Attributes:
+        pixels: (N, N, 3) float32, 0..255.
+        labels: (N, N) number of the nearest colour; the last is the background.
+        layers: for every colour that is there, the coverage that pixels show.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    layers: dict[str, Layer]
+
+
+def recognise(image: Image.Image, threshold: float = 0.1) -> list[Detection]:
+    """The things in an image, the surest first.
+
+    Boxes are those of the whole things, covered parts included; masks hold what is seen of them.
+
+    Args:
+        image: of 32 to 256 pixels a side; any mode.
+        threshold: least score.
+
+    Raises:
+        ValueError: an image of another size.
+    """
+    width, height = image.size
+    if not (CANVAS[0] <= min(width, height) and max(width, height) <= CANVAS[1]):
+        raise ValueError(f"image: expected sides of {CANVAS[0]} to {CANVAS[1]} pixels, got {width}x{height}")
+    side = max(width, height)
+    pixels = np.empty((side, side, 3), np.float32)
+    pixels[:] = BACKGROUND
+    pixels[:height, :width] = np.asarray(image.convert("RGB"))
+    labels = _nearest(pixels)
+    seen = _Seen(pixels, labels, {})
+    found = [fitted for piece in _pieces(seen) if (fitted := fits(seen.layers[piece.colour], piece))]
+    scene = _together(found, seen)
+    scored = zip(scene.things, visible(scene), strict=True)
+    detections = [_detection(thing, left, scene, seen, (height, width)) for thing, left in scored]
+    return sorted((d for d in detections if d.score >= threshold), key=lambda d: -d.score)
+
+
+# ---- pieces
+
+
+def _nearest(pixels: np.ndarray) -> np.ndarray:
+    """Number of the nearest palette colour (N, N); the background's too where a pixel is a mixture of what lies beside it.
+
+    Such a pixel is far from every colour and differs from its neighbours: half black and half background is nearest to
+    brown, and must not join two brown things.
+    """
+    distance = _NORMS - 2 * (pixels.reshape(-1, 3) @ _PALETTE.T)  # squared, less the pixel's own norm
+    labels = distance.argmin(axis=1)
+    nearest = distance[np.arange(len(labels)), labels] + np.square(pixels).sum(axis=2).ravel()
+    background = nearest[labels == len(_NAMES)]
+    noise = float(np.sqrt(np.median(background) / 2.37)) if len(background) else 0.0  # 2.37: median of chi^2_3
+    far = (nearest > (_FAR + noise) ** 2).reshape(pixels.shape[:2])
+    steep = np.zeros(pixels.shape[:2], bool)
+    across = np.abs(np.diff(pixels, axis=1)).max(axis=2) > _STEEP + 4 * noise
+    down = np.abs(np.diff(pixels, axis=0)).max(axis=2) > _STEEP + 4 * noise
+    steep[:, 1:] |= across
+    steep[:, :-1] |= across
+    steep[1:] |= down
+    steep[:-1] |= down
+    labels = labels.reshape(pixels.shape[:2])
+    labels[far & steep] = len(_NAMES)
+    return labels
+
+
+def _pieces(seen: _Seen) -> list[Piece]:
+    """Touching pixels of one colour, the largest first; lines a pixel wide, as edges leave them, are none."""
+    pieces = []
+    counts = np.bincount(seen.labels.ravel(), minlength=len(_PALETTE))
+    for number, colour in enumerate(_NAMES):
+        if counts[number] < _LEAST_PIXELS:
+            continue
+        own = seen.labels == number
+        parts, _ = ndimage.label(own, structure=_NEIGHBOURS)
+        core = parts * _core(own)
+        sizes, cores = np.bincount(parts.ravel()), np.bincount(core.ravel())
+        kept = [i for i in range(1, len(cores)) if sizes[i] >= _LEAST_PIXELS and cores[i] >= _LEAST_PIXELS // 2]
+        if not kept:
+            continue
+        seen.layers[colour] = layer(seen.pixels, own, COLOURS[colour])
+        nearest = _spread(parts, kept) if len(kept) > 1 else None
+        boxes = ndimage.find_objects(core)
+        for i in kept:
+            rows, columns = boxes[i - 1]
+            box = (columns.start, rows.start, columns.stop, rows.stop)
+            pieces.append(Piece(colour, box, int(sizes[i]), None if nearest is None else nearest == i))
+    return sorted(pieces, key=lambda piece: -piece.area)[:_MOST_PIECES]
+
+
+def _core(own: np.ndarray) -> np.ndarray:
+    """Pixels (N, N) that belong to a square of 2 x 2 of them."""
+    square = own[:-1, :-1] & own[1:, :-1] & own[:-1, 1:] & own[1:, 1:]
+    core = np.zeros_like(own)
+    for rows in (slice(None, -1), slice(1, None)):
+        for columns in (slice(None, -1), slice(1, None)):
+            core[rows, columns] |= square
+    return core
+
+
+def _spread(parts: np.ndarray, kept: list[int]) -> np.ndarray:
+    """Number of the nearest kept piece (N, N)."""
+    there = np.isin(parts, kept)
+    places = ndimage.distance_transform_edt(~there, return_distances=False, return_indices=True)
+    return np.asarray(parts[tuple(places)])
+
+
+# ---- all pieces together
+
+
+def _together(found: list[list[Thing]], seen: _Seen) -> Scene:
+    """The scene of one fit a piece whose picture is nearest to the image."""
+    side = len(seen.pixels)
+    chosen = [fitted[0] for fitted in found]
+    best, error, exact = _compare(chosen, seen)
+    for _ in range(_SWEEPS):
+        if exact:
+            break
+        before = error
+        for i, fitted in enumerate(found):
+            around = [thing for thing in _around(chosen[i], side) if thing not in fitted]
+            for thing in [*fitted, *around]:
+                trial = [*chosen[:i], thing, *chosen[i + 1 :]]
+                things, other, now_exact = _compare(trial, seen)
+                if other < error - 1e-3:
+                    best, error, exact, chosen = things, other, now_exact, trial
+        if error >= before:
+            break
+    return Scene(tuple(best), side)
+
+
+def _around(thing: Thing, side: int) -> list[Thing]:
+    """The same shape a pixel larger, smaller, or elsewhere, inside the canvas."""
+    steps = [(s, x, y) for s in (-1, 0, 1) for x in (-1, 0, 1) for y in (-1, 0, 1) if (s, x, y) != (0, 0, 0)]
+    moved = [replace(thing, size=thing.size + s, x=thing.x + x, y=thing.y + y) for s, x, y in steps]
+    return [
+        new
+        for new in moved
+        if new.size >= SMALLEST - 2 and min(new.x, new.y) >= 0 and max(new.x, new.y) + new.size <= side
+    ]
+
+
+def _compare(things: list[Thing], seen: _Seen) -> tuple[list[Thing], float, bool]:
+    """Things from back to front, the squared error of their picture, and whether rounding explains all of it."""
+    ordered = _ordered(things, seen)
+    error = paint(ordered, len(seen.pixels))
+    error -= seen.pixels
+    return ordered, float(np.vdot(error, error)), bool(max(error.max(), -error.min()) <= _EXACT)
+
+
+def _ordered(things: list[Thing], seen: _Seen) -> list[Thing]:
+    """From back to front: where two overlap, the one whose colour is seen there is in front."""
+    waits: dict[int, set[int]] = {i: set() for i in range(len(things))}  # those that must be drawn before
+    for i in range(len(things)):
+        for j in range(i):
+            front = _front(things[i], things[j], seen)
+            if front is not None:
+                waits[i if front else j].add(j if front else i)
+    ordered: list[Thing] = []
+    while waits:
+        ready = min(waits, key=lambda i: (len(waits[i]), i))  # in a circle the one that waits for fewest
+        del waits[ready]
+        for others in waits.values():
+            others.discard(ready)
+        ordered.append(things[ready])
+    return ordered
+
+
+def _front(a: Thing, b: Thing, seen: _Seen) -> bool | None:
+    """Whether `a` hides `b`; None where they do not overlap."""
+    x1, x2 = max(a.x, b.x), min(a.x + a.size, b.x + b.size)
+    y1, y2 = max(a.y, b.y), min(a.y + a.size, b.y + b.size)
+    if x1 >= x2 or y1 >= y2:
+        return None
+    both = _part(a, x1, x2, y1, y2) * _part(b, x1, x2, y1, y2)
+    there = seen.pixels[y1:y2, x1:x2]
+    error_a, error_b = (np.square(there - np.array(COLOURS[t.colour], np.float32)).sum(axis=2) for t in (a, b))
+    evidence = float((both * (error_b - error_a)).sum())
+    return None if evidence == 0 else evidence > 0
+
+
+def _part(thing: Thing, x1: int, x2: int, y1: int, y2: int) -> np.ndarray:
+    return coverage(thing.shape, thing.size)[y1 - thing.y : y2 - thing.y, x1 - thing.x : x2 - thing.x]
+
+
+# ---- scores
+
+
+def _detection(thing: Thing, left: np.ndarray, scene: Scene, seen: _Seen, shape: tuple[int, int]) -> Detection:
+    """A thing with its score; `left` is what it still covers."""
+    side = scene.size
+    cover = np.zeros((side, side), np.float32)
+    cover[window(thing)] = left
+    others = np.zeros((side, side), bool)
+    for other, seen_of_it in zip(scene.things, _visible_once(scene), strict=True):
+        if other != thing:
+            others[window(other)] |= seen_of_it > 0.02
+    score = _score(thing, cover, others, seen)
+    return Detection(thing.shape, thing.box, score, (cover >= 0.5)[: shape[0], : shape[1]], thing.colour)
+
+
+def _visible_once(scene: Scene) -> list[np.ndarray]:
+    return visible(scene)
+
+
+def _score(thing: Thing, cover: np.ndarray, others: np.ndarray, seen: _Seen) -> float:
+    """exp(-(wrong area / 0.3)^2 - (wrong colour / 60)^2); 0 where nothing of the thing is seen."""
+    near = 2
+    place = tuple(slice(max(0, s.start - near), s.stop + near) for s in window(thing))
+    shown = seen.layers[thing.colour].shown[place]
+    area = float(cover.sum())
+    if area < 1:
+        return 0.0
+    wrong = float((np.square(cover[place] - shown) * ~others[place]).sum()) / area
+    inner = cover > 0.9
+    if not inner.any():
+        inner = cover >= cover.max()
+    off = float(np.linalg.norm(seen.pixels[inner].mean(axis=0) - np.array(COLOURS[thing.colour], np.float32)))
+    hidden = max(0.0, 0.5 - area / float(coverage(thing.shape, thing.size).sum()))
+    return float(np.exp(-((wrong / _WRONG_AREA) ** 2) - (off / _WRONG_COLOUR) ** 2 - (hidden / 0.2) ** 2))
+
+
+assert len(SHAPES) == 8
