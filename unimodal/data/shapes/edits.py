@@ -24,6 +24,7 @@ from unimodal.data.shapes.world import (
     draw_colours,
     pick,
     place,
+    relations,
     size_range,
     suits,
     valid,
@@ -99,8 +100,8 @@ def _change(operation: EditOperation, scene: Scene, split: Split, rng: np.random
 
 def _moved(scene: Scene, thing: Thing, relation: Relation, other: Thing, rng: np.random.Generator) -> Scene | None:
     """The thing elsewhere, as far in front as before, where a bounded number of tries finds a place."""
-    if clearly(thing, relation, other):
-        return None
+    if relation in relations(thing, other):
+        return None  # it stands there already, if not clearly
     for _ in range(_TRIES):
         x, y = (int(v) for v in rng.integers(0, scene.size - thing.size + 1, size=2))
         moved = replace(thing, x=x, y=y)
