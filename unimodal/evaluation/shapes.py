@@ -18,7 +18,7 @@ from unimodal.data.shapes.words import NUMBERS, PREFIXES, plural
 from unimodal.documents import Document, Part
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row, Verdict
 from unimodal.metrics.detection import Detection
-from unimodal.metrics.geneval import Judged, Record, Thresholds, decide, keep, relations, totals
+from unimodal.metrics.geneval import Box, Judged, Record, Thresholds, decide, keep, relations, totals
 
 if TYPE_CHECKING:
     from unimodal.decoding import DecodingSettings
@@ -183,7 +183,7 @@ class ShapesCaptions(ShapesBenchmark):
             return Verdict(0.0, f"there are {_listed(there)}")
         for first, relation, second in stated:
             a, b = (next(t for t in things if (t["shape"], t["colour"]) == kind) for kind in (first, second))
-            if relation not in relations(tuple(a["box"]), tuple(b["box"])):
+            if relation not in relations(_box(a), _box(b)):
                 return Verdict(0.0, f"the {' '.join(first[::-1])} is not {relation} the {' '.join(second[::-1])}")
         return Verdict(1.0)
 
@@ -238,7 +238,8 @@ def boxes(found: Sequence[Detection]) -> list[dict[str, Any]]:
 
 # ---- reading captions
 
-_NOUN = f"(?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<shape>{'|'.join(sorted({*SHAPES, *map(plural, SHAPES)}, key=len, reverse=True))})"
+_NAMES = "|".join(sorted({*SHAPES, *map(plural, SHAPES)}, key=len, reverse=True))  # "stars" before "star"
+_NOUN = f"(?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<shape>{_NAMES})"
 _ITEM = re.compile(f"(?P<number>an?|{'|'.join(NUMBERS[1:])}) {_NOUN}")
 _SINGULAR = {plural(shape): shape for shape in SHAPES} | {shape: shape for shape in SHAPES}
 _RELATION = re.compile(f" ({'|'.join(RELATIONS)}) ")
@@ -300,13 +301,18 @@ def _take(left: list[Detection], thing: dict[str, Any], overlap: float) -> Detec
     return best
 
 
-def _as_told(instruction: str, box: Sequence[float], before: Sequence[dict[str, Any]]) -> bool:
+def _as_told(instruction: str, box: Box, before: Sequence[dict[str, Any]]) -> bool:
     """Whether a box stands so to the thing that the instruction's end names: "... left of the red circle"."""
     match = re.search(rf"({'|'.join(RELATIONS)}) the (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})$", instruction)
     assert match is not None  # the world wrote it
     relation, colour, shape = match.groups()
     (other,) = [t for t in before if t["shape"] == shape and colour in (None, t["colour"])]
-    return relation in relations(tuple(box), tuple(other["box"]))
+    return relation in relations(box, _box(other))
+
+
+def _box(thing: dict[str, Any]) -> Box:
+    x1, y1, x2, y2 = thing["box"]
+    return x1, y1, x2, y2
 
 
 def _iou(a: Sequence[float], b: Sequence[float]) -> float:
