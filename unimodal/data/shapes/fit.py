@@ -16,13 +16,14 @@ from numpy.lib.stride_tricks import as_strided
 from unimodal.data.shapes.render import BACKGROUND, SHAPES, coverage
 from unimodal.data.shapes.world import SMALLEST, Thing
 
-_OFF_LINE = 45.0  # values of 255 by which a pixel may miss the mixtures of a colour with the background
+_OFF_LINE = 24.0  # values of 255 by which a pixel may miss the mixtures of a colour with the background, without noise
 _HIDDEN_PRICE = 0.05  # of a covered pixel, against 1 for a wrong one: of two fits the one that hides less
 _MOST_HIDDEN = 0.5
 _THINNEST = 0.4  # least share of its box that a shape covers
 _COARSE = 20  # pixels of a piece's side from which it is first looked at from afar
 _KEPT = 3  # fits a shape
-_MARGIN = 0.25  # of the piece's area by which a fit may be worse than the best
+_MARGIN = 0.25  # share of the piece's area by which a fit may be worse than the best, and pixels that are always allowed
+_LEAST_MARGIN = 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,20 +56,21 @@ class Piece:
     own: np.ndarray | None
 
 
-def layer(pixels: np.ndarray, nearest: np.ndarray, colour: tuple[int, int, int]) -> Layer:
+def layer(pixels: np.ndarray, nearest: np.ndarray, colour: tuple[int, int, int], noise: float) -> Layer:
     """The layer of a colour.
 
     Args:
         pixels: (N, N, 3), 0..255.
         nearest: (N, N) whether the colour is the palette's nearest.
         colour: red, green, blue.
+        noise: standard deviation of a value.
     """
     base = np.array(BACKGROUND, np.float32)
     line = np.array(colour, np.float32) - base
     apart = pixels - base
     shown = np.clip(apart @ (line / (line @ line)), 0, 1)
     off = apart - shown[:, :, None] * line
-    open_ = (np.einsum("ijk,ijk->ij", off, off) <= _OFF_LINE**2) | nearest
+    open_ = (np.einsum("ijk,ijk->ij", off, off) <= (_OFF_LINE + 1.5 * noise) ** 2) | nearest
     return Layer(shown * open_, open_.astype(np.float32))
 
 
@@ -163,10 +165,11 @@ def _search(both: np.ndarray, shapes: tuple[str, ...], size: int, xs: range, ys:
 def _best(fits: Iterable[_Fit], area: float) -> list[_Fit]:
     """A few of every shape that are not much worse than the best, the best first."""
     ordered = sorted(fits)
+    limit = ordered[0].cost + max(_MARGIN * area, _LEAST_MARGIN) if ordered else 0.0
     kept: list[_Fit] = []
     count = dict.fromkeys(SHAPES, 0)
     for fit in ordered:
-        if fit.cost > ordered[0].cost + _MARGIN * area:
+        if fit.cost > limit:
             break
         if count[fit.shape] < _KEPT:
             count[fit.shape] += 1

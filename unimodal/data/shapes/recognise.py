@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage
 
 from unimodal.data.shapes.fit import Layer, Piece, fits, layer
-from unimodal.data.shapes.render import BACKGROUND, COLOURS, SHAPES, coverage, paint, visible, window
+from unimodal.data.shapes.render import BACKGROUND, COLOURS, coverage, paint, visible, window
 from unimodal.data.shapes.world import CANVAS, SMALLEST, Scene, Thing
 from unimodal.metrics.detection import Detection
 
@@ -30,7 +30,7 @@ _STEEP = 30.0  # values of 255 between neighbours that lie on an edge
 _NEIGHBOURS = np.ones((3, 3), int)
 _LEAST_PIXELS = 9
 _MOST_PIECES = 24
-_EXACT = 2.0  # values of 255 that rounding may leave
+_ROUNDING = 0.5  # values of 255
 _SWEEPS = 3
 _WRONG_AREA, _WRONG_COLOUR = 0.3, 60.0  # at which a score is 1/e: share of the area, distance in values of 255
 
@@ -42,11 +42,13 @@ class _Seen:
     Attributes:
         pixels: (N, N, 3) float32, 0..255.
         labels: (N, N) number of the nearest colour; the last is the background.
+        noise: of the background, standard deviation of a value.
         layers: for every colour that is there, the coverage that pixels show.
     """
 
     pixels: np.ndarray
     labels: np.ndarray
+    noise: float
     layers: dict[str, Layer]
 
 
@@ -69,20 +71,19 @@ def recognise(image: Image.Image, threshold: float = 0.1) -> list[Detection]:
     pixels = np.empty((side, side, 3), np.float32)
     pixels[:] = BACKGROUND
     pixels[:height, :width] = np.asarray(image.convert("RGB"))
-    labels = _nearest(pixels)
-    seen = _Seen(pixels, labels, {})
+    seen = _read(pixels)
     found = [fitted for piece in _pieces(seen) if (fitted := fits(seen.layers[piece.colour], piece))]
     scene = _together(found, seen)
-    scored = zip(scene.things, visible(scene), strict=True)
-    detections = [_detection(thing, left, scene, seen, (height, width)) for thing, left in scored]
+    covers = _covers(scene)
+    detections = [_detection(i, scene, covers, seen, (height, width)) for i in range(len(scene.things))]
     return sorted((d for d in detections if d.score >= threshold), key=lambda d: -d.score)
 
 
 # ---- pieces
 
 
-def _nearest(pixels: np.ndarray) -> np.ndarray:
-    """Number of the nearest palette colour (N, N); the background's too where a pixel is a mixture of what lies beside it.
+def _read(pixels: np.ndarray) -> _Seen:
+    """The nearest palette colour of every pixel; the background where a pixel is a mixture of what lies beside it.
 
     Such a pixel is far from every colour and differs from its neighbours: half black and half background is nearest to
     brown, and must not join two brown things.
@@ -102,7 +103,7 @@ def _nearest(pixels: np.ndarray) -> np.ndarray:
     steep[:-1] |= down
     labels = labels.reshape(pixels.shape[:2])
     labels[far & steep] = len(_NAMES)
-    return labels
+    return _Seen(pixels, labels, noise, {})
 
 
 def _pieces(seen: _Seen) -> list[Piece]:
@@ -119,7 +120,7 @@ def _pieces(seen: _Seen) -> list[Piece]:
         kept = [i for i in range(1, len(cores)) if sizes[i] >= _LEAST_PIXELS and cores[i] >= _LEAST_PIXELS // 2]
         if not kept:
             continue
-        seen.layers[colour] = layer(seen.pixels, own, COLOURS[colour])
+        seen.layers[colour] = layer(seen.pixels, own, COLOURS[colour], seen.noise)
         nearest = _spread(parts, kept) if len(kept) > 1 else None
         boxes = ndimage.find_objects(core)
         for i in kept:
@@ -149,25 +150,73 @@ def _spread(parts: np.ndarray, kept: list[int]) -> np.ndarray:
 # ---- all pieces together
 
 
+@dataclass(frozen=True)
+class _Guess:
+    """Things from back to front, the fits that each was chosen from, and the squared error of their picture."""
+
+    things: tuple[Thing, ...]
+    fits: tuple[tuple[Thing, ...], ...]
+    error: float
+
+
 def _together(found: list[list[Thing]], seen: _Seen) -> Scene:
-    """The scene of one fit a piece whose picture is nearest to the image."""
+    """The scene of one fit a piece whose picture is nearest to the image: better ones are taken until none is left."""
     side = len(seen.pixels)
-    chosen = [fitted[0] for fitted in found]
-    best, error, exact = _compare(chosen, seen)
+    whole = (0, 0, side, side)
+    order = _order([fits[0] for fits in found], seen)
+    things = tuple(found[i][0] for i in order)
+    guess = _Guess(things, tuple(tuple(found[i]) for i in order), _error(things, seen, whole))
+    exact = side * side * 3 * _ROUNDING**2
     for _ in range(_SWEEPS):
-        if exact:
+        before = guess.error
+        if before > exact:
+            guess = _reordered(guess, seen)
+        if guess.error > exact:
+            guess = _refitted(guess, seen)
+        if guess.error <= exact or guess.error >= before:
             break
-        before = error
-        for i, fitted in enumerate(found):
-            around = [thing for thing in _around(chosen[i], side) if thing not in fitted]
-            for thing in [*fitted, *around]:
-                trial = [*chosen[:i], thing, *chosen[i + 1 :]]
-                things, other, now_exact = _compare(trial, seen)
-                if other < error - 1e-3:
-                    best, error, exact, chosen = things, other, now_exact, trial
-        if error >= before:
-            break
-    return Scene(tuple(best), side)
+    return Scene(guess.things, side)
+
+
+def _reordered(guess: _Guess, seen: _Seen) -> _Guess:
+    """The guess with two overlapping things changing places wherever that is better."""
+    for i in range(len(guess.things)):
+        for j in range(i):
+            if _overlap(guess.things[i], guess.things[j]) is not None:
+                order = list(range(len(guess.things)))
+                order[i], order[j] = j, i
+                box = _around_both(guess.things[i], guess.things[j])
+                things, fits = tuple(guess.things[k] for k in order), tuple(guess.fits[k] for k in order)
+                guess = _better(guess, _Guess(things, fits, 0.0), box, seen)
+    return guess
+
+
+def _refitted(guess: _Guess, seen: _Seen) -> _Guess:
+    """The guess with every thing replaced by another of its fits, or a neighbour of it, wherever that is better."""
+    side = len(seen.pixels)
+    for i in range(len(guess.things)):
+        nearby = _around(guess.things[i], side)
+        for thing in (*guess.fits[i], *(new for new in nearby if new not in guess.fits[i])):
+            things = (*guess.things[:i], thing, *guess.things[i + 1 :])
+            box = _around_both(guess.things[i], thing)
+            guess = _better(guess, replace(guess, things=things), box, seen)
+    return guess
+
+
+def _better(guess: _Guess, other: _Guess, box: tuple[int, int, int, int], seen: _Seen) -> _Guess:
+    """The one with the smaller error, of two that differ inside `box` only."""
+    gain = _error(guess.things, seen, box) - _error(other.things, seen, box)
+    return replace(other, error=guess.error - gain) if gain > 1e-3 * max(1.0, guess.error) else guess
+
+
+def _error(things: tuple[Thing, ...], seen: _Seen, box: tuple[int, int, int, int]) -> float:
+    x1, y1, x2, y2 = box
+    difference = paint(things, box) - seen.pixels[y1:y2, x1:x2]
+    return float(np.vdot(difference, difference))
+
+
+def _around_both(a: Thing, b: Thing) -> tuple[int, int, int, int]:
+    return min(a.x, b.x), min(a.y, b.y), max(a.x + a.size, b.x + b.size), max(a.y + a.size, b.y + b.size)
 
 
 def _around(thing: Thing, side: int) -> list[Thing]:
@@ -181,43 +230,42 @@ def _around(thing: Thing, side: int) -> list[Thing]:
     ]
 
 
-def _compare(things: list[Thing], seen: _Seen) -> tuple[list[Thing], float, bool]:
-    """Things from back to front, the squared error of their picture, and whether rounding explains all of it."""
-    ordered = _ordered(things, seen)
-    error = paint(ordered, len(seen.pixels))
-    error -= seen.pixels
-    return ordered, float(np.vdot(error, error)), bool(max(error.max(), -error.min()) <= _EXACT)
-
-
-def _ordered(things: list[Thing], seen: _Seen) -> list[Thing]:
-    """From back to front: where two overlap, the one whose colour is seen there is in front."""
+def _order(things: list[Thing], seen: _Seen) -> list[int]:
+    """Numbers from back to front: where two overlap, the one whose colour is seen there is in front."""
     waits: dict[int, set[int]] = {i: set() for i in range(len(things))}  # those that must be drawn before
     for i in range(len(things)):
         for j in range(i):
             front = _front(things[i], things[j], seen)
             if front is not None:
                 waits[i if front else j].add(j if front else i)
-    ordered: list[Thing] = []
+    ordered: list[int] = []
     while waits:
         ready = min(waits, key=lambda i: (len(waits[i]), i))  # in a circle the one that waits for fewest
         del waits[ready]
         for others in waits.values():
             others.discard(ready)
-        ordered.append(things[ready])
+        ordered.append(ready)
     return ordered
 
 
 def _front(a: Thing, b: Thing, seen: _Seen) -> bool | None:
     """Whether `a` hides `b`; None where they do not overlap."""
-    x1, x2 = max(a.x, b.x), min(a.x + a.size, b.x + b.size)
-    y1, y2 = max(a.y, b.y), min(a.y + a.size, b.y + b.size)
-    if x1 >= x2 or y1 >= y2:
+    shared = _overlap(a, b)
+    if shared is None:
         return None
+    x1, y1, x2, y2 = shared
     both = _part(a, x1, x2, y1, y2) * _part(b, x1, x2, y1, y2)
     there = seen.pixels[y1:y2, x1:x2]
     error_a, error_b = (np.square(there - np.array(COLOURS[t.colour], np.float32)).sum(axis=2) for t in (a, b))
     evidence = float((both * (error_b - error_a)).sum())
     return None if evidence == 0 else evidence > 0
+
+
+def _overlap(a: Thing, b: Thing) -> tuple[int, int, int, int] | None:
+    """What two boxes share."""
+    x1, x2 = max(a.x, b.x), min(a.x + a.size, b.x + b.size)
+    y1, y2 = max(a.y, b.y), min(a.y + a.size, b.y + b.size)
+    return None if x1 >= x2 or y1 >= y2 else (x1, y1, x2, y2)
 
 
 def _part(thing: Thing, x1: int, x2: int, y1: int, y2: int) -> np.ndarray:
@@ -227,21 +275,20 @@ def _part(thing: Thing, x1: int, x2: int, y1: int, y2: int) -> np.ndarray:
 # ---- scores
 
 
-def _detection(thing: Thing, left: np.ndarray, scene: Scene, seen: _Seen, shape: tuple[int, int]) -> Detection:
-    """A thing with its score; `left` is what it still covers."""
-    side = scene.size
-    cover = np.zeros((side, side), np.float32)
-    cover[window(thing)] = left
-    others = np.zeros((side, side), bool)
-    for other, seen_of_it in zip(scene.things, _visible_once(scene), strict=True):
-        if other != thing:
-            others[window(other)] |= seen_of_it > 0.02
+def _covers(scene: Scene) -> np.ndarray:
+    """What each thing still covers (things, N, N)."""
+    covers = np.zeros((len(scene.things), scene.size, scene.size), np.float32)
+    for cover, thing, left in zip(covers, scene.things, visible(scene), strict=True):
+        cover[window(thing)] = left
+    return covers
+
+
+def _detection(number: int, scene: Scene, covers: np.ndarray, seen: _Seen, shape: tuple[int, int]) -> Detection:
+    """One thing with its score."""
+    thing, cover = scene.things[number], covers[number]
+    others = covers.sum(axis=0) - cover > 0.02
     score = _score(thing, cover, others, seen)
     return Detection(thing.shape, thing.box, score, (cover >= 0.5)[: shape[0], : shape[1]], thing.colour)
-
-
-def _visible_once(scene: Scene) -> list[np.ndarray]:
-    return visible(scene)
 
 
 def _score(thing: Thing, cover: np.ndarray, others: np.ndarray, seen: _Seen) -> float:
@@ -259,6 +306,3 @@ def _score(thing: Thing, cover: np.ndarray, others: np.ndarray, seen: _Seen) -> 
     off = float(np.linalg.norm(seen.pixels[inner].mean(axis=0) - np.array(COLOURS[thing.colour], np.float32)))
     hidden = max(0.0, 0.5 - area / float(coverage(thing.shape, thing.size).sum()))
     return float(np.exp(-((wrong / _WRONG_AREA) ** 2) - (off / _WRONG_COLOUR) ** 2 - (hidden / 0.2) ** 2))
-
-
-assert len(SHAPES) == 8

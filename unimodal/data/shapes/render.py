@@ -25,6 +25,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (0, 0, 0), "white": (255, 255, 255),
 }  # fmt: skip
 """The ten colours of GenEval, 0..255; any two of them and the background are more than 100 apart."""
+_VALUES = {name: np.array(values, np.float32) for name, values in COLOURS.items()}
 _POINTS = 8  # a side, in every pixel
 
 
@@ -113,16 +114,27 @@ def visible(scene: Scene) -> list[np.ndarray]:
     return left[::-1]
 
 
-def paint(things: Sequence[Thing], size: int) -> np.ndarray:
-    """Values (size, size, 3) float32, 0..255 and not rounded, of things from back to front."""
-    canvas = np.empty((size, size, 3), np.float32)
+def paint(things: Sequence[Thing], box: tuple[int, int, int, int]) -> np.ndarray:
+    """Values (height, width, 3) float32 of a part of a scene, 0..255 and not rounded.
+
+    Args:
+        things: from back to front.
+        box: x1, y1, x2, y2 of the part.
+    """
+    x1, y1, x2, y2 = box
+    canvas = np.empty((y2 - y1, x2 - x1, 3), np.float32)
     canvas[:] = BACKGROUND
     for thing in things:
-        area = canvas[window(thing)]
-        area += coverage(thing.shape, thing.size)[:, :, None] * (np.array(COLOURS[thing.colour], np.float32) - area)
+        left, top = max(x1, thing.x), max(y1, thing.y)
+        right, bottom = min(x2, thing.x + thing.size), min(y2, thing.y + thing.size)
+        if left < right and top < bottom:
+            cover = coverage(thing.shape, thing.size)
+            cover = cover[top - thing.y : bottom - thing.y, left - thing.x : right - thing.x, None]
+            area = canvas[top - y1 : bottom - y1, left - x1 : right - x1]
+            area += cover * (_VALUES[thing.colour] - area)
     return canvas
 
 
 def render(scene: Scene) -> Image.Image:
     """The scene as an RGB image of its size."""
-    return Image.fromarray(np.rint(paint(scene.things, scene.size)).astype(np.uint8))
+    return Image.fromarray(np.rint(paint(scene.things, (0, 0, scene.size, scene.size))).astype(np.uint8))
