@@ -171,7 +171,7 @@ def test_pope(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "expected at least one question"),
-        ("[]", ": : expected a list of objects|expected at least one"),
+        ("[]", r"q\.json: questions: expected a list of objects, got \[\]"),
         (json.dumps(POPE_LINE) + "\n{", r"q\.json:2: expected one JSON object"),
         (json.dumps(POPE_LINE | {"label": "Maybe"}), r"q\.json:1: label: expected one of yes, no, got 'Maybe'"),
         (json.dumps(POPE_LINE | {"question_id": True}), r"q\.json:1: question_id: expected a name or number, got True"),
@@ -341,11 +341,16 @@ def test_mmbench_needs_its_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"), [("&&&&", "no base64"), (base64.b64encode(b"text").decode(), "cannot identify")]
+    ("data", "reason"),
+    [
+        ("&&&&", "no base64"),
+        (base64.b64encode(b"text").decode(), "a file of another kind"),
+        (base64.b64encode(base64.b64decode(in_base64())[:45]).decode(), "truncated|broken"),
+    ],
 )
 def test_an_image_that_is_none(tmp_path: Path, data: str, reason: str) -> None:
     (question,) = read_mmbench(mmbench_file(tmp_path / "m.tsv", mmbench_row(image=data)))
-    with pytest.raises(ValueError, match=rf"m\.tsv:2: image: expected a whole image in base64, got .*{reason}"):
+    with pytest.raises(ValueError, match=rf"m\.tsv:2: image: expected .*in base64, got .*({reason})"):
         _ = question.image.image
 
 
