@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 from transformers import Mask2FormerForUniversalSegmentation
+from transformers.utils import logging
 
 from unimodal.importers.mmdet import CONFIG, KNOWN, WEIGHTS
 from unimodal.metrics.detection import Detection
@@ -161,6 +162,8 @@ def _masks(
     logits: Float[Tensor, "N h w"], padded: tuple[int, int], filled: tuple[int, int], original: tuple[int, int]
 ) -> tuple[Bool[Tensor, "N H W"], Float[Tensor, " N"]]:
     """Masks at the image's size, and the mean probability inside each; 0 for an empty one."""
+    if not len(logits):
+        return logits.new_zeros((0, *original), dtype=torch.bool), logits.new_zeros(0)
     pixels, inside = [], []
     for some in logits.split(_AT_ONCE):
         whole = functional.interpolate(some[None], padded, mode="bilinear", align_corners=False)
@@ -169,8 +172,6 @@ def _masks(
         mask = own > 0
         inside.append((own.sigmoid() * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) + 1e-6))
         pixels.append(mask)
-    if not pixels:
-        return logits.new_zeros((0, *original), dtype=torch.bool), logits.new_zeros(0)
     return torch.cat(pixels), torch.cat(inside)
 
 
@@ -206,9 +207,7 @@ class Mask2FormerDetector:
         self.folder, self.batch = Path(folder), batch
         self.metadata = read_metadata(self.folder)
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        network, notes = Mask2FormerForUniversalSegmentation.from_pretrained(
-            self.folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        network, notes = _load(self.folder)
         wrong = [*notes["missing_keys"], *notes["unexpected_keys"], *notes["mismatched_keys"]]
         if wrong:
             raise ValueError(f"--detector: {self.folder}: expected the converted Mask2Former, got {wrong[0]} amiss")
@@ -265,6 +264,19 @@ class Mask2FormerDetector:
             "resize": f"opencv bilinear 8-bit into {LONG_SIDE}x{SHORT_SIDE}, padding {PADDING} to {DIVISOR}",
             "precision": "float32",
         }
+
+
+def _load(folder: Path) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, Any]]:
+    """The network, and what did not fit; without transformers' progress bar."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return Mask2FormerForUniversalSegmentation.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _detections(found: Found, with_masks: bool) -> list[Detection]:
