@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from unimodal.data.shapes.render import BACKGROUND, SHAPES, coverage
+from unimodal.data.shapes.render import SHAPES, coverage
 from unimodal.data.shapes.world import SMALLEST, Thing
 
 _OFF_LINE = 24.0  # values of 255 by which a pixel may miss the mixtures of a colour with the background, without noise
@@ -22,7 +22,9 @@ _MOST_HIDDEN = 0.5
 _THINNEST = 0.4  # least share of its box that a shape covers
 _COARSE = 20  # pixels of a piece's side from which it is first looked at from afar
 _KEPT = 3  # fits a shape
-_MARGIN = 0.25  # share of the piece's area by which a fit may be worse than the best, and pixels that are always allowed
+_MARGIN = (
+    0.25  # share of the piece's area by which a fit may be worse than the best, and pixels that are always allowed
+)
 _LEAST_MARGIN = 8.0
 
 
@@ -56,18 +58,18 @@ class Piece:
     own: np.ndarray | None
 
 
-def layer(pixels: np.ndarray, nearest: np.ndarray, colour: tuple[int, int, int], noise: float) -> Layer:
+def layer(pixels: np.ndarray, nearest: np.ndarray, colour: np.ndarray, background: np.ndarray, noise: float) -> Layer:
     """The layer of a colour.
 
     Args:
         pixels: (N, N, 3), 0..255.
         nearest: (N, N) whether the colour is the palette's nearest.
-        colour: red, green, blue.
+        colour: (3,).
+        background: (3,).
         noise: standard deviation of a value.
     """
-    base = np.array(BACKGROUND, np.float32)
-    line = np.array(colour, np.float32) - base
-    apart = pixels - base
+    line = colour - background
+    apart = pixels - background
     shown = np.clip(apart @ (line / (line @ line)), 0, 1)
     off = apart - shown[:, :, None] * line
     open_ = (np.einsum("ijk,ijk->ij", off, off) <= (_OFF_LINE + 1.5 * noise) ** 2) | nearest

@@ -3,8 +3,9 @@
 1. Every pixel goes to the nearest colour of the palette, and pixels of one colour that touch form a piece.
 2. Every shape is laid over a piece at every size and place that could be; pixels of other colours are not held against it
    (something may stand in front). The best few fits are kept (`fit.py`).
-3. The fits of all pieces are drawn together, what covers what being read off the pixels, and the ones whose picture is nearest
-   to the image win. On a rendered scene that picture is the image.
+3. The fits of all pieces are drawn together, what covers what being read off the pixels, and the ones whose picture is
+   nearest to the image win. On a rendered scene that picture is the image. Where much is left, the image is sharpened and
+   read again: if the picture of that scene, blurred, is nearer, the image was blurred.
 4. The score of a thing falls with what is left: the squared difference of coverage over the thing's area, the distance of
    its colour from the palette's, and the share of it that nothing shows.
 """
@@ -18,11 +19,11 @@ from PIL import Image
 from scipy import ndimage
 
 from unimodal.data.shapes.fit import Layer, Piece, fits, layer
-from unimodal.data.shapes.render import BACKGROUND, COLOURS, coverage, paint, visible, window
+from unimodal.data.shapes.render import BACKGROUND, COLOURS, PALETTE, coverage, paint, visible, window
 from unimodal.data.shapes.world import CANVAS, SMALLEST, Scene, Thing
 from unimodal.metrics.detection import Detection
 
-_PALETTE = np.array([*COLOURS.values(), BACKGROUND], np.float32)  # (11, 3)
+_PALETTE = np.stack(list(PALETTE.values()))  # (11, 3)
 _NORMS = np.square(_PALETTE).sum(axis=1)  # (11,)
 _NAMES = tuple(COLOURS)
 _FAR = 52.0  # values of 255 from the nearest colour: half the least distance between two
@@ -32,6 +33,10 @@ _LEAST_PIXELS = 9
 _MOST_PIECES = 24
 _ROUNDING = 0.5  # values of 255
 _SWEEPS = 3
+_SAME = 6.0  # values of 255 between two colours that are one
+_BLURS = (0.6, 1.0)  # standard deviations in pixels that an image is tried with
+_ROUNDS = 8
+_REST = 0.01  # share of the image's difference from the background that may stay unexplained
 _WRONG_AREA, _WRONG_COLOUR = 0.3, 60.0  # at which a score is 1/e: share of the area, distance in values of 255
 
 
@@ -43,12 +48,14 @@ class _Seen:
         pixels: (N, N, 3) float32, 0..255.
         labels: (N, N) number of the nearest colour; the last is the background.
         noise: of the background, standard deviation of a value.
+        palette: values (3,) of the background and of the colours that are there, as the image has them.
         layers: for every colour that is there, the coverage that pixels show.
     """
 
     pixels: np.ndarray
     labels: np.ndarray
     noise: float
+    palette: dict[str, np.ndarray]
     layers: dict[str, Layer]
 
 
@@ -71,12 +78,47 @@ def recognise(image: Image.Image, threshold: float = 0.1) -> list[Detection]:
     pixels = np.empty((side, side, 3), np.float32)
     pixels[:] = BACKGROUND
     pixels[:height, :width] = np.asarray(image.convert("RGB"))
-    seen = _read(pixels)
-    found = [fitted for piece in _pieces(seen) if (fitted := fits(seen.layers[piece.colour], piece))]
-    scene = _together(found, seen)
+    seen, scene = _explained(pixels)
     covers = _covers(scene)
     detections = [_detection(i, scene, covers, seen, (height, width)) for i in range(len(scene.things))]
     return sorted((d for d in detections if d.score >= threshold), key=lambda d: -d.score)
+
+
+def _explained(pixels: np.ndarray) -> tuple[_Seen, Scene]:
+    """What is seen and the scene that explains it; where noise does not explain the rest, also as a blurred scene."""
+    seen = _read(pixels)
+    scene = _together(_fits(seen), seen)
+    error = _blurred_error(scene, seen, pixels, 0.0)
+    apart = pixels - seen.palette["background"]
+    enough = _REST * float(np.vdot(apart, apart)) + pixels.size * (_ROUNDING**2 + (1.2 * seen.noise) ** 2)
+    for blur in _BLURS:
+        if error <= enough:
+            break
+        other = _read(_sharpened(pixels, blur))
+        other_scene = _together(_fits(other), other)
+        other_error = _blurred_error(other_scene, other, pixels, blur)
+        if other_error < error:
+            seen, scene, error = other, other_scene, other_error
+    return seen, scene
+
+
+def _fits(seen: _Seen) -> list[list[Thing]]:
+    return [found for piece in _pieces(seen) if (found := fits(seen.layers[piece.colour], piece))]
+
+
+def _sharpened(pixels: np.ndarray, blur: float) -> np.ndarray:
+    """Pixels whose blurred picture is the image: van Cittert's iteration, kept inside 0..255."""
+    sharp = pixels
+    for _ in range(_ROUNDS):
+        sharp = np.clip(sharp + pixels - ndimage.gaussian_filter(sharp, (blur, blur, 0)), 0, 255)
+    return sharp
+
+
+def _blurred_error(scene: Scene, seen: _Seen, pixels: np.ndarray, blur: float) -> float:
+    """Squared difference of an image and the scene's picture, blurred."""
+    picture = paint(scene.things, (0, 0, scene.size, scene.size), seen.palette)
+    difference = (ndimage.gaussian_filter(picture, (blur, blur, 0)) if blur else picture) - pixels
+    return float(np.vdot(difference, difference))
 
 
 # ---- pieces
@@ -103,7 +145,20 @@ def _read(pixels: np.ndarray) -> _Seen:
     steep[:-1] |= down
     labels = labels.reshape(pixels.shape[:2])
     labels[far & steep] = len(_NAMES)
-    return _Seen(pixels, labels, noise, {})
+    seen = _Seen(pixels, labels, noise, {}, {})
+    _match(seen, "background", labels == len(_NAMES))
+    return seen
+
+
+def _match(seen: _Seen, name: str, own: np.ndarray) -> None:
+    """Note the colour that the inside of `own` has; the palette's where there is no inside, or no difference in earnest."""
+    inside = ndimage.binary_erosion(own, _NEIGHBOURS)
+    values = PALETTE[name]
+    if inside.any():
+        found = np.median(seen.pixels[inside], axis=0)
+        if np.linalg.norm(found - values) > _SAME + 2 * seen.noise:
+            values = found
+    seen.palette[name] = values
 
 
 def _pieces(seen: _Seen) -> list[Piece]:
@@ -120,7 +175,8 @@ def _pieces(seen: _Seen) -> list[Piece]:
         kept = [i for i in range(1, len(cores)) if sizes[i] >= _LEAST_PIXELS and cores[i] >= _LEAST_PIXELS // 2]
         if not kept:
             continue
-        seen.layers[colour] = layer(seen.pixels, own, COLOURS[colour], seen.noise)
+        _match(seen, colour, own)
+        seen.layers[colour] = layer(seen.pixels, own, seen.palette[colour], seen.palette["background"], seen.noise)
         nearest = _spread(parts, kept) if len(kept) > 1 else None
         boxes = ndimage.find_objects(core)
         for i in kept:
@@ -211,7 +267,7 @@ def _better(guess: _Guess, other: _Guess, box: tuple[int, int, int, int], seen: 
 
 def _error(things: tuple[Thing, ...], seen: _Seen, box: tuple[int, int, int, int]) -> float:
     x1, y1, x2, y2 = box
-    difference = paint(things, box) - seen.pixels[y1:y2, x1:x2]
+    difference = paint(things, box, seen.palette) - seen.pixels[y1:y2, x1:x2]
     return float(np.vdot(difference, difference))
 
 
@@ -256,7 +312,7 @@ def _front(a: Thing, b: Thing, seen: _Seen) -> bool | None:
     x1, y1, x2, y2 = shared
     both = _part(a, x1, x2, y1, y2) * _part(b, x1, x2, y1, y2)
     there = seen.pixels[y1:y2, x1:x2]
-    error_a, error_b = (np.square(there - np.array(COLOURS[t.colour], np.float32)).sum(axis=2) for t in (a, b))
+    error_a, error_b = (np.square(there - seen.palette[t.colour]).sum(axis=2) for t in (a, b))
     evidence = float((both * (error_b - error_a)).sum())
     return None if evidence == 0 else evidence > 0
 
@@ -303,6 +359,6 @@ def _score(thing: Thing, cover: np.ndarray, others: np.ndarray, seen: _Seen) -> 
     inner = cover > 0.9
     if not inner.any():
         inner = cover >= cover.max()
-    off = float(np.linalg.norm(seen.pixels[inner].mean(axis=0) - np.array(COLOURS[thing.colour], np.float32)))
+    off = float(np.linalg.norm(seen.pixels[inner].mean(axis=0) - PALETTE[thing.colour]))
     hidden = max(0.0, 0.5 - area / float(coverage(thing.shape, thing.size).sum()))
     return float(np.exp(-((wrong / _WRONG_AREA) ** 2) - (off / _WRONG_COLOUR) ** 2 - (hidden / 0.2) ** 2))

@@ -7,7 +7,7 @@ its size alone and is made once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (0, 0, 0), "white": (255, 255, 255),
 }  # fmt: skip
 """The ten colours of GenEval, 0..255; any two of them and the background are more than 100 apart."""
-_VALUES = {name: np.array(values, np.float32) for name, values in COLOURS.items()}
+PALETTE = {name: np.array(values, np.float32) for name, values in (*COLOURS.items(), ("background", BACKGROUND))}
+"""The same as arrays (3,), with the background."""
 _POINTS = 8  # a side, in every pixel
 
 
@@ -114,16 +115,19 @@ def visible(scene: Scene) -> list[np.ndarray]:
     return left[::-1]
 
 
-def paint(things: Sequence[Thing], box: tuple[int, int, int, int]) -> np.ndarray:
+def paint(
+    things: Sequence[Thing], box: tuple[int, int, int, int], palette: Mapping[str, np.ndarray] = PALETTE
+) -> np.ndarray:
     """Values (height, width, 3) float32 of a part of a scene, 0..255 and not rounded.
 
     Args:
         things: from back to front.
         box: x1, y1, x2, y2 of the part.
+        palette: values (3,) of every colour and of the background.
     """
     x1, y1, x2, y2 = box
     canvas = np.empty((y2 - y1, x2 - x1, 3), np.float32)
-    canvas[:] = BACKGROUND
+    canvas[:] = palette["background"]
     for thing in things:
         left, top = max(x1, thing.x), max(y1, thing.y)
         right, bottom = min(x2, thing.x + thing.size), min(y2, thing.y + thing.size)
@@ -131,7 +135,7 @@ def paint(things: Sequence[Thing], box: tuple[int, int, int, int]) -> np.ndarray
             cover = coverage(thing.shape, thing.size)
             cover = cover[top - thing.y : bottom - thing.y, left - thing.x : right - thing.x, None]
             area = canvas[top - y1 : bottom - y1, left - x1 : right - x1]
-            area += cover * (_VALUES[thing.colour] - area)
+            area += cover * (palette[thing.colour] - area)
     return canvas
 
 
