@@ -1,6 +1,7 @@
 """What happens to pixels before the detector and to logits behind it, against slow versions; and the detector as a whole."""
 
 import importlib.util
+import itertools
 import math
 from pathlib import Path
 
@@ -230,7 +231,7 @@ def test_each_image_has_its_own_bound(detector):
     image = Image.fromarray(picture(40, 40))
     (every,) = detector.detect([image], [0.0], [False])
     scores = sorted(d.score for d in every)
-    gap, lower = max((b - a, a) for a, b in zip(scores, scores[1:], strict=False))
+    gap, lower = max((b - a, a) for a, b in itertools.pairwise(scores))
     bound = lower + gap / 2  # far from any score: together and alone differ by rounding
     low, high = detector.detect([image, image], [0.0, bound], [False, False])
     assert views(low) == views(every)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from matplotlib import cbook
@@ -35,6 +35,7 @@ TOLERANCE = 0.02
 _SIDE = 224
 
 
+@runtime_checkable
 class Detector(Protocol):
     """Finds objects; `Mask2FormerDetector` is one."""
 
@@ -44,11 +45,12 @@ class Detector(Protocol):
         """What scores more than `least` in each image."""
         ...
 
-    def spec(self) -> dict[str, object]:
+    def spec(self) -> dict[str, Any]:
         """What its results depend on."""
         ...
 
 
+@runtime_checkable
 class ColourNamer(Protocol):
     """Names colours of objects; `ClipColours` is one."""
 
@@ -56,7 +58,7 @@ class ColourNamer(Protocol):
         """A colour an object."""
         ...
 
-    def spec(self) -> dict[str, object]:
+    def spec(self) -> dict[str, Any]:
         """What its results depend on."""
         ...
 
