@@ -196,7 +196,7 @@ class InceptionFeatures(LogitFeatures):
         resize = resize or TensorFlowResize()
         published = {
             "frechet": "fid", "kernel": "kid", "precision": "precision", "recall": "recall", "density": "density",
-            "coverage": "coverage",
+            "coverage": "coverage", "inception_score": "inception_score",
         }  # fmt: skip
         name = f"inception{layer}"
         super().__init__(name, LAYERS[layer], resize.preparation, published if layer == "2048" else None)
