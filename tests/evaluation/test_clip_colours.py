@@ -171,7 +171,7 @@ def test_a_folder_is_loaded_as_it_was_saved(folder):
     assert tensors_sha256(found.network) == tensors_sha256(build())
     assert tensors_sha256(found.network) != tensors_sha256(build(seed=1))
     spec = ClipColours(found, "cpu").spec()
-    assert (spec["activation"], spec["background"]) == ("QuickGELU", "#999")
+    assert (spec["network"], spec["activation"], spec["background"]) == ("clip-True", "QuickGELU", "#999")
     assert ClipColours(found, "cpu").names([scene()])[0] in COLOURS
 
 

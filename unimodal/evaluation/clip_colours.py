@@ -85,7 +85,8 @@ def load_clip(weights: str, architecture: str = ARCHITECTURE) -> Clip:
         raise ValueError(f"--clip: {weights}: expected weights that fit {name}, got {line}") from error
     check_quick_gelu(network, weights)
     transform = image_transform_v2(PreprocessCfg(**network.visual.preprocess_cfg), is_train=False)
-    return Clip(network, transform, open_clip.get_tokenizer(name), weights)
+    # A local path says nothing on another machine; the tensors' hash tells weights apart.
+    return Clip(network, transform, open_clip.get_tokenizer(name), path.name if path.exists() else weights)
 
 
 def _check_config(folder: Path) -> None:
