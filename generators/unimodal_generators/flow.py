@@ -31,6 +31,9 @@ from unimodal_generators.base import (
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
+NEAREST = 0.05
+"""Least 1 - t that a difference from the data is divided by (JiT, arXiv 2511.13720)."""
+
 
 @dataclass(frozen=True)
 class FlowSettings(SamplingSettings):
@@ -52,6 +55,8 @@ class Flow(ImageGenerator):
         time_std: likewise.
         time: how the network is told an image's time: added to its patches (BAGEL), as a token before them (JanusFlow,
             Show-o2), or as a condition that scales, shifts and gates them in every layer (DiT; needs backbone.adaln).
+        predicts: what the last layer gives: the velocity, or the data, whose velocity is (data - x_t) / (1 - t). The loss is
+            the velocity's in both cases (JiT, arXiv 2511.13720: data lie near few dimensions, noise does not).
         sampling: defaults of the sampler.
     """
 
@@ -67,12 +72,13 @@ class Flow(ImageGenerator):
         time_mean: float = 0.0,
         time_std: float = 1.0,
         time: Literal["add", "token", "adaln"] = "add",
+        predicts: Literal["velocity", "data"] = "velocity",
         sampling: FlowSettings = FlowSettings(),
     ) -> None:
         super().__init__()
         self.check(layout)
         self.time, self.conditions, self.prefix = time, time == "adaln", int(time == "token")
-        self.layout, self.sampling = layout, sampling
+        self.layout, self.sampling, self.predicts = layout, sampling, predicts
         self.time_shift, self.time_mean, self.time_std = time_shift, time_mean, time_std
         self.patch_in = nn.Linear(layout.dim, width)
         self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -119,15 +125,22 @@ class Flow(ImageGenerator):
         pairs = zip(time.split(1), patches.split(lengths))
         return Embeddings(torch.cat([time[:0], patches[:0], *(x for pair in pairs for x in pair)]))
 
-    def velocity(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest D"]:
-        """v of hidden states, in fp32 or better."""
-        v = self.velocity_out(hidden)
-        return v.to(torch.promote_types(v.dtype, torch.float32))
+    def velocity(
+        self, hidden: Float[Tensor, "*rest C"], x: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
+    ) -> Float[Tensor, "*rest D"]:
+        """v at x_t of hidden states, in fp32 or better."""
+        out = self.velocity_out(hidden)
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        return out if self.predicts == "velocity" else (out - x) / (1 - t).clamp_min(NEAREST)
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
         """Squared error of v, a mean over a token's channels and a sum over tokens."""
         assert corrupted.targets is not None
-        error = F.mse_loss(self.velocity(hidden), corrupted.targets, reduction="none").mean(-1)  # (T,)
+        t = self._per_token(corrupted.time, corrupted.grids)[:, None]  # (T, 1)
+        v = corrupted.targets
+        if self.predicts == "data":  # near the data both are divided alike, or the difference would be a bias
+            v = v * (1 - t) / (1 - t).clamp_min(NEAREST)
+        error = F.mse_loss(self.velocity(hidden, corrupted.inputs, t), v, reduction="none").mean(-1)  # (T,)
         return {"image": LossTerm(error.sum(), len(error))}
 
     def sample(
@@ -152,7 +165,8 @@ class Flow(ImageGenerator):
         def velocity(x: Tensor, t: float) -> Tensor:
             noised = Corrupted(x, x.new_full((len(grids),), t), tuple(grids))
             hidden = session.peek(self.embed(noised), blocks)  # (G, T and prefixes, C)
-            return guide(self.velocity(hidden[:, own] if self.prefix else hidden), scales)  # (T, D)
+            hidden = hidden[:, own] if self.prefix else hidden
+            return guide(self.velocity(hidden, x, x.new_full((1, 1), t)), scales)  # (T, D)
 
         times = diffusion.sampling_times(settings.steps, settings.shift, settings.solver)
         for x in diffusion.SOLVERS[settings.solver](velocity, noise, times):

@@ -251,11 +251,40 @@ def test_no_images_are_an_exact_zero(time: str) -> None:
 
 
 def test_a_fresh_generator_predicts_zero() -> None:
-    assert Flow(LAYOUT, 32).velocity(torch.randn(3, 32)).abs().max() == 0
+    x, t = torch.randn(3, 12), torch.tensor([[0.0], [0.5], [0.9]])
+    assert Flow(LAYOUT, 32).velocity(torch.randn(3, 32), x, t).abs().max() == 0
+    towards = Flow(LAYOUT, 32, predicts="data").velocity(torch.randn(3, 32), x, t)
+    torch.testing.assert_close(x + (1 - t) * towards, torch.zeros(3, 12))  # the data it points at
+
+
+def test_the_loss_is_of_velocities_whatever_is_predicted() -> None:
+    """Weights of a velocity and of the data it points at are worth the same; near the data both differences shrink."""
+    data, blocks = tokens(), [block(g, t, s) for g, t, s in zip(GRIDS, (0.1, 0.6, 0.98), (5, 6, 7), strict=True)]
+    made, other = flow(), flow(predicts="data")
+    corrupted = made.corrupt(data, blocks)
+    assert corrupted.targets is not None
+    time = torch.cat([t.expand(g.length) for t, g in zip(corrupted.time, GRIDS, strict=True)])[:, None]  # (T, 1)
+    for net in (made, other):
+        net.velocity_out = torch.nn.Identity()  # hidden states are what the last layer gives
+    v = torch.randn_like(data.values)
+    x1 = corrupted.inputs + (1 - time) * v
+    embedded = made.embed(corrupted)
+    for far, chosen in ((True, time < 0.95), (False, time >= 0.95)):
+        scale = torch.ones(1) if far else (1 - time[chosen[:, 0]]) / 0.05
+        expected = (((v - corrupted.targets)[chosen[:, 0]] * scale) ** 2).mean(-1).sum()
+        kept = [i for i, b in enumerate(blocks) if (b.time < 0.95) == far]
+        part = made.corrupt(data.select(kept), [blocks[i] for i in kept])
+        got = other.loss(x1[chosen[:, 0]], embedded, part)["image"].sum
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        if far:
+            torch.testing.assert_close(made.loss(v[chosen[:, 0]], embedded, part)["image"].sum, expected)
 
 
 def test_velocity_is_in_full_precision() -> None:
-    assert flow().bfloat16().velocity(torch.randn(3, 32).bfloat16()).dtype == torch.float32
+    x, t = torch.randn(3, 12), torch.zeros(1, 1)
+    for predicts in ("velocity", "data"):
+        v = flow(predicts=predicts).bfloat16().velocity(torch.randn(3, 32).bfloat16(), x, t)
+        assert v.dtype == torch.float32
 
 
 def test_discrete_tokenizers_are_refused_by_name() -> None:
@@ -347,7 +376,7 @@ def test_one_euler_step_by_hand(make: Callable[..., UnifiedModel], time: str) ->
         embedded = model.generator.embed(Corrupted(noise, torch.zeros(1), (Grid(4, 4),)))
         prefix = int(time == "token")
         whole = Block(Grid(4, 4), TokenKind.LEARNED, bidirectional=True, private=True, prefix=prefix)
-        c, u = model.generator.velocity(session.peek(embedded, [whole])[:, prefix:])
+        c, u = model.generator.velocity(session.peek(embedded, [whole])[:, prefix:], noise, torch.zeros(1, 1))
     torch.testing.assert_close(final.values, noise + u + 2.5 * (c - u), atol=1e-4, rtol=1e-4)
 
 
