@@ -136,8 +136,8 @@ def _finer(both: np.ndarray, found: list[_Fit]) -> list[_Fit]:
             for places, v in zip(wanted.setdefault((old.shape, size), (set(), set())), (old.x, old.y), strict=True):
                 places.update(range(2 * v + shift - 2, 2 * v + shift + 4))
     fits: list[_Fit] = []
-    for (shape, size), places in wanted.items():
-        xs, ys = (range(max(0, min(v)), min(n - size, max(v)) + 1) for v in places)
+    for (shape, size), sides in wanted.items():
+        xs, ys = (range(max(0, min(side)), min(n - size, max(side)) + 1) for side in sides)
         fits += _search(both, (shape,), size, xs, ys)
     return fits
 

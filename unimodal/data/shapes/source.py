@@ -24,7 +24,7 @@ Draft = list[tuple[str | Scene, bool]]
 _TASK_SHARES: dict[CaptionTask, float] = {
     "single_object": 1, "two_object": 1, "counting": 1.5, "colors": 1, "position": 1.5, "color_attr": 1.5, "scene": 1.5,
 }  # fmt: skip
-_CORPUS = 400  # sampled texts a kind and split
+_CORPUS = 150  # sampled texts a kind and split
 _CORPUS_CANVAS = 64  # room for as many things as texts ever name
 
 

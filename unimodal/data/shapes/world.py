@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Literal, TypeVar, get_args
 
@@ -293,17 +294,12 @@ def arrange(
     """
     sizes, rules, apart = size_range(size, len(kinds)), tuple(where), bool(rng.integers(2))
     for restart in range(_RESTARTS):
-        space = 1 if apart and 2 * restart < _RESTARTS else -size  # a crowd may have no room to stand apart
+        space = 1 if apart and 2 * restart < _RESTARTS else -1  # a crowd may have no room to stand apart
         scene = Scene((), size)
         placed: dict[int, Thing] = {}
         for i in (int(v) for v in rng.permutation(len(kinds))):
-            due = [(a, r, b) for a, r, b in rules if i in (a, b) and ({a, b} - {i}) <= placed.keys()]
-
-            def accept(thing: Thing, i: int = i, due: list = due, placed: dict = placed, space: int = space) -> bool:
-                both = {**placed, i: thing}
-                right = all(clearly(both[a], r, both[b]) for a, r, b in due)
-                return right and all(_distance(thing, other) >= space for other in placed.values())
-
+            due = [rule for rule in rules if i in rule and {rule[0], rule[2]} - {i} <= placed.keys()]
+            accept = partial(_stands, i=i, placed=placed, due=due, space=space)
             bigger = place(scene, kinds[i], sizes, rng, accept)
             if bigger is None:
                 break
@@ -311,3 +307,11 @@ def arrange(
         if len(placed) == len(kinds):
             return scene, [placed[i] for i in range(len(kinds))]
     raise ValueError(f"kinds: found no room for {len(kinds)} things on {size}x{size} pixels, {kinds}")
+
+
+def _stands(thing: Thing, i: int, placed: dict[int, Thing], due: list[tuple[int, Relation, int]], space: int) -> bool:
+    """Whether the i-th thing keeps its relations and so many pixels from those there are."""
+    for a, relation, b in due:
+        if not clearly(thing if a == i else placed[a], relation, thing if b == i else placed[b]):
+            return False
+    return space < 0 or all(_distance(thing, other) >= space for other in placed.values())
