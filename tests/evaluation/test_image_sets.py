@@ -184,7 +184,7 @@ def test_a_reference_of_too_few_images_is_refused_before_the_images_are_read(
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save(inception._Empty().state_dict(), path)
+    torch.save(inception.EmptyInception().state_dict(), path)
     return path
 
 

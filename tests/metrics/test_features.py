@@ -71,7 +71,7 @@ def test_pixel_features_are_means_of_boxes_and_no_fid() -> None:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in the published file's format and under its name."""
     torch.manual_seed(0)
-    network = inception._Empty()
+    network = inception.EmptyInception()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # statistics of the next batch: else nothing of an image arrives at the last layer
@@ -91,7 +91,7 @@ def features(weights: Path) -> InceptionFeatures:
 @pytest.fixture(scope="module")
 def original(weights: Path) -> FeatureExtractorInceptionV3:
     names = ["64", "192", "768", "2048", "logits_unbiased"]
-    network = inception._Empty()
+    network = inception.EmptyInception()
     network.features_list = names
     network.load_state_dict(torch.load(weights, weights_only=True), strict=False)
     return network.eval()

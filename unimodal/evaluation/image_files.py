@@ -30,7 +30,7 @@ from unimodal.documents import load_image
 from unimodal.metrics.features import ImageFeatures, Preparation
 from unimodal.metrics.moments import IMAGES, npz_keys
 
-_MOST_WORKERS = 8
+_MOST_WORKERS = 16
 TEXT_KEYS = ("prompt", "caption", "text")
 
 
@@ -40,7 +40,7 @@ class Loading:
 
     Attributes:
         batch: images at once.
-        workers: processes that read and prepare; None: one less than there are cores, at most 8.
+        workers: processes that read and prepare; None: one less than there are cores, at most 16.
         device: of the network: auto, cpu, cuda ...
     """
 

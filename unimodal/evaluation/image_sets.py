@@ -80,13 +80,13 @@ class ImageSets(Benchmark):
         samples: images a prompt.
         allow_few: score fewer images than a metric needs; numbers are then called not comparable.
         feature_batch: images at once in a network.
-        workers: processes that read images; none given: one less than there are cores, at most 8.
+        workers: processes that read images; none given: one less than there are cores, at most 16.
         device: where networks run: auto, cpu, cuda ...
     """
 
     name = "images"
     draws = True
-    overall = "items"
+    overall = "none"
 
     def __init__(
         self,
@@ -348,7 +348,7 @@ def save_statistics(
         pixel_size: side of the shrunk images, for pixels.
         keep_features: keep every feature as well, for KID, precision, recall and CMMD.
         feature_batch: images at once.
-        workers: processes that read images; none given: one less than there are cores, at most 8.
+        workers: processes that read images; none given: one less than there are cores, at most 16.
         device: where the network runs: auto, cpu, cuda ...
 
     Returns:

@@ -238,12 +238,12 @@ def _network(weights: Path | str) -> tuple[Any, dict[str, str]]:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
         path = Path(torch.hub.get_dir()) / "checkpoints" / HUB_FILE
     else:
-        network, path = _Empty(), Path(weights)
+        network, path = EmptyInception(), Path(weights)
         load_strictly(network, read_weights(path), path)
     return network.requires_grad_(False).eval(), file_record(path)
 
 
-class _Empty(FeatureExtractorInceptionV3):
+class EmptyInception(FeatureExtractorInceptionV3):
     """The network before its weights come: the constructor of the original unpickles the file that it is given."""
 
     def __init__(self) -> None:
