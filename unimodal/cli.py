@@ -116,10 +116,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_importers(commands: "argparse._SubParsersAction[_OneLine]") -> None:
-    importer = commands.add_parser("import", help="text models of others: which backbone fits")
-    hf = importer.add_subparsers(metavar="hf", required=True).add_parser(
-        "hf", help="the backbone block of a recipe for a Llama, Qwen2 or Qwen3 folder"
-    )
+    importer = commands.add_parser("import", help="text models of others: which backbone fits; GenEval's detector")
+    sources = importer.add_subparsers(metavar="hf|mask2former", required=True)
+    detector = sources.add_parser("mask2former", help="GenEval's detector, from mmdetection's checkpoint")
+    detector.add_argument("checkpoint", type=Path, help="mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_...pth")
+    detector.add_argument("--out", type=Path, required=True, help="new folder that --detector reads")
+    detector.set_defaults(run="import_mask2former")
+    hf = sources.add_parser("hf", help="the backbone block of a recipe for a Llama, Qwen2 or Qwen3 folder")
     hf.add_argument("folder", type=Path, help="config.json, model.safetensors (or shards), tokenizer.json")
     hf.add_argument(
         "--positions", choices=("sequential", "block", "mrope", "rope2d"), default="sequential",

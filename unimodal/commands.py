@@ -123,6 +123,15 @@ def import_hf(args: argparse.Namespace) -> int:
     return 0
 
 
+def import_mask2former(args: argparse.Namespace) -> int:
+    """`unimodal import mask2former`: GenEval's detector as config.json and model.safetensors."""
+    from unimodal.importers.mmdet import convert_checkpoint
+
+    convert_checkpoint(args.checkpoint, args.out)
+    print(f"detector in {args.out}: unimodal evaluate geneval --detector {args.out} ...")
+    return 0
+
+
 def export_hf(args: argparse.Namespace) -> int:
     """`unimodal export hf`: one expert of a trained model as a folder that transformers loads."""
     from unimodal.importers.huggingface import save_text

@@ -86,14 +86,14 @@ class Benchmark(ABC):
         name: what results call it; a changed detector or rule needs another name.
         version: raised whenever a score of the same answers would change.
         draws: whether an answer is exactly one image.
-        overall: the headline: mean of the tasks' means, or of all items.
+        overall: the headline: mean of the tasks' means, of all items, or none where only the set as a whole has numbers.
         samples: answers an item.
     """
 
-    name: ClassVar[str]
+    name: str
     version: ClassVar[int] = 1
     draws: ClassVar[bool] = False
-    overall: ClassVar[Literal["tasks", "items"]] = "tasks"
+    overall: ClassVar[Literal["tasks", "items", "none"]] = "tasks"
     samples: int = 1
 
     @abstractmethod

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
+from unimodal.documents import write_atomically
 from unimodal.environment import can_compile
 from unimodal.evaluation.answers import RECORD, AnswerFolder
 from unimodal.evaluation.benchmark import Benchmark
 from unimodal.evaluation.fingerprint import items_sha256, model_record, sampling_record
 from unimodal.evaluation.harness import Choice, generate, report, score
+from unimodal.evaluation.image_sets import ImageSets, evaluate_folder
 from unimodal.evaluation.registry import BENCHMARKS, benchmark_class
 from unimodal.evaluation.results import Summary, print_summary
 from unimodal.export import load_run, one_line
@@ -128,8 +130,8 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Benchmark, Options]:
     cls = benchmark_class(name)
     parser = _Parser(f"unimodal evaluate {name}", exit_on_error=False)
     parser.add_class_arguments(Options, None, help="every benchmark's options")
-    # The device is one for the model and the judge.
-    parser.add_class_arguments(cls, None, skip={"device"}, help=f"options of {name}")
+    # The device is one for the model and the judge; --seed is of the answers, what is asked stays the same.
+    parser.add_class_arguments(cls, None, skip={"device", "seed"}, help=f"options of {name}")
     switches = [k for c in (Options, cls) for k, kind in c.__init__.__annotations__.items() if kind in (bool, "bool")]
     try:
         parsed = parser.parse_args(spelt(arguments, switches))
@@ -159,6 +161,53 @@ def spelt(arguments: Sequence[str], switches: Sequence[str]) -> list[str]:
     return found
 
 
+def statistics(arguments: Sequence[str]) -> int:
+    """`unimodal evaluate statistics`: the reference of a folder of images as an .npz that --reference reads."""
+    from unimodal.evaluation.image_sets import save_statistics
+
+    parser = _Parser("unimodal evaluate statistics", exit_on_error=False)
+    parser.add_function_arguments(save_statistics)
+    parsed = parser.parse_args(spelt(arguments, ["keep_features"]))
+    save_statistics(**parsed.as_dict())
+    print(f"statistics in {parsed.out}")
+    return 0
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """`unimodal evaluate compare A B`: is B better than A on the same items?"""
+    from unimodal.evaluation.compare import compare as compared
+
+    parser = _Parser("unimodal evaluate compare", exit_on_error=False)
+    parser.add_argument("a", type=Path, help="results, the ones that are improved upon")
+    parser.add_argument("b", type=Path, help="results of the same benchmark")
+    parser.add_argument("--out", type=Path, help="folder for comparison.md and comparison.json")
+    parser.add_argument("--force", action="store_true", help="compare what was not asked or judged alike")
+    parsed = parser.parse_args(list(arguments))
+    comparison = compared(parsed.a, parsed.b, parsed.force)
+    print(comparison.to_markdown())
+    if parsed.out is not None:
+        write_atomically(parsed.out / "comparison.md", comparison.to_markdown().encode())
+        write_atomically(parsed.out / "comparison.json", (json.dumps(comparison.to_json(), indent=2) + "\n").encode())
+    return 0
+
+
+def published(arguments: Sequence[str]) -> int:
+    """`unimodal evaluate published [NAME]`: scores that others print, with their sources."""
+    from unimodal.evaluation.published import PUBLISHED
+
+    parser = _Parser("unimodal evaluate published", exit_on_error=False)
+    parser.add_argument("name", nargs="?", default="geneval", choices=list(PUBLISHED), help="benchmark (geneval)")
+    rows = PUBLISHED[parser.parse_args(list(arguments)).name]
+    tasks = list(dict.fromkeys(task for row in rows for task in row.scores))
+    tasks = [*(task for task in tasks if task != "overall"), "overall"]
+    print("| model | prompts | " + " | ".join(tasks) + " | source |")
+    print("|---" * (len(tasks) + 3) + "|")
+    for row in rows:
+        scores = [f"{row.scores[task]:.2f}" if task in row.scores else "" for task in tasks]
+        print(" | ".join(["| " + row.model, "rewritten" if row.rewritten else "original", *scores, row.source + " |"]))
+    return 0
+
+
 def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
     """Generate where a model is given, and score where that is asked; None when nothing was scored."""
     if options.out is None:
@@ -172,6 +221,8 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images: expected a folder, got {options.images}, which does not exist")
     choice = options.choice()
+    if isinstance(benchmark, ImageSets) and options.images is not None:
+        return evaluate_folder(benchmark, options.images, options.out)
     items = choice.of(benchmark.items())
     folder = AnswerFolder(options.images or options.out / "answers", benchmark.draws, benchmark.samples)
     if options.run is not None:
@@ -190,7 +241,10 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
     rows = score(benchmark, items, folder, options.batch)
     if not rows:
         raise ValueError(f"--images: {folder.root} holds no answer to {benchmark.name}")
-    return report(benchmark, rows, options.out, folder.root, provenance(folder.root))
+    measures = None
+    if isinstance(benchmark, ImageSets) and len(rows) == len(benchmark.items()) * benchmark.samples:
+        measures = benchmark.set_measures([folder.root / row["files"][0] for row in rows])
+    return report(benchmark, rows, options.out, folder.root, provenance(folder.root), measures)
 
 
 def provenance(answers: Path) -> dict[str, Any]:

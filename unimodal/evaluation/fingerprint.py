@@ -10,7 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from unimodal.documents import Part
 from unimodal.evaluation.benchmark import Benchmark, Item
+from unimodal.evaluation.lazy_images import LazyImage
 from unimodal.export import read_info
 from unimodal_generators.base import SamplingSettings
 
@@ -27,16 +29,18 @@ def file_sha256(path: Path) -> str:
 
 
 def items_sha256(items: list[Item]) -> str:
-    """SHA-256 of what is asked: names, tasks, texts, truths and choices; images count by their pixels."""
+    """SHA-256 of what is asked: names, tasks, texts, truths, choices, and images by pixels or by their files' digests."""
     digest = hashlib.sha256()
     for item in items:
-        parts = [
-            part.text if part.is_text else hashlib.sha256(part.image.tobytes()).hexdigest()
-            for part in item.prompt.parts
-        ]
+        parts = [part.text if part.is_text else _digest(part) for part in item.prompt.parts]
         record = [item.id, item.task, parts, dict(item.truth), list(item.choices)]
         digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _digest(part: Part) -> str:
+    """Stands for an image; images of large sets are not read for it."""
+    return part.digest if isinstance(part, LazyImage) else hashlib.sha256(part.image.tobytes()).hexdigest()
 
 
 def benchmark_record(benchmark: Benchmark, items: list[Item]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def summarise(
         fingerprint: kept with the summary.
         set_measures: numbers of the set as a whole, which have no interval.
     """
-    values = item_values(rows)
+    values = item_values(rows) if benchmark.overall != "none" else {}
     tasks = {}
     for name in [task for task in order if task in values]:
         scores = list(values[name].values())

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,8 +41,6 @@ class ShapesBenchmark(Benchmark):
         split: "test" scenes each hold a pair of shape and colour that training never shows.
         seed: of the scenes.
     """
-
-    overall: ClassVar[Literal["tasks", "items"]] = "tasks"
 
     def __init__(self, count: int = 300, size: int = 32, split: Split = "test", seed: int = 0) -> None:
         if count < 1:

@@ -256,7 +256,7 @@ class MultipleChoice(Questions):
     def __init__(self, by: Literal["likelihood", "letter"], wording: str | None) -> None:
         if by == "likelihood":
             # Not comparable with what is written, so never under one name.
-            self.name = f"{type(self).name}-likelihood"  # type: ignore[misc]
+            self.name = f"{type(self).name}-likelihood"
         self.by = by
         default, fields = (LIKELIHOOD, ("question",)) if by == "likelihood" else (LETTER, ("question", "options"))
         self.wording = check_wording(wording or default, *fields)

@@ -1,0 +1,1 @@
+"""Everything that can be scored without weights of others, on one page."""

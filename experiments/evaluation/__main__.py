@@ -1,0 +1,172 @@
+"""The evaluation demo: every benchmark that needs no weights of others, on the digits and shapes recipes, and one page.
+
+Runs that are there already (`make demo`, `make shapes`) are scored. Where one is missing, its recipe is trained for a few
+steps instead, and page and table say so: what it scores shows the machinery, not the recipe.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+
+from unimodal.cli import main as unimodal
+from unimodal.data.shapes import render as render_scene
+from unimodal.data.shapes import render_prompt
+from unimodal.documents import Part, write_atomically
+from unimodal.environment import can_compile
+from unimodal.evaluation.answers import AnswerFolder
+from unimodal.evaluation.shapes import GenEvalShapes
+
+MODELS = Path("lightning_configs/models")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model.
+
+    Attributes:
+        name: which recipe.
+        folder: its run folder.
+        note: what is to be known about it.
+    """
+
+    name: str
+    folder: Path
+    note: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is asked: of the demo little, of the recipe's own results all."""
+
+    per_task: int
+    samples: int
+    count: int
+    documents: int
+    images: int
+
+
+DEMO = Size(per_task=12, samples=2, count=100, documents=24, images=200)
+FULL = Size(per_task=50, samples=4, count=500, documents=100, images=1000)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One line of the page."""
+
+    subject: str
+    name: str
+    summary: dict[str, Any]
+    link: str
+    seconds: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train what is missing, score everything, write the page."""
+    parser = argparse.ArgumentParser("python -m experiments.evaluation", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for results and index.html")
+    parser.add_argument("--digits", type=Path, default=Path("out/demo/run"), help="run of digits_mot_flow")
+    parser.add_argument("--shapes", type=Path, default=Path("out/shapes/run"), help="run of shapes_mot_flow")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of a recipe without a run (60)")
+    parser.add_argument("--only", choices=("digits", "shapes"), help="one of the two")
+    parser.add_argument("--full", action="store_true", help="as many prompts as the recipe's own results have")
+    args = parser.parse_args(argv)
+    started, size = time.monotonic(), FULL if args.full else DEMO
+    lines: list[Scored] = []
+    notes: list[str] = []
+    if args.only != "digits":
+        run = ready("shapes_mot_flow", args.shapes, args.out, args.steps)
+        notes.append(f"{run.name}: {run.note}.")
+        lines += shapes(run, args.out / "shapes", size)
+    if args.only != "shapes":
+        run = ready("digits_mot_flow", args.digits, args.out, args.steps)
+        notes.append(f"{run.name}: {run.note}.")
+        lines += digits(run, args.out / "digits", size)
+    page(args.out, lines, notes, time.monotonic() - started)
+    print(f"done in {time.monotonic() - started:.0f} s: open {args.out / 'index.html'}")
+    return 0
+
+
+def ready(recipe: str, folder: Path, out: Path, steps: int) -> Run:
+    """The run in `folder`, or a short one."""
+    if (folder / "export").is_dir():
+        return Run(recipe, folder, "trained in full")
+    short = out / f"{recipe}_{steps}_steps"
+    if not (short / "export").is_dir():
+        options = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+        options += ["--trainer.default_root_dir", str(short), "--data.validation_documents", "8", "--data.prompts", "2"]
+        command(["fit", "-c", str(MODELS / f"{recipe}.yaml"), *options, "--trainer.precision", "32-true"])
+    return Run(recipe, short, f"trained for {steps} steps only: no run in {folder}")
+
+
+def shapes(run: Run, out: Path, size: Size) -> list[Scored]:
+    """All that the shapes world can score, a perfect renderer beside the model, and whether guidance matters."""
+    prompts = ["--per-task", str(size.per_task), "--samples", str(size.samples)]
+    perfect = GenEvalShapes(size.per_task, size.samples)
+    drawn = out / "perfect" / "answers"
+    draw_perfectly(perfect, drawn)
+    lines = [
+        scored("a perfect renderer", "geneval-shapes", out / "perfect", ["--images", str(drawn), *prompts]),
+        scored(run.name, "geneval-shapes", out / "geneval", [*of(run), *prompts]),
+        scored(f"{run.name}, guidance 1", "geneval-shapes", out / "geneval-1", [*of(run), *prompts, "--guidance", "1"]),
+    ]  # fmt: skip
+    command(["evaluate", "compare", str(out / "geneval-1"), str(out / "geneval"), "--out", str(out / "guidance")])
+    for name in ("shapes-questions", "shapes-captions", "shapes-edits"):
+        lines.append(scored(run.name, name, out / name, [*of(run), "--count", str(size.count)]))
+    lines.append(scored(run.name, "shapes-steps", out / "steps", [*of(run), "--count", str(size.documents)]))
+    return lines
+
+
+def digits(run: Run, out: Path, size: Size) -> list[Scored]:
+    """Sums of digits as interleaved documents."""
+    return [scored(run.name, "digits-sums", out / "sums", [*of(run), "--count", str(size.documents)])]
+
+
+def of(run: Run) -> list[str]:
+    """Options that name a run."""
+    able, _ = can_compile()
+    return ["--run", str(run.folder), "--batch", "100", *(["--compile"] if able else [])]
+
+
+def draw_perfectly(benchmark: GenEvalShapes, root: Path) -> None:
+    """Answers that fulfil every prompt, as any model's images would lie on disk."""
+    folder = AnswerFolder(root, benchmark.draws, benchmark.samples)
+    for number, item in enumerate(benchmark.items()):
+        for sample in range(benchmark.samples):
+            scene = render_prompt(dict(item.truth), np.random.default_rng((number, sample)), benchmark.size)
+            folder.write(item, sample, [Part(render_scene(scene))])
+
+
+def scored(subject: str, name: str, out: Path, options: list[str]) -> Scored:
+    """Run one benchmark, whatever was there before."""
+    started = time.monotonic()
+    command(["evaluate", name, "--out", str(out), *options])
+    summary = json.loads((out / "summary.json").read_text())
+    return Scored(subject, name, summary, f"{out.parent.name}/{out.name}/index.html", time.monotonic() - started)
+
+
+def command(arguments: list[str]) -> None:
+    """One `unimodal` command; its exit code ends the demo when it is not 0."""
+    print(f"\n$ unimodal {' '.join(arguments)}", flush=True)
+    code = unimodal(arguments)
+    if code:
+        sys.exit(code)
+
+
+def page(out: Path, lines: list[Scored], notes: list[str], seconds: float) -> None:
+    """`index.html`, with a link to every gallery, and `summary.json`."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    write_atomically(out / "index.html", template.render(lines=lines, notes=notes, seconds=round(seconds)).encode())
+    record = [{"subject": s.subject, "seconds": s.seconds, **s.summary} for s in lines]
+    write_atomically(out / "summary.json", (json.dumps(record, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
