@@ -36,6 +36,7 @@ _SWEEPS = 3
 _SAME = 6.0  # values of 255 between two colours that are one
 _BLURS = (0.6, 1.0)  # standard deviations in pixels that an image is tried with
 _ROUNDS = 8
+_CLEARLY = 0.5  # share of the error that a blurred scene may leave, to be believed
 _REST = 0.01  # share of the image's difference from the background that may stay unexplained
 _WRONG_AREA, _WRONG_COLOUR = 0.3, 60.0  # at which a score is 1/e: share of the area, distance in values of 255
 
@@ -97,7 +98,7 @@ def _explained(pixels: np.ndarray) -> tuple[_Seen, Scene]:
         other = _read(_sharpened(pixels, blur))
         other_scene = _together(_fits(other), other)
         other_error = _blurred_error(other_scene, other, pixels, blur)
-        if other_error < error:
+        if other_error < _CLEARLY * error:
             seen, scene, error = other, other_scene, other_error
     return seen, scene
 
@@ -351,14 +352,13 @@ def _score(thing: Thing, cover: np.ndarray, others: np.ndarray, seen: _Seen) -> 
     """exp(-(wrong area / 0.3)^2 - (wrong colour / 60)^2); 0 where nothing of the thing is seen."""
     near = 2
     place = tuple(slice(max(0, s.start - near), s.stop + near) for s in window(thing))
-    shown = seen.layers[thing.colour].shown[place]
     area = float(cover.sum())
     if area < 1:
         return 0.0
-    wrong = float((np.square(cover[place] - shown) * ~others[place]).sum()) / area
+    wrong = float((np.square(cover[place] - seen.layers[thing.colour].shown[place]) * ~others[place]).sum())
     inner = cover > 0.9
     if not inner.any():
         inner = cover >= cover.max()
     off = float(np.linalg.norm(seen.pixels[inner].mean(axis=0) - PALETTE[thing.colour]))
     hidden = max(0.0, 0.5 - area / float(coverage(thing.shape, thing.size).sum()))
-    return float(np.exp(-((wrong / _WRONG_AREA) ** 2) - (off / _WRONG_COLOUR) ** 2 - (hidden / 0.2) ** 2))
+    return float(np.exp(-((wrong / area / _WRONG_AREA) ** 2) - (off / _WRONG_COLOUR) ** 2 - (hidden / 0.2) ** 2))
