@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from experiments.benchmarks import attention, blocks, decoding, memory, runner, training
+from experiments.benchmarks import attention, blocks, decoding, evaluation, geneval, memory, runner, training
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.machine import probe
 from experiments.benchmarks.results import Goal
@@ -28,9 +28,12 @@ GOALS: dict[str, Goal | None] = {
     "loss_memory": Goal(4.0, "x"),
     "recompiles": Goal(0, "graphs", at_most=True),
     "plan_overhead": None,
+    "fid_features": Goal(0.95, ""),
+    "geneval_scoring": Goal(3.0, "x"),
 }
 CASES: dict[str, Case] = {
     **training.CASES, **blocks.CASES, **attention.CASES, **decoding.CASES, **memory.CASES,
+    **evaluation.CASES, **geneval.CASES,
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from experiments.benchmarks import models, peers, runner
+from experiments.benchmarks import evaluation, geneval, models, peers, runner
 from experiments.benchmarks.attention import both_ways, heads_of, plan_table
 from experiments.benchmarks.blocks import Blocks, ratio
 from experiments.benchmarks.blocks import measure as measure_blocks
@@ -381,6 +381,8 @@ GOALS: dict[str, Goal | None] = {
     "h8_guidance_256": Goal(1.15, "x", at_most=True),
     "h8_guidance_4096": Goal(1.95, "x", at_most=True),
     "h12_loss_memory": Goal(4.0, "x"),
+    "fid_features": Goal(0.95, ""),
+    "geneval_scoring": Goal(3.0, "x"),
 }
 CASES: dict[str, Case] = {
     "h1_train": partial(train, share=False),
@@ -398,6 +400,8 @@ CASES: dict[str, Case] = {
     "h8_guidance_256": partial(guidance, full=16),
     "h8_guidance_4096": partial(guidance, full=64),
     "h12_loss_memory": loss_memory,
+    **evaluation.CASES,
+    **geneval.CASES,
 }
 
 
