@@ -58,6 +58,11 @@ def _dispatch(args: list[str]) -> int:
 
         return run([command, *("--help" if arg == "--help-all" else arg for arg in rest)])
     if command == "evaluate" and args[1:2] != ["digits"]:
+        if not args[1:] or args[1] in ("-h", "--help"):
+            from unimodal.evaluation.registry import help_text
+
+            print(help_text())
+            return 0
         from unimodal.evaluation.command import main as evaluate
 
         return evaluate(args[1:])

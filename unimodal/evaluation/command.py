@@ -18,23 +18,11 @@ from unimodal.evaluation.benchmark import Benchmark
 from unimodal.evaluation.fingerprint import items_sha256, model_record, sampling_record
 from unimodal.evaluation.harness import Choice, generate, report, score
 from unimodal.evaluation.image_sets import ImageSets, evaluate_folder
-from unimodal.evaluation.registry import BENCHMARKS, benchmark_class
+from unimodal.evaluation.registry import benchmark_class
 from unimodal.evaluation.results import Summary, print_summary
 from unimodal.export import load_run, one_line
 from unimodal.model import UnifiedModel
 from unimodal_generators.base import SamplingSettings
-
-HELP = """usage: unimodal evaluate NAME --run DIR --out DIR [options]       generate, then score
-       unimodal evaluate NAME --images DIR --out DIR [options]    score what any other model made
-       unimodal evaluate digits ...                               the page of the digits recipes
-       unimodal evaluate statistics --images DIR --out FILE.npz   reference statistics of a folder of images
-       unimodal evaluate compare DIR DIR [--out FILE.md] [--force]    paired test of two results
-       unimodal evaluate published [NAME]                         published scores and their sources
-
-{names}
-
-unimodal evaluate NAME --help lists a benchmark's options.
-"""
 
 
 @dataclass(frozen=True)
@@ -105,10 +93,6 @@ class _Parser(ArgumentParser):
 
 def main(arguments: Sequence[str]) -> int:
     """Run `unimodal evaluate` with everything behind that word."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, BENCHMARKS))
-        print(HELP.format(names="\n".join(f"  {name:{width}}  {what}" for name, (_, what) in BENCHMARKS.items())))
-        return 0
     name, *rest = arguments
     other = {"statistics": statistics, "compare": compare, "published": published}
     if name in other:
@@ -234,6 +218,7 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
             "seed": options.seed,
             "items_sha256": items_sha256(list(benchmark.items())),
         }
+        benchmark.answer(model, [], benchmark.settings(image), [])  # refuses settings before anything is written
         folder.check_record(record)
         generate(benchmark, items, folder, model, image=image, seed=options.seed, batch=options.batch, part=choice.part)
     if not options.score or choice.part[1] > 1:

@@ -1,8 +1,12 @@
 """Benchmarks by name. Only the one that is asked for is imported."""
 
-from pydoc import locate
+from __future__ import annotations
 
-from unimodal.evaluation.benchmark import Benchmark
+from pydoc import locate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unimodal.evaluation.benchmark import Benchmark
 
 BENCHMARKS = {
     "geneval": ("unimodal.evaluation.geneval.GenEval", "objects, counts, colours, positions in images, by a detector"),
@@ -37,11 +41,31 @@ BENCHMARKS = {
 }
 """Name -> class and what it scores."""
 
+_HELP = """usage: unimodal evaluate NAME --run DIR --out DIR [options]       generate, then score
+       unimodal evaluate NAME --images DIR --out DIR [options]    score what any other model made
+       unimodal evaluate digits ...                               the page of the digits recipes
+       unimodal evaluate statistics --images DIR --out FILE.npz   reference statistics of a folder of images
+       unimodal evaluate compare DIR DIR [--out FILE.md] [--force]    paired test of two results
+       unimodal evaluate published [NAME]                         published scores and their sources
+
+{names}
+
+unimodal evaluate NAME --help lists a benchmark's options.
+"""
+
+
+def help_text() -> str:
+    """What `unimodal evaluate --help` prints."""
+    width = max(map(len, BENCHMARKS))
+    return _HELP.format(names="\n".join(f"  {name:{width}}  {what}" for name, (_, what) in BENCHMARKS.items()))
+
 
 def benchmark_class(name: str) -> type[Benchmark]:
     """The class behind a name."""
     if name not in BENCHMARKS:
         raise ValueError(f"evaluate: expected one of {', '.join(BENCHMARKS)}, got {name}")
+    from unimodal.evaluation.benchmark import Benchmark  # here: --help lists the names and imports nothing heavy
+
     found = locate(BENCHMARKS[name][0])
     assert isinstance(found, type)
     assert issubclass(found, Benchmark)

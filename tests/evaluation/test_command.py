@@ -1,0 +1,226 @@
+"""`unimodal evaluate` from its arguments to its files, and what it says to wrong ones."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimodal.cli import main
+from unimodal.data.shapes import render, render_prompt
+from unimodal.documents import Part
+from unimodal.evaluation.answers import AnswerFolder
+from unimodal.evaluation.command import parse, spelt
+from unimodal.evaluation.registry import BENCHMARKS, benchmark_class
+from unimodal.evaluation.shapes import GenEvalShapes
+from unimodal.export import ExportInfo, save_export
+from unimodal.model import UnifiedModel
+
+QUICK = ["--per-task", "2", "--samples", "1", "--steps", "1", "--guidance", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of 32 x 32 pixels, exported."""
+    config = {
+        "class_path": "unimodal.model.UnifiedModel",
+        "init_args": {
+            "tokenizer": {"class_path": "unimodal_tokenizers.PatchTokenizer", "init_args": {"patch": 8}},
+            "generator": {"class_path": "unimodal_generators.Flow", "init_args": {}},
+            "backbone": {
+                "width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "mlp_width": 48, "vocabulary": 300, "positions": "block",
+            },
+            "sequence": {"image_sizes": [[32, 32]], "context_length": 192, "drop_text": 0.1},
+        },
+    }  # fmt: skip
+    from unimodal.export import build
+    from unimodal.text import TextTokenizer
+
+    model = build(config, "model")
+    assert isinstance(model, UnifiedModel)
+    model.text = TextTokenizer.train(["a photo of a red circle left of two blue squares"], 300)
+    folder = tmp_path_factory.mktemp("run") / "export"
+    save_export(folder, model, config, ExportInfo("model", "ema", "tiny", "unknown"))
+    return folder
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run what must fail with 2 and one line."""
+
+    def check(*args: object, names: str) -> str:
+        capsys.readouterr()
+        assert main(["evaluate", *map(str, args)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert names in line, line
+        return line
+
+    return check
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_its_name_and_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cls = benchmark_class(name)
+    assert cls.name == name
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", name, "--help"])
+    assert end.value.code == 0
+    assert "--out" in capsys.readouterr().out
+
+
+def test_the_list_names_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in BENCHMARKS)
+
+
+def test_options_are_spelt_as_everywhere() -> None:
+    assert spelt(["--top-k", "3", "--compile", "--no-score", "--per-task=4", "x-y"], ["compile", "score"]) == [
+        "--top_k", "3", "--compile=true", "--score=false", "--per_task=4", "x-y",
+    ]  # fmt: skip
+    benchmark, options = parse(
+        "geneval-shapes", ["--run", "r", "--out", "o", "--per-task", "3", "--top-p", "0.5", "--no-score"]
+    )
+    assert isinstance(benchmark, GenEvalShapes)
+    assert (benchmark.per_task, benchmark.samples) == (3, 4)
+    assert {k: v for k, v in asdict(options).items() if k in ("run", "top_p", "score", "seed")} == {
+        "run": Path("r"), "top_p": 0.5, "score": False, "seed": 0,
+    }  # fmt: skip
+
+
+def test_generate_then_score_or_both_at_once(run: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    command = ["evaluate", "geneval-shapes", "--run", str(run), *QUICK]
+    assert main([*command, "--out", str(whole)]) == 0
+    for part in ("2/2", "1/2"):
+        assert main([*command, "--out", str(halves), "--part", part, "--batch", "1"]) == 0
+    assert not (halves / "summary.json").exists()
+    assert (
+        main(["evaluate", "geneval-shapes", "--images", str(halves / "answers"), "--out", str(halves), *QUICK[:4]]) == 0
+    )
+    assert (halves / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
+    one, other = (json.loads((folder / "summary.json").read_text()) for folder in (whole, halves))
+    assert one == other
+    assert one["label"] == "complete"
+    assert one["fingerprint"]["model"]["recipe"] == "tiny"
+    assert one["fingerprint"]["sampling"]["image"]["steps"] == 1
+    assert len(one["fingerprint"]["model"]["sha256"]) == 64
+
+
+def test_a_folder_of_any_model_is_scored(tmp_path: Path) -> None:
+    benchmark = GenEvalShapes(per_task=2, samples=1)
+    folder = AnswerFolder(tmp_path / "theirs", True, 1)
+    for i, item in enumerate(benchmark.items()):
+        folder.write(item, 0, [Part(render(render_prompt(dict(item.truth), np.random.default_rng(i), 32)))])
+    command = ["evaluate", "geneval-shapes", "--images", str(tmp_path / "theirs"), "--out", str(tmp_path), *QUICK[:4]]
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["overall"], summary["label"]) == (1.0, "complete")
+    assert summary["fingerprint"]["model"] is None
+    (tmp_path / "theirs" / "00003" / "samples" / "00000.png").unlink()
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["overall"], summary["label"], summary["answers"]) == (None, "PARTIAL", 11)
+
+
+def test_two_results_are_compared(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in ("0", "1"):
+        command = [
+            "evaluate",
+            "geneval-shapes",
+            "--run",
+            str(run),
+            *QUICK,
+            "--seed",
+            seed,
+            "--out",
+            str(tmp_path / seed),
+        ]
+        assert main(command) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "compare", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path)]) == 0
+    assert "| seed | 0 | 1 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "comparison.json").read_text())["overall"]["items"] == 12
+
+
+def test_other_settings_do_not_mix_into_a_folder(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    command = ["geneval-shapes", "--run", run, *QUICK, "--out", tmp_path / "out"]
+    assert main(["evaluate", *map(str, command)]) == 0
+    refused(*command, "--seed", "1", names="answers made with seed 0, got 1")
+    refused(*command, "--steps", "2", names="sampling.image.steps 1, got 2")
+
+
+def test_a_set_of_images_is_scored_against_a_folder_and_its_statistics(run: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("real", "fake"):
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+    statistics = ["evaluate", "statistics", "--images", str(tmp_path / "real"), "--out", str(tmp_path / "real.npz")]
+    options = ["--network", "pixels", "--pixel-size", "2", "--keep-features", "--workers", "0"]
+    assert main([*statistics, *options]) == 0
+    values = {}
+    for reference in ("real", "real.npz"):
+        out = tmp_path / f"out-{reference}"
+        command = ["evaluate", "images", "--images", str(tmp_path / "fake"), "--reference", str(tmp_path / reference)]
+        command += ["--metrics", "[pixels]", "--pixel-size", "2", "--subset-size", "20", "--workers", "0"]
+        assert main([*command, "--out", str(out)]) == 0
+        summary = json.loads((out / "summary.json").read_text())
+        assert (summary["label"], summary["answers"], summary["overall"]) == ("complete", 40, None)
+        values[reference] = {name: measure["value"] for name, measure in summary["measures"].items()}
+    assert values["real"] == pytest.approx(values["real.npz"], rel=1e-5)
+    assert not any("fid" in name for name in values["real"])
+    (tmp_path / "prompts.txt").write_text("".join(f"a red circle {i}\n" for i in range(12)))
+    command = ["evaluate", "images", "--run", str(run), "--prompts", str(tmp_path / "prompts.txt"), *QUICK[4:]]
+    command += [
+        "--reference",
+        str(tmp_path / "real"),
+        "--metrics",
+        "[pixels]",
+        "--pixel-size",
+        "1",
+        "--subset-size",
+        "5",
+    ]
+    assert main([*command, "--workers", "0", "--out", str(tmp_path / "drawn")]) == 0
+    drawn = json.loads((tmp_path / "drawn" / "summary.json").read_text())
+    assert drawn["answers"] == 12
+    assert drawn["measures"].keys() == values["real"].keys() - {"x"} or drawn["measures"]
+
+
+def test_published_scores_come_with_their_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "published"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert all(line.rstrip("| ").rpartition("|")[2].strip() for line in lines[2:])
+
+
+def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    out = tmp_path / "out"
+    shapes = ["geneval-shapes", "--out", out]
+    refused("geneval-shape", names="got geneval-shape")
+    refused(*shapes, names="--run or --images: expected one of them, got neither")
+    refused(*shapes, "--run", run, "--images", tmp_path, names="got both")
+    refused("geneval-shapes", "--run", run, names="--out: expected")
+    refused(*shapes, "--images", tmp_path / "none", names="which does not exist")
+    refused(*shapes, "--images", tmp_path, names="holds no answer")
+    refused(*shapes, "--run", tmp_path / "none", names="run: expected a folder")
+    refused(*shapes, "--run", run, "--part", "2", names="--part: expected K/N such as 1/4, got 2")
+    refused(*shapes, "--run", run, "--part", "3/2", names="--part: expected K/N")
+    refused(*shapes, "--run", run, "--tasks", "[letters]", names="--tasks: expected some of single_object")
+    refused(*shapes, "--run", run, "--batch", "0", names="--batch: expected at least 1")
+    refused(*shapes, "--run", run, "--limit", "0", names="--limit: expected at least 1")
+    refused(*shapes, "--run", run, "--device", "cud", names="--device: cud cannot be used")
+    refused(*shapes, "--run", run, "--size", "16", names="size: expected 32 to 256 pixels, got 16")
+    refused(*shapes, "--run", run, "--size", "64", names="size: this recipe draws 32x32, got 64x64")
+    refused(*shapes, "--run", run, "--per-tusk", "3", names="per_tusk")
+    refused(*shapes, "--run", run, "--samples", "many", names="samples")
+    refused("geneval-shapes", "--self-test", names="--self-test: geneval-shapes has none")
+    refused("geneval", "--run", run, "--out", out, names="metadata")
+    refused("images", "--images", tmp_path, "--out", out, names="inception_weights: expected a file of weights")
+    refused("compare", tmp_path, tmp_path, names="expected a folder with summary.json")
+    refused("published", "fid", names="fid")
+    assert not out.exists() or not list(out.rglob("*.json"))
