@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt
 TYPED := unimodal tokenizers/unimodal_tokenizers generators/unimodal_generators experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help venv checked demo demo-vq bench bench-gpu test test-fast lint format wheel clean FORCE
+.PHONY: help venv checked demo demo-vq shapes evaluate-demo bench bench-gpu test test-fast lint format wheel clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,12 @@ demo: checked ## train, generate and score on real images; leaves out/demo/index
 demo-vq: checked ## the same with discrete tokens: leaves out/demo-vq/index.html
 	@$(PY) -m experiments.digits --recipe lightning_configs/models/digits_vq_ar.yaml \
 		--tokenizer lightning_configs/tokenizers/digits_vq.yaml --out out/demo-vq
+
+shapes: checked ## train the shapes recipe and score it in full; leaves out/shapes/index.html
+	@$(PY) -m experiments.evaluation --only shapes --full --out out/shapes
+
+evaluate-demo: checked ## score the digits and shapes recipes with all that needs no weights; leaves out/evaluate-demo/index.html
+	@$(PY) -m experiments.evaluation --out out/evaluate-demo
 
 bench: checked ## measure speed and memory against other libraries; leaves out/bench.json
 	@$(PY) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transfusion_pytorch") is None)' || \

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+from PIL import Image
 
 from unimodal.cli import main as unimodal
+from unimodal.data.digits import caption, digit_images
+from unimodal.data.shapes import ShapesSource, render_prompt
 from unimodal.data.shapes import render as render_scene
-from unimodal.data.shapes import render_prompt
-from unimodal.documents import Part, write_atomically
-from unimodal.environment import can_compile
+from unimodal.documents import Part, png_bytes, write_atomically
+from unimodal.environment import can_compile, choose_precision
 from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.shapes import GenEvalShapes
 
@@ -75,17 +77,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", type=Path, default=Path("out/shapes/run"), help="run of shapes_mot_flow")
     parser.add_argument("--steps", type=int, default=60, help="training steps of a recipe without a run (60)")
     parser.add_argument("--only", choices=("digits", "shapes"), help="one of the two")
-    parser.add_argument("--full", action="store_true", help="as many prompts as the recipe's own results have")
+    parser.add_argument("--full", action="store_true", help="train what is missing in full, and ask all prompts")
     args = parser.parse_args(argv)
-    started, size = time.monotonic(), FULL if args.full else DEMO
+    started, size, steps = time.monotonic(), FULL if args.full else DEMO, None if args.full else args.steps
     lines: list[Scored] = []
     notes: list[str] = []
     if args.only != "digits":
-        run = ready("shapes_mot_flow", args.shapes, args.out, args.steps)
+        run = ready("shapes_mot_flow", args.shapes, args.out, steps)
         notes.append(f"{run.name}: {run.note}.")
         lines += shapes(run, args.out / "shapes", size)
     if args.only != "shapes":
-        run = ready("digits_mot_flow", args.digits, args.out, args.steps)
+        run = ready("digits_mot_flow", args.digits, args.out, steps)
         notes.append(f"{run.name}: {run.note}.")
         lines += digits(run, args.out / "digits", size)
     page(args.out, lines, notes, time.monotonic() - started)
@@ -93,16 +95,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def ready(recipe: str, folder: Path, out: Path, steps: int) -> Run:
-    """The run in `folder`, or a short one."""
+def ready(recipe: str, folder: Path, out: Path, steps: int | None) -> Run:
+    """The run in `folder`; where there is none, one of few steps in `out`, or (steps None) the whole recipe in `folder`."""
     if (folder / "export").is_dir():
+        return Run(recipe, folder, "trained in full")
+    if steps is None:
+        train(recipe, folder, [])
         return Run(recipe, folder, "trained in full")
     short = out / f"{recipe}_{steps}_steps"
     if not (short / "export").is_dir():
-        options = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
-        options += ["--trainer.default_root_dir", str(short), "--data.validation_documents", "8", "--data.prompts", "2"]
-        command(["fit", "-c", str(MODELS / f"{recipe}.yaml"), *options, "--trainer.precision", "32-true"])
+        few = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+        train(recipe, short, [*few, "--data.validation_documents", "8", "--data.prompts", "2"])
     return Run(recipe, short, f"trained for {steps} steps only: no run in {folder}")
+
+
+def train(recipe: str, folder: Path, options: list[str]) -> None:
+    """The recipe as this machine trains it best."""
+    precision, _ = choose_precision()
+    able, _ = can_compile()
+    settings = ["--trainer.default_root_dir", str(folder), "--trainer.precision", precision]
+    settings += ["--model.compile", str(able and not options).lower()]  # few steps do not pay for compiling
+    command(["fit", "-c", str(MODELS / f"{recipe}.yaml"), *settings, *options])
 
 
 def shapes(run: Run, out: Path, size: Size) -> list[Scored]:
@@ -120,12 +133,29 @@ def shapes(run: Run, out: Path, size: Size) -> list[Scored]:
     for name in ("shapes-questions", "shapes-captions", "shapes-edits"):
         lines.append(scored(run.name, name, out / name, [*of(run), "--count", str(size.count)]))
     lines.append(scored(run.name, "shapes-steps", out / "steps", [*of(run), "--count", str(size.documents)]))
+    source = ShapesSource("text_to_image", "test", documents=2 * size.images, seed=0)
+    documents = [source.document(i, np.random.default_rng(0)) for i in range(len(source))]
+    real = [document.images[0] for document in documents[size.images :]]
+    lines.append(image_set(run, out / "images", [document.text for document in documents[: size.images]], real))
     return lines
 
 
 def digits(run: Run, out: Path, size: Size) -> list[Scored]:
     """Sums of digits as interleaved documents."""
-    return [scored(run.name, "digits-sums", out / "sums", [*of(run), "--count", str(size.documents)])]
+    prompts = [caption(i % 10) for i in range(size.images)]
+    return [
+        scored(run.name, "digits-sums", out / "sums", [*of(run), "--count", str(size.documents)]),
+        image_set(run, out / "images", prompts, digit_images("test").images()),
+    ]
+
+
+def image_set(run: Run, out: Path, prompts: list[str], real: list[Image.Image]) -> Scored:
+    """Drawn images against unseen real ones, by their pixels: the FID family's formulas, and no FID."""
+    write_atomically(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts).encode())
+    for number, image in enumerate(real):
+        write_atomically(out / "real" / f"{number:05d}.png", png_bytes(image))
+    options = ["--prompts", str(out / "prompts.txt"), "--reference", str(out / "real"), "--metrics", "[pixels]"]
+    return scored(run.name, "images", out, [*of(run), *options, "--subset-size", "100"])
 
 
 def of(run: Run) -> list[str]:
