@@ -210,8 +210,10 @@ def test_features_do_not_depend_on_the_batch_or_on_training_mode(features: Incep
 
 
 class Bomb:
+    fired = False
+
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return pytest.fail, ("unpickled",)
+        return setattr, (Bomb, "fired", True)
 
 
 def test_weights_that_are_missing_pickled_or_others_fail_at_once(tmp_path: Path, weights: Path) -> None:
@@ -229,6 +231,7 @@ def test_weights_that_are_missing_pickled_or_others_fail_at_once(tmp_path: Path,
         with pytest.raises(ValueError, match=r"expected \.safetensors or a state dict of torch\.save") as caught:
             read_weights(tmp_path / name)
         assert "\n" not in str(caught.value)
+    assert not Bomb.fired
     with pytest.raises(ValueError, match="expected names to tensors"):
         read_weights(tmp_path / "tensor.pth")
     with pytest.raises(ValueError, match=r"it lacks .* and \d+ others, has another shape of fc.weight"):

@@ -106,6 +106,18 @@ def test_inside_the_manifold_one_by_one() -> None:
     assert [bool(inside_manifold(point[None], real, radii)[0]) for point in fake] == found.tolist()
 
 
+def test_equal_points_are_exactly_zero_apart_however_far_from_the_origin() -> None:
+    points = 1e3 + gaussian(19, 30, width=64)
+    points[10:15] = points[10]
+    other = points + 1e-7 * gaussian(
+        20, 30, width=64
+    )  # a copy but for rounding: squares of 1e-13 beside lengths of 1e8
+    assert (ball_radii(points, (3,))[10:15] == 0).all()
+    assert inside_manifold(points, points, np.zeros(30)).all()
+    assert not inside_manifold(other, points, np.zeros(30)).any()
+    assert inside_manifold(other, points, np.full(30, 1e-11)).all()
+
+
 def test_pairwise_is_exactly_zero_for_equal_rows_and_right_in_pieces() -> None:
     a, b = 1e6 + gaussian(9, 300, width=64), 1e6 + gaussian(10, 900, width=64)
     b[7] = a[200]
