@@ -305,9 +305,11 @@ def test_a_seed_and_an_index_are_a_document(kind):
 def test_splits_and_seeds_do_not_lay_out_scenes_alike():
     def places(split, seed):
         scenes = [s for d in drafts("count", split, 20, seed=seed) for s, _ in d if isinstance(s, Scene)]
-        return [t.box for scene in scenes for t in scene.things]
+        return [(t.box, t.shape) for scene in scenes for t in scene.things]
 
-    assert places("train", 3) != places("test", 3)
+    train, test = places("train", 3), places("test", 3)
+    assert [shape for _, shape in train] != [shape for _, shape in test]
+    assert [box for box, _ in train] != [box for box, _ in test]
     assert places("train", 3) != places("train", 4)
 
 

@@ -74,6 +74,22 @@ def test_mixed_edges_join_nothing():
     assert kinds(recognise(render(Scene((diamond,), 32)))) == [("diamond", "black")]
 
 
+def test_things_that_hardly_overlap_find_their_order():
+    things = (
+        Thing("ring", "red", 12, 3, 5), Thing("square", "brown", 10, 9, 10), Thing("triangle", "black", 8, 3, 24),
+        Thing("heart", "white", 12, 14, 12),
+    )  # fmt: skip
+    assert is_right(Scene(things, 32), recognise(render(Scene(things, 32))))
+
+
+@pytest.mark.parametrize(("rows", "claimed"), [(5, False), (7, True)])
+def test_nothing_is_claimed_that_is_covered_by_more_than_half(rows, claimed):
+    things = (Thing("square", "red", 12, 10, 16 - rows), Thing("square", "blue", 12, 10, 16))
+    found = kinds(recognise(render(Scene(things, 32)), threshold=0.0))
+    assert ("square", "blue") in found
+    assert (("square", "red") in found) == claimed
+
+
 def test_prompts_drawn_are_read_back():
     for i, record in enumerate(r for split in ("train", "test") for r in prompts(split, 6)):
         scene = render_prompt(record, np.random.default_rng((2, i)), 32)

@@ -26,8 +26,6 @@ from unimodal.metrics.detection import Detection
 _PALETTE = np.stack(list(PALETTE.values()))  # (11, 3)
 _NORMS = np.square(_PALETTE).sum(axis=1)  # (11,)
 _NAMES = tuple(COLOURS)
-_FAR = 52.0  # values of 255 from the nearest colour: half the least distance between two
-_STEEP = 30.0  # values of 255 between neighbours that lie on an edge
 _NEIGHBOURS = np.ones((3, 3), int)
 _LEAST_PIXELS = 9
 _MOST_PIECES = 24
@@ -126,26 +124,12 @@ def _blurred_error(scene: Scene, seen: _Seen, pixels: np.ndarray, blur: float) -
 
 
 def _read(pixels: np.ndarray) -> _Seen:
-    """The nearest palette colour of every pixel; the background where a pixel is a mixture of what lies beside it.
-
-    Such a pixel is far from every colour and differs from its neighbours: half black and half background is nearest to
-    brown, and must not join two brown things.
-    """
+    """The nearest palette colour of every pixel, the noise of the background, and its colour."""
     distance = _NORMS - 2 * (pixels.reshape(-1, 3) @ _PALETTE.T)  # squared, less the pixel's own norm
-    labels = distance.argmin(axis=1)
-    nearest = distance[np.arange(len(labels)), labels] + np.square(pixels).sum(axis=2).ravel()
-    background = nearest[labels == len(_NAMES)]
-    noise = float(np.sqrt(np.median(background) / 2.37)) if len(background) else 0.0  # 2.37: median of chi^2_3
-    far = (nearest > (_FAR + noise) ** 2).reshape(pixels.shape[:2])
-    steep = np.zeros(pixels.shape[:2], bool)
-    across = np.abs(np.diff(pixels, axis=1)).max(axis=2) > _STEEP + 4 * noise
-    down = np.abs(np.diff(pixels, axis=0)).max(axis=2) > _STEEP + 4 * noise
-    steep[:, 1:] |= across
-    steep[:, :-1] |= across
-    steep[1:] |= down
-    steep[:-1] |= down
-    labels = labels.reshape(pixels.shape[:2])
-    labels[far & steep] = len(_NAMES)
+    labels = distance.argmin(axis=1).reshape(pixels.shape[:2])
+    background = pixels[labels == len(_NAMES)]
+    apart = np.square(background - np.array(BACKGROUND, np.float32)).sum(axis=1)
+    noise = float(np.sqrt(np.median(apart) / 2.37)) if len(apart) else 0.0  # 2.37: median of chi^2 in three dimensions
     seen = _Seen(pixels, labels, noise, {}, {})
     _match(seen, "background", labels == len(_NAMES))
     return seen
