@@ -303,14 +303,13 @@ def test_a_seed_and_an_index_are_a_document(kind):
 
 
 def test_splits_and_seeds_do_not_lay_out_scenes_alike():
-    def places(split, seed):
+    def shapes(split, seed):
         scenes = [s for d in drafts("count", split, 20, seed=seed) for s, _ in d if isinstance(s, Scene)]
-        return [(t.box, t.shape) for scene in scenes for t in scene.things]
+        return [sorted(t.shape for t in scene.things) for scene in scenes]
 
-    train, test = places("train", 3), places("test", 3)
-    assert [shape for _, shape in train] != [shape for _, shape in test]
-    assert [box for box, _ in train] != [box for box, _ in test]
-    assert places("train", 3) != places("train", 4)
+    train = shapes("train", 3)
+    for other in (shapes("test", 3), shapes("train", 4)):
+        assert sum(a == b for a, b in zip(train, other, strict=True)) < 5
 
 
 # ---- words
