@@ -30,13 +30,16 @@ def model_options(recipe: Path, folder: Path) -> list[str]:
     """Small where size is not the point: the smallest batch, hardly any validation, an untrained tokenizer."""
     options = ["--trainer.default_root_dir", str(folder), "--data.init_args.batch_tokens", context(recipe), *QUICK]
     options += ["--data.init_args.validation_documents", "2", "--data.init_args.prompts", "1"]
-    if "tokenizer_weights" in yaml.safe_load(recipe.read_text())["model"]["init_args"]:
+    settings = yaml.safe_load(recipe.read_text())["model"]["init_args"]
+    if "tokenizer_weights" in settings:
         options += ["--model.init_args.tokenizer_weights", "null"]
+    if "benchmarks" in settings:
+        options += ["--model.init_args.benchmarks", "[]"]
     return options
 
 
 def test_there_is_something_to_test() -> None:
-    assert {"digits_mot_flow", "digits_vq_ar"} <= {name(path) for path in MODELS}
+    assert {"digits_mot_flow", "digits_vq_ar", "shapes_mot_flow"} <= {name(path) for path in MODELS}
     assert {"digits_vq"} <= {name(path) for path in TOKENIZERS}
     assert {"folder"} <= {name(path) for path in DATA}
 

@@ -6,6 +6,7 @@ steps instead, and page and table say so: what it scores shows the machinery, no
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def digits(run: Run, out: Path, size: Size) -> list[Scored]:
     """Sums of digits as interleaved documents."""
     prompts = [caption(i % 10) for i in range(size.images)]
     return [
-        scored(run.name, "digits-sums", out / "sums", [*of(run), "--count", str(size.documents)]),
+        scored(run.name, "digits-sums", out / "sums", [*of(run), "--sums", str(size.documents)]),
         image_set(run, out / "images", prompts, digit_images("test").images()),
     ]
 
@@ -174,8 +175,10 @@ def draw_perfectly(benchmark: GenEvalShapes, root: Path) -> None:
 
 
 def scored(subject: str, name: str, out: Path, options: list[str]) -> Scored:
-    """Run one benchmark, whatever was there before."""
+    """Run one benchmark, afresh: answers of another model are not gone on with."""
     started = time.monotonic()
+    if "--run" in options:
+        shutil.rmtree(out / "answers", ignore_errors=True)
     command(["evaluate", name, "--out", str(out), *options])
     summary = json.loads((out / "summary.json").read_text())
     return Scored(subject, name, summary, f"{out.parent.name}/{out.name}/index.html", time.monotonic() - started)

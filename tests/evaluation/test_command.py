@@ -153,6 +153,39 @@ def test_other_settings_do_not_mix_into_a_folder(run: Path, tmp_path: Path, refu
     refused(*command, "--steps", "2", names="sampling.image.steps 1, got 2")
 
 
+def test_answers_to_something_else_are_not_scored(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    command = ["evaluate", "geneval-shapes", "--run", str(run), *QUICK, "--out", str(tmp_path / "out"), "--no-score"]
+    assert main(command) == 0
+    theirs = ["--images", tmp_path / "out" / "answers", "--out", tmp_path / "scores", "--samples", "1"]
+    refused("geneval-shapes", *theirs, "--per-task", "3", names="holds answers to items_sha256")
+    refused("shapes-edits", *theirs[:4], "--count", "2", names="holds answers to benchmark geneval-shapes, expected shapes-edits")
+
+
+def test_the_demo_asks_what_its_benchmarks_understand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments.evaluation import __main__ as demo
+
+    asked: list[list[str]] = []
+
+    def evaluate(arguments: list[str]) -> None:
+        asked.append(arguments)
+        if arguments[1] != "compare":
+            benchmark, options = parse(arguments[1], arguments[2:])
+            assert options.out is not None
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "summary.json").write_text("{}")
+            assert benchmark.items()
+
+    monkeypatch.setattr(demo, "command", evaluate)
+    size = demo.Size(per_task=1, samples=1, count=2, documents=2, images=12)
+    for name, score in (("shapes", demo.shapes), ("digits", demo.digits)):
+        lines = score(demo.Run(name, tmp_path, ""), tmp_path / name, size)
+        assert all((tmp_path / line.link).parent.is_dir() for line in lines)
+    assert {arguments[1] for arguments in asked} == {
+        "geneval-shapes", "compare", "shapes-questions", "shapes-captions", "shapes-edits", "shapes-steps", "images",
+        "digits-sums",
+    }  # fmt: skip
+
+
 def test_a_set_of_images_is_scored_against_a_folder_and_its_statistics(run: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("real", "fake"):
@@ -192,8 +225,8 @@ def test_a_set_of_images_is_scored_against_a_folder_and_its_statistics(run: Path
 
 
 def test_published_scores_come_with_their_source(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "published"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert main(["evaluate", "published", "geneval"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert all(line.rstrip("| ").rpartition("|")[2].strip() for line in lines[2:])
 
@@ -223,4 +256,5 @@ def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, refused: Callab
     refused("images", "--images", tmp_path, "--out", out, names="inception_weights: expected a file of weights")
     refused("compare", tmp_path, tmp_path, names="expected a folder with summary.json")
     refused("published", "fid", names="fid")
+    refused("published", "geneval", tmp_path / "none", names="none")
     assert not out.exists() or not list(out.rglob("*.json"))

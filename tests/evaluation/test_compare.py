@@ -48,6 +48,7 @@ def write(folder: Path, rows: list[dict[str, Any]], by_items: bool = False, **ch
     summary = {
         "benchmark": "toy", "version": 1, "label": "complete", "answers": len(rows), "expected": len(rows),
         "overall": overall, "overall_interval": [0, 1], "tasks": {}, "measures": {},
+        "headline": "items" if by_items else "tasks",
         "fingerprint": copy.deepcopy(FINGERPRINT),
     }  # fmt: skip
     summary |= changes
@@ -104,6 +105,9 @@ def test_headline_over_items_where_the_summaries_say_so(tmp_path: Path) -> None:
     write(tmp_path / "tasks", first)
     with pytest.raises(ValueError, match="mean over tasks"):
         compare(tmp_path / "tasks", tmp_path / "b")
+    write(tmp_path / "set", first, headline="none", overall=None)
+    with pytest.raises(ValueError, match="b: expected scores of items to compare, got numbers of whole sets"):
+        compare(tmp_path / "a", tmp_path / "set")
 
 
 def test_order_of_rows_does_not_matter(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from unimodal.evaluation.geneval import (
 )
 from unimodal.evaluation.geneval_golden import PLAIN, beside_its_mirror, check, disc, portrait
 from unimodal.evaluation.harness import score
-from unimodal.evaluation.published import GENEVAL, PUBLISHED
+from unimodal.evaluation.published import GENEVAL
 from unimodal.metrics.detection import Detection
 from unimodal.metrics.geneval import TASKS, Judged, totals
 
@@ -261,9 +261,10 @@ def test_another_detector_has_another_name(metadata, tmp_path, monkeypatch):
     monkeypatch.setattr(geneval, "read_metadata", lambda folder: {"source_sha256": "0" * 64})
     with pytest.raises(ValueError, match="scores of it have the name geneval-other-detector"):
         GenEval(metadata, tmp_path, prompts="other")
-    assert GenEvalOtherDetector(metadata, tmp_path, prompts="other").name == "geneval-other-detector"
+    assert GenEvalOtherDetector(metadata, tmp_path, prompts="other").name == "geneval-other-detector-other-prompts"
     monkeypatch.setattr(geneval, "read_metadata", lambda folder: {"source_sha256": "743b7d99" + "0" * 56})
-    assert GenEval(metadata, tmp_path, prompts="other").name == "geneval"
+    assert GenEval(metadata, tmp_path, prompts="other").name == "geneval-other-prompts"
+    assert GenEval(metadata, tmp_path, prompts="other", golden=False).name == "geneval-other-prompts-unchecked"
 
 
 # --- official result files
@@ -346,7 +347,6 @@ def test_published_means_are_the_means_of_what_is_printed():
     assert all(row.source and 0 < row.scores["overall"] <= 1 for row in GENEVAL)
     keys = [(row.model, row.source, row.rewritten, row.scores["overall"]) for row in GENEVAL]
     assert len(set(keys)) == len(keys)
-    assert PUBLISHED["geneval"] is GENEVAL
 
 
 # --- known images

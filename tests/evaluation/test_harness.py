@@ -265,6 +265,43 @@ def test_items_are_chosen_by_task_and_number() -> None:
         Choice(("light",)).of(items)
 
 
+def test_a_name_that_comes_twice_is_refused() -> None:
+    items = Drawn().items()
+    with pytest.raises(ValueError, match="items: expected a name each, got 00001 twice"):
+        Choice().of([*items, items[1]])
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "3"])
+def test_a_damaged_record_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "generation.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation\.json: expected a JSON object"):
+        answers(Drawn(), tmp_path).check_record({})
+
+
+def test_the_overall_interval_counts_tasks_whose_items_agree() -> None:
+    """All right is no proof that none can be wrong: the tasks' distances, squared, add up."""
+    rows = rows_of([[1, 1]] * 10) + rows_of([[1, 1]] * 10, "dark")
+    overall = summarise(Drawn(), rows, ["bright", "dark"], 40, {}).overall
+    assert overall is not None
+    half = 1 - 0.7225
+    assert overall.interval == pytest.approx((1 - (2 * half**2) ** 0.5 / 2, 1.0), abs=1e-3)
+
+
+def test_the_gallery_shows_what_was_asked_about(tmp_path: Path) -> None:
+    class Asked(Drawn):
+        def items(self) -> list[Item]:
+            seen = Image.new("RGB", (5, 4), "red")
+            return [Item("00000", "bright", Document((Part(seen, learn=False), Part("brighter", learn=False))), {"least": 0})]
+
+    benchmark = Asked(samples=1)
+    folder = answers(benchmark, tmp_path / "answers")
+    folder.write(benchmark.items()[0], 0, [Part(Image.new("RGB", (4, 4), "white"))])
+    report(benchmark, score(benchmark, benchmark.items(), folder), tmp_path, folder.root, {})
+    assert Image.open(tmp_path / "asked" / "00000-0.png").size == (5, 4)
+    page = (tmp_path / "index.html").read_text()
+    assert page.index('src="asked/00000-0.png"') < page.index('src="answers/00000/samples/00000.png"')
+
+
 def test_the_first_difference_is_named() -> None:
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 1}}) is None
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == ("a.b", "1", "2")

@@ -162,7 +162,9 @@ def test_fewer_images_than_features_are_an_error_unless_asked_for(real: Path, fa
         score_folder(fake, [family], real, options=OPTIONS, loading=ALONE)
     few = score_folder(fake, [family], real, options=SetOptions(4, 1000, allow_few=True), loading=ALONE)
     assert few.label == few.spec["label"] == "not comparable: 30 images for 48 features"
-    assert set(few.measures) == {"frechet_pixels48_not_comparable", "kernel_pixels48"}
+    assert set(few.measures) == {"frechet_pixels48_not_comparable", "kernel_pixels48_not_comparable"}
+    enough = score_folder(fake, [family], real, options=SetOptions(4, 20, allow_few=True), loading=ALONE)
+    assert set(enough.measures) == {"frechet_pixels48_not_comparable", "kernel_pixels48"}
     with pytest.raises(ValueError, match="images: expected at least 1000 for kernel_pixels12, got 30"):
         score_folder(fake, [PIXELS], real, loading=ALONE)
 

@@ -88,8 +88,7 @@ class AnswerFolder:
                 raise ValueError(f"--out: {self.root} holds answers and no {RECORD}, so who made them is not known")
             write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
             return
-        there = json.loads(path.read_text())
-        difference = first_difference(there, json.loads(json.dumps(record)))
+        difference = first_difference(read_record(self.root), json.loads(json.dumps(record)))
         if difference is not None:
             key, old, new = difference
             raise ValueError(f"--out: {self.root} holds answers made with {key} {old}, got {new}; take another folder")
@@ -128,6 +127,20 @@ class AnswerFolder:
         if difference is not None:
             key, old, new = difference
             raise ValueError(f"{path}: expected what the prompt file says, {key} {new}, got {old}")
+
+
+def read_record(root: Path) -> dict[str, Any] | None:
+    """How a folder's answers were made; None where it does not say."""
+    path = root / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: expected a JSON object, got something else")
+    return record
 
 
 def first_difference(a: Any, b: Any, key: str = "") -> tuple[str, str, str] | None:

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from unimodal.documents import write_atomically
 from unimodal.environment import can_compile
-from unimodal.evaluation.answers import RECORD, AnswerFolder
+from unimodal.evaluation.answers import AnswerFolder, read_record
 from unimodal.evaluation.benchmark import Benchmark
 from unimodal.evaluation.fingerprint import items_sha256, model_record, sampling_record
 from unimodal.evaluation.harness import Choice, generate, report, score
@@ -129,9 +129,11 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Benchmark, Options]:
 
 
 def spelt(arguments: Sequence[str], switches: Sequence[str]) -> list[str]:
-    """Arguments as the parser has them: --top-k is --top_k, --compile is --compile=true, --no-score is --score=false."""
-    found = []
+    """As the parser has them: --top-k is --top_k, --compile --compile=true, --no-score --score=false, a,b is [a,b]."""
+    found: list[str] = []
     for argument in arguments:
+        if found[-1:] in (["--tasks"], ["--metrics"]) and not argument.startswith("["):
+            argument = f"[{argument}]"  # a,b is a list as well
         if argument.startswith("--"):
             option, equals, value = argument[2:].partition("=")
             option = option.replace("-", "_")
@@ -176,19 +178,16 @@ def compare(arguments: Sequence[str]) -> int:
 
 
 def published(arguments: Sequence[str]) -> int:
-    """`unimodal evaluate published [NAME]`: scores that others print, with their sources."""
-    from unimodal.evaluation.published import PUBLISHED
+    """`unimodal evaluate published geneval [RESULTS ...]`: scores in print with their sources, below one's own."""
+    from unimodal.evaluation.geneval import official_table, read_results, result_totals
 
     parser = _Parser("unimodal evaluate published", exit_on_error=False)
-    parser.add_argument("name", nargs="?", default="geneval", choices=list(PUBLISHED), help="benchmark (geneval)")
-    rows = PUBLISHED[parser.parse_args(list(arguments)).name]
-    tasks = list(dict.fromkeys(task for row in rows for task in row.scores))
-    tasks = [*(task for task in tasks if task != "overall"), "overall"]
-    print("| model | prompts | " + " | ".join(tasks) + " | source |")
-    print("|---" * (len(tasks) + 3) + "|")
-    for row in rows:
-        scores = [f"{row.scores[task]:.2f}" if task in row.scores else "" for task in tasks]
-        print(" | ".join(["| " + row.model, "rewritten" if row.rewritten else "original", *scores, row.source + " |"]))
+    parser.add_argument("name", choices=["geneval"], help="benchmark")
+    parser.add_argument("results", nargs="*", type=Path, help="results of one's own: folders, or official result files")
+    own = {}
+    for path in parser.parse_args(list(arguments)).results:
+        own[path.name] = result_totals(read_results(path / "results.jsonl" if path.is_dir() else path))
+    print(official_table(own))
     return 0
 
 
@@ -206,6 +205,9 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
         raise ValueError(f"--images: expected a folder, got {options.images}, which does not exist")
     choice = options.choice()
     if isinstance(benchmark, ImageSets) and options.images is not None:
+        for name, given in (("tasks", options.tasks), ("limit", options.limit), ("no-score", not options.score)):
+            if given:
+                raise ValueError(f"--{name}: a folder of images is scored as a whole, expected none")
         return evaluate_folder(benchmark, options.images, options.out)
     items = choice.of(benchmark.items())
     folder = AnswerFolder(options.images or options.out / "answers", benchmark.draws, benchmark.samples)
@@ -213,6 +215,8 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
         model = load(options)
         image = options.sampling(model)
         record = {
+            "benchmark": benchmark.name,
+            "version": benchmark.version,
             "model": model_record(options.run, options.weights),
             "sampling": sampling_record(benchmark, image),
             "seed": options.seed,
@@ -223,6 +227,7 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
         generate(benchmark, items, folder, model, image=image, seed=options.seed, batch=options.batch, part=choice.part)
     if not options.score or choice.part[1] > 1:
         return None
+    check_asked(benchmark, folder.root)
     rows = score(benchmark, items, folder, options.batch)
     if not rows:
         raise ValueError(f"--images: {folder.root} holds no answer to {benchmark.name}")
@@ -232,12 +237,20 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
     return report(benchmark, rows, options.out, folder.root, provenance(folder.root), measures)
 
 
+def check_asked(benchmark: Benchmark, answers: Path) -> None:
+    """ValueError where a folder says that its answers are to something else."""
+    record = read_record(answers) or {}
+    asked = {
+        "benchmark": benchmark.name, "version": benchmark.version, "items_sha256": items_sha256(list(benchmark.items()))
+    }  # fmt: skip
+    for key, value in asked.items():
+        if record and record.get(key) != value:
+            raise ValueError(f"--images: {answers} holds answers to {key} {record.get(key)}, expected {value}")
+
+
 def provenance(answers: Path) -> dict[str, Any]:
     """Who made a folder of answers, as far as it says."""
-    path = answers / RECORD
-    if not path.is_file():
-        return {"model": None, "sampling": None, "seed": None}
-    record = json.loads(path.read_text())
+    record = read_record(answers) or {}
     return {key: record.get(key) for key in ("model", "sampling", "seed")}
 
 

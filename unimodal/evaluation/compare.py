@@ -117,7 +117,11 @@ def compare(a: Path, b: Path, force: bool = False) -> Comparison:
         there = [result.tasks.get(item, "no task") for result in (first, second)]
         if there[0] != there[1]:
             raise ValueError(f"b: expected the items of a, got {item!r} of {there[0]} in a and of {there[1]} in b")
-    by_items = _by_items(first, second)
+    by_items = first.by_items
+    if by_items != second.by_items:
+        raise ValueError(
+            "b: expected an overall score of the kind of a's, got a mean over tasks beside a mean over items"
+        )
     names = list(dict.fromkeys(first.tasks.values()))
     sizes = {name: float(list(first.tasks.values()).count(name)) for name in names}
     overall = _difference(first, second, names, sizes if by_items else dict.fromkeys(names, 1.0))
@@ -135,9 +139,14 @@ class _Result:
     values: dict[str, float]  # item -> value
     tasks: dict[str, str]  # item -> task
 
-    def headline(self, by_items: bool) -> float:
-        """The mean of all items, or the mean of the tasks' means."""
-        if by_items:
+    @property
+    def by_items(self) -> bool:
+        """Whether the headline is the mean of all items, not of the tasks' means."""
+        return bool(self.summary["headline"] == "items")
+
+    def headline(self) -> float:
+        """As its summary says."""
+        if self.by_items:
             return _mean(self.values.values())
         by_task: dict[str, list[float]] = {}
         for item, value in self.values.items():
@@ -152,9 +161,12 @@ def _read(name: str, folder: Path) -> _Result:
     try:
         summary = json.loads((folder / "summary.json").read_text())
         label, answers, overall = summary["label"], summary["answers"], summary["overall"]
+        headline = summary["headline"]
         summary["fingerprint"]["benchmark"], summary["benchmark"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{name}: expected a summary.json of `unimodal evaluate` in {folder}, got {error!r}") from None
+    if headline == "none":
+        raise ValueError(f"{name}: expected scores of items to compare, got numbers of whole sets in {folder}")
     if label != "complete" or overall is None:
         raise ValueError(
             f"{name}: expected complete results, got {label} ones in {folder}:"
@@ -166,18 +178,9 @@ def _read(name: str, folder: Path) -> _Result:
         scores.setdefault(row["id"], []).append(float(row["score"]))
     values = {item: _mean(found) for item, found in scores.items()}
     result = _Result(summary, values, {row["id"]: row["task"] for row in rows})
-    means = [result.headline(by_items=by_items) for by_items in (False, True)] if rows else []
-    if len(rows) != answers or not any(_close(mean, overall) for mean in means):
+    if len(rows) != answers or not rows or not _close(result.headline(), overall):
         raise ValueError(f"{name}: expected results.jsonl to give the scores of summary.json, got others in {folder}")
     return result
-
-
-def _by_items(a: _Result, b: _Result) -> bool:
-    """Which of the two means both summaries call their overall score; the tasks' where it could be either."""
-    for by_items in (False, True):
-        if all(_close(result.headline(by_items), result.summary["overall"]) for result in (a, b)):
-            return by_items
-    raise ValueError("b: expected an overall score of the kind of a's, got a mean over tasks beside a mean over items")
 
 
 def _difference(a: _Result, b: _Result, tasks: list[str], weights: Mapping[str, float]) -> Difference:

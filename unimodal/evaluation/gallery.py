@@ -13,8 +13,8 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from unimodal.documents import write_atomically
-from unimodal.evaluation.benchmark import Row
+from unimodal.documents import png_bytes, write_atomically
+from unimodal.evaluation.benchmark import Item, Row
 
 if TYPE_CHECKING:
     from unimodal.evaluation.results import Summary
@@ -52,11 +52,12 @@ class Card:
     """One answer."""
 
     row: Row
+    asked: tuple[Picture, ...]
     pictures: tuple[Picture, ...]
     verdict: str  # right, partly, wrong
 
 
-def write_gallery(out: Path, rows: Sequence[Row], summary: Summary, answers: Path) -> Path:
+def write_gallery(out: Path, rows: Sequence[Row], summary: Summary, answers: Path, items: Sequence[Item]) -> Path:
     """Write `out/index.html`; images are linked where they lie, relative to the page.
 
     Args:
@@ -64,11 +65,13 @@ def write_gallery(out: Path, rows: Sequence[Row], summary: Summary, answers: Pat
         rows: scored answers.
         summary: their numbers.
         answers: folder that the rows' files are in.
+        items: what was asked; images of prompts are copied into `out/asked`.
     """
     from unimodal.evaluation import results
 
     ordered = sorted(rows, key=lambda row: (float(row["score"]), row["task"], row["id"], row["sample"]))
-    cards = [_card(out, row, answers) for row in ordered[:MOST]]
+    by_id = {item.id: item for item in items}
+    cards = [_card(out, row, answers, by_id.get(row["id"])) for row in ordered[:MOST]]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("gallery.html").read_text(encoding="utf-8"))
     page = template.render(
@@ -87,7 +90,7 @@ def write_gallery(out: Path, rows: Sequence[Row], summary: Summary, answers: Pat
     return path
 
 
-def _card(out: Path, row: Row, answers: Path) -> Card:
+def _card(out: Path, row: Row, answers: Path, item: Item | None) -> Card:
     images = [name for name in row["files"] if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
     # Boxes belong to the image when there is one; of several, the row says which by "image".
     boxes = row.get("boxes", [])
@@ -96,7 +99,18 @@ def _card(out: Path, row: Row, answers: Path) -> Card:
         for number, name in enumerate(images)
     )
     score = float(row["score"])
-    return Card(row, pictures, "right" if score >= 1 else "wrong" if score <= 0 else "partly")
+    asked = () if item is None else tuple(_picture(out, path, []) for path in _asked(out, item))
+    return Card(row, asked, pictures, "right" if score >= 1 else "wrong" if score <= 0 else "partly")
+
+
+def _asked(out: Path, item: Item) -> list[Path]:
+    """The images of a prompt, as files."""
+    paths = []
+    for number, part in enumerate(part for part in item.prompt.parts if part.is_image):
+        path = out / "asked" / f"{item.id}-{number}.png"
+        write_atomically(path, png_bytes(part.image))
+        paths.append(path)
+    return paths
 
 
 def _picture(out: Path, path: Path, boxes: Sequence[dict[str, Any]]) -> Picture:

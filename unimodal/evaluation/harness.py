@@ -7,6 +7,7 @@ of the answer) alone: not on batch size, on which items are asked, or on how man
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,10 @@ class Choice:
 
     def of(self, items: Sequence[Item]) -> list[Item]:
         """The items of the tasks, up to the limit."""
+        names = Counter(item.id for item in items)
+        if len(names) < len(items):
+            twice = next(name for name, number in names.items() if number > 1)
+            raise ValueError(f"items: expected a name each, got {twice} twice: both would share one answer")
         known = dict.fromkeys(item.task for item in items)
         for task in self.tasks:
             if task not in known:
@@ -126,7 +131,7 @@ def report(
     order = list(dict.fromkeys(item.task for item in items))
     expected = len(items) * benchmark.samples if expected is None else expected
     summary = summarise(benchmark, rows, order, expected, fingerprint, set_measures)
-    write_results(out, rows, summary, folder)
+    write_results(out, rows, summary, folder, items)
     return summary
 
 

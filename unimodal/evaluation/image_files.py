@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,9 @@ class Loading:
 
 
 def image_paths(root: Path) -> list[Path]:
-    """All images below a folder, sorted by name; hidden ones, and a `grid.png` beside `samples/`, are left out.
+    """All images below a folder, sorted by name, numbers in it as numbers (2.png before 10.png).
+
+    Hidden ones, and a `grid.png` beside `samples/`, are left out.
 
     Raises:
         ValueError: no folder, or no image in it.
@@ -79,7 +82,7 @@ def image_paths(root: Path) -> list[Path]:
         raise ValueError(f"images: expected a folder, got {root}, {'a file' if root.exists() else 'which is missing'}")
     found = [
         path
-        for path in sorted(root.rglob("*"))
+        for path in sorted(root.rglob("*"), key=lambda path: _natural(path.relative_to(root).as_posix()))
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
         and not (path.name == "grid.png" and path.with_name("samples").is_dir())
@@ -88,6 +91,10 @@ def image_paths(root: Path) -> list[Path]:
     if not found:
         raise ValueError(f"images: expected images in {root}, got none")
     return found
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"([0-9]+)", name)]
 
 
 def listing_sha256(paths: Sequence[Path], root: Path) -> str:

@@ -251,7 +251,7 @@ class ImageSets(Benchmark):
             return None
         by_id = {prompt.id: prompt for prompt in self.prompts}
         owners = [path.parent.parent.name for path in paths]
-        if self._folder is None and all(owner in by_id for owner in owners):
+        if all(owner in by_id for owner in owners):
             return [by_id[owner] for owner in owners]
         if len(paths) != len(self.prompts):
             raise ValueError(f"prompts: expected one for each of {len(paths)} images, got {len(self.prompts)}")

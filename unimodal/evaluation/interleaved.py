@@ -24,7 +24,7 @@ from unimodal.data.shapes.world import CANVAS
 from unimodal.documents import Document, JsonLine, Part, document_record, read_json_lines
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row, Verdict
 from unimodal.evaluation.digits import Judge
-from unimodal.evaluation.shapes import OVERLAP, ShapesBenchmark, boxes
+from unimodal.evaluation.shapes import OVERLAP, ShapesBenchmark, boxes, iou
 from unimodal.metrics.detection import Detection
 from unimodal.metrics.geneval import relations
 from unimodal.metrics.interleaved import StructureMatch, consistency, cosines, structure_match
@@ -386,7 +386,8 @@ def _judge_steps(answer: Answer) -> Verdict:
     seen = _follow(steps, [part.image for part in answer.parts if part.is_image], causes)
     fields = {"made": made} | {f"{name}_right": not found for name, found in causes.items()}
     reason = "; ".join(cause for found in causes.values() for cause in found)
-    return Verdict(float(not reason), reason, fields | {"boxes": boxes(seen[-1]) if seen else []})
+    drawn = [box | {"image": number} for number, found in enumerate(seen) for box in boxes(found)]
+    return Verdict(float(not reason), reason, fields | {"boxes": drawn})
 
 
 def _follow(
@@ -412,7 +413,7 @@ def _follow(
         causes["things"] += [f"image {number} has {_noun(kind)} too many" for kind in (there - wanted).elements()]
         now = _identified(found, [kind for kind, _ in known], before)
         for (kind, _), old, seen_now in zip(known, before, now, strict=False):
-            if old is not None and (seen_now is None or _overlap(old, seen_now) < OVERLAP):
+            if old is not None and (seen_now is None or iou(old.box, seen_now.box) < OVERLAP):
                 causes["kept"].append(f"{_noun(kind)} of image {number - 1} did not stay")
         for ((other, _), first), ((kind, relation), new) in pairwise(zip(known, now, strict=True)):
             if relation and first and new and relation not in relations(new.box, first.box):
@@ -430,18 +431,11 @@ def _identified(
     for i, kind in enumerate(wanted):
         old = before[i] if i < len(before) else None
         same = [d for d in left if (d.label, d.colour) == kind]
-        best = max(same, key=lambda d: 0.0 if old is None else _overlap(old, d), default=None)
+        best = max(same, key=lambda d: 0.0 if old is None else iou(old.box, d.box), default=None)
         if best is not None:
             left.remove(best)
         now.append(best)
     return now
-
-
-def _overlap(one: Detection, other: Detection) -> float:
-    """Intersection over union of two boxes."""
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = one.box, other.box
-    shared = max(min(ax2, bx2) - max(ax1, bx1), 0.0) * max(min(ay2, by2) - max(ay1, by1), 0.0)
-    return shared / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared)
 
 
 def _noun(kind: Kind) -> str:

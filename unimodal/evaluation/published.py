@@ -99,6 +99,3 @@ GENEVAL: Sequence[Published] = (
     _row("JanusFlow", "", 0.4999, _RERUN),
 )
 """GenEval, in the order of the sources."""
-
-PUBLISHED: Mapping[str, Sequence[Published]] = {"geneval": GENEVAL}
-"""By benchmark."""

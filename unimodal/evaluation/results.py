@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from unimodal.documents import write_atomically
-from unimodal.evaluation.benchmark import Benchmark, Row
+from unimodal.evaluation.benchmark import Benchmark, Item, Row
 from unimodal.evaluation.gallery import write_gallery
 from unimodal.metrics.statistics import bootstrap_interval, bootstrap_rows
 
@@ -51,6 +52,7 @@ class Summary:
         tasks: by name, in the benchmark's order.
         measures: further numbers.
         fingerprint: what all of it depends on.
+        headline: what `overall` is a mean of: tasks or items; none where only the set as a whole has numbers.
     """
 
     benchmark: str
@@ -62,6 +64,7 @@ class Summary:
     tasks: Mapping[str, Task]
     measures: Mapping[str, Number]
     fingerprint: Mapping[str, Any]
+    headline: str = "tasks"
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -69,6 +72,7 @@ class Summary:
             "benchmark": self.benchmark,
             "version": self.version,
             "label": self.label,
+            "headline": self.headline,
             "answers": self.answers,
             "expected": self.expected,
             "overall": None if self.overall is None else self.overall.value,
@@ -108,16 +112,25 @@ def summarise(
         by_task = {name: list(values[name].values()) for name in tasks}
         if benchmark.overall == "items":
             by_task = {"all": [value for scores in by_task.values() for value in scores]}
-        interval = bootstrap_interval(by_task)
-        means = [sum(scores) / len(scores) for scores in by_task.values()]
-        overall = Number(sum(means) / len(means), (interval.low, interval.high))
+        overall = mean_of_tasks(by_task)
         point = benchmark.measures(rows)
         intervals = bootstrap_rows(rows, benchmark.measures) if point else {}
-        measures = {k: Number(v, (intervals[k].low, intervals[k].high)) for k, v in point.items()}
+        measures = {k: Number(v, (i.low, i.high) if (i := intervals.get(k)) else None) for k, v in point.items()}
     if complete and set_measures:
         measures |= {name: Number(value) for name, value in set_measures.items()}
     label = COMPLETE if complete else PARTIAL
-    return Summary(benchmark.name, benchmark.version, label, len(rows), expected, overall, tasks, measures, fingerprint)
+    return Summary(
+        benchmark.name,
+        benchmark.version,
+        label,
+        len(rows),
+        expected,
+        overall,
+        tasks,
+        measures,
+        fingerprint,
+        benchmark.overall,
+    )
 
 
 def task_interval(scores: Sequence[float]) -> tuple[float, float]:
@@ -132,6 +145,23 @@ def task_interval(scores: Sequence[float]) -> tuple[float, float]:
     return interval.low, interval.high
 
 
+def mean_of_tasks(groups: Mapping[str, Sequence[float]]) -> Number:
+    """Unweighted mean of the tasks' means, and its 95 % interval.
+
+    By bootstrap; where a task has none (all its items agree), from the tasks' own intervals: their distances from the
+    means, squared, add up (MOVER: G. Zou and A. Donner, Statistics in Medicine 27, 2008, section 2).
+    """
+    means = [sum(scores) / len(scores) for scores in groups.values()]
+    mean = sum(means) / len(means)
+    if all(len(set(scores)) > 1 for scores in groups.values()):
+        interval = bootstrap_interval(groups)
+        return Number(mean, (interval.low, interval.high))
+    ends = [task_interval(scores) for scores in groups.values()]
+    below = math.sqrt(sum((m - low) ** 2 for m, (low, _) in zip(means, ends, strict=True))) / len(means)
+    above = math.sqrt(sum((high - m) ** 2 for m, (_, high) in zip(means, ends, strict=True))) / len(means)
+    return Number(mean, (mean - below, mean + above))
+
+
 def item_values(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Task -> item -> mean score of its answers."""
     scores: dict[str, dict[str, list[float]]] = {}
@@ -140,13 +170,13 @@ def item_values(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return {task: {item: sum(s) / len(s) for item, s in items.items()} for task, items in scores.items()}
 
 
-def write_results(out: Path, rows: Sequence[Row], summary: Summary, answers: Path) -> None:
+def write_results(out: Path, rows: Sequence[Row], summary: Summary, answers: Path, items: Sequence[Item]) -> None:
     """Write the four files; each appears whole."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(out / "results.jsonl", lines.encode())
     write_atomically(out / "summary.json", (json.dumps(summary.to_json(), indent=2) + "\n").encode())
     write_atomically(out / "summary.md", to_markdown(summary).encode())
-    write_gallery(out, rows, summary, answers)
+    write_gallery(out, rows, summary, answers, items)
 
 
 def to_markdown(summary: Summary) -> str:

@@ -182,7 +182,7 @@ def score_folder(
         found_measures = _score(
             paths, family, read, captions, categories if protocol.categories else None, options, loading
         )
-        _put(measures, found_measures, family, len(paths), read)
+        _put(measures, found_measures, family, len(paths), read, options.subset_size)
         records.append(
             {**family.features.spec(), "measures": list(found_measures), "reference": read and dict(read.record)}
         )
@@ -346,15 +346,16 @@ def _check_count(what: str, count: int | None, needed: int, name: str, options: 
 
 
 def _put(
-    measures: dict[str, float], found: Mapping[str, float], family: Family, count: int, reference: Reference | None
-) -> None:
+    measures: dict[str, float], found: Mapping[str, float], family: Family, count: int, reference: Reference | None,
+    subset_size: int,
+) -> None:  # fmt: skip
     """Under the names that say what the numbers are."""
     features = family.features
     sizes = [count, *([reference.moments.n] if reference and reference.moments and reference.moments.n else [])]
-    few = "frechet" in family.kinds and min(sizes) < features.width
+    few = {"frechet": min(sizes) < features.width, "kernel": min(sizes) < subset_size}
     for name, value in found.items():
         kind, slash, category = name.partition("/")
-        ending = NOT_COMPARABLE if few and kind == "frechet" else ""
+        ending = NOT_COMPARABLE if few.get(kind) else ""
         measures[f"{features.measure(kind)}{ending}{slash}{category}"] = value
 
 

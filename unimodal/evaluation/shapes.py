@@ -63,6 +63,16 @@ class ShapesBenchmark(Benchmark):
         """The world and where its items come from."""
         return {"world": WORLD, "size": self.size, "split": self.split, "seed": self.seed}
 
+    def _read(self, answer: Answer) -> list[Detection]:
+        """What the recogniser sees in an answer's image."""
+        image = answer.parts[0].image
+        if image.size != (self.size, self.size):
+            file = answer.files[0] if answer.files else answer.item.id
+            raise ValueError(
+                f"{file}: expected {self.size}x{self.size} pixels (--size), got {image.width}x{image.height}"
+            )
+        return recognise(image)
+
     def _drawn(self, image: SamplingSettings | None) -> DecodingSettings:
         from unimodal.decoding import DecodingSettings
 
@@ -105,7 +115,7 @@ class GenEvalShapes(ShapesBenchmark):
 
     def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
         """GenEval's rules over what the recogniser sees, colours included."""
-        return [self._judge(answer, recognise(answer.parts[0].image)) for answer in answers]
+        return [self._judge(answer, self._read(answer)) for answer in answers]
 
     def _judge(self, answer: Answer, found: list[Detection]) -> Verdict:
         record = Record.from_json(answer.item.truth)
@@ -210,7 +220,7 @@ class ShapesEdits(ShapesBenchmark):
 
     def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
         """By the recogniser."""
-        return [self._judge(answer, recognise(answer.parts[0].image)) for answer in answers]
+        return [self._judge(answer, self._read(answer)) for answer in answers]
 
     def _judge(self, answer: Answer, found: list[Detection]) -> Verdict:
         truth, left, causes = answer.item.truth, list(found), []
@@ -292,8 +302,8 @@ def _listed(kinds: Counter[Kind]) -> str:
 def _take(left: list[Detection], thing: dict[str, Any], overlap: float) -> Detection | None:
     """The detection of the same kind that lies best on the thing, taken from the list."""
     same = [d for d in left if (d.label, d.colour) == (thing["shape"], thing["colour"])]
-    best = max(same, key=lambda d: _iou(d.box, thing["box"]), default=None)
-    if best is None or _iou(best.box, thing["box"]) < overlap:
+    best = max(same, key=lambda d: iou(d.box, thing["box"]), default=None)
+    if best is None or iou(best.box, thing["box"]) < overlap:
         return None
     left.remove(best)
     return best
@@ -313,7 +323,8 @@ def _box(thing: dict[str, Any]) -> Box:
     return x1, y1, x2, y2
 
 
-def _iou(a: Sequence[float], b: Sequence[float]) -> float:
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes, 0..1."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     shared = max(width, 0.0) * max(height, 0.0)

@@ -121,7 +121,7 @@ class FrechetDistance(_SetMetric):
 
 
 class _StoredFeatures(_SetMetric):
-    """Metrics that need every feature: they lie on the CPU as they came, N x D numbers."""
+    """Metrics that need every feature: N x D numbers, where they came (NCCL gathers nothing from a CPU)."""
 
     real: list[Tensor]
     fake: list[Tensor]
@@ -129,7 +129,7 @@ class _StoredFeatures(_SetMetric):
     def __init__(
         self, reference: Float[Tensor, "N D"] | None, features: ImageFeatures | None, settings: dict[str, Any]
     ) -> None:
-        super().__init__(features, {"compute_on_cpu": True, **settings})
+        super().__init__(features, settings)
         self.reference = reference
         self.add_state("real", [], dist_reduce_fx="cat")
         self.add_state("fake", [], dist_reduce_fx="cat")
@@ -253,7 +253,7 @@ class InceptionScore(_SetMetric):
         features: LogitFeatures | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(features, {"compute_on_cpu": True, **settings})
+        super().__init__(features, settings)
         self.splits, self.seed = splits, seed
         self.add_state("logits", [], dist_reduce_fx="cat")
 

@@ -1,17 +1,26 @@
-"""Benchmarks in validation, with the averaged weights, every rank its share."""
+"""Benchmarks and metrics of image sets in validation, with the averaged weights, every rank its share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from lightning import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+from torchmetrics import Metric
 
+from unimodal.decoding import DecodingSettings, decode
+from unimodal.documents import Document
 from unimodal.evaluation.benchmark import Answer, Benchmark
 from unimodal.evaluation.harness import answer_seed
 from unimodal.metrics.scores import TaskScores
+from unimodal.packing import fit_image
 
 if TYPE_CHECKING:
+    from unimodal.data.module import DocumentData
     from unimodal.model import UnifiedModel
 
 BATCH = 64
@@ -19,26 +28,76 @@ BATCH = 64
 
 
 class ValidationScores(Callback):
-    """Logs `val/NAME/TASK` and `val/NAME/overall` of benchmarks that train nobody sees.
+    """Logs `val/NAME/TASK` and `val/NAME/overall` of benchmarks, and `val/CLASS` of metrics of image sets.
 
     Args:
         benchmarks: each is asked in full, so give them few items.
+        image_metrics: of images drawn for held-out captions, against the images that these captions have.
     """
 
-    def __init__(self, benchmarks: Sequence[Benchmark]) -> None:
+    def __init__(self, benchmarks: Sequence[Benchmark], image_metrics: Sequence[Metric] = ()) -> None:
         super().__init__()
+        self.image_metrics = list(image_metrics)
         self.benchmarks = list(benchmarks)
+        for benchmark in self.benchmarks:
+            if benchmark.overall == "none":
+                raise ValueError(
+                    f"model.benchmarks: {benchmark.name} scores sets alone; give model.image_metrics instead"
+                )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The average's weights are in; results are logged on every rank alike."""
         if trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
             return
+        stage = "test" if trainer.testing else "val"
         for benchmark in self.benchmarks:
-            metric = TaskScores(dict.fromkeys(item.task for item in benchmark.items())).to(pl_module.device)
+            metric = TaskScores(list(dict.fromkeys(item.task for item in benchmark.items()))).to(pl_module.device)
             ask(benchmark, pl_module.model, metric, trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
-            stage = "test" if trainer.testing else "val"
             for name, value in metric.compute().items():
                 pl_module.log(f"{stage}/{benchmark.name}/{name}", value.float())
+        if self.image_metrics:
+            documents = captioned_images(trainer.datamodule)[trainer.global_rank :: trainer.world_size]  # type: ignore[attr-defined]
+            compare_images(self.image_metrics, pl_module.model, documents)  # type: ignore[arg-type]
+            for metric in self.image_metrics:
+                found = metric.compute()
+                values = found if isinstance(found, dict) else {"": found}
+                for name, value in values.items():
+                    pl_module.log(
+                        f"{stage}/{type(metric).__name__}{name and '/'}{name}", torch.as_tensor(value).float()
+                    )
+                metric.reset()
+
+
+def captioned_images(data: DocumentData) -> list[tuple[str, Document]]:
+    """Number and content of the held-out documents of a text and a learned image, as many as are validated."""
+    found = []
+    for s, source in enumerate(data.validation_sources()):
+        for i in range(min(data.validation_documents, len(source))):
+            document = source.document(i, np.random.default_rng((data.seed, s, i)))
+            if [part.is_image for part in document.parts] == [False, True]:
+                found.append((f"{s}/{i}", document))
+    return found
+
+
+def compare_images(metrics: Sequence[Metric], model: UnifiedModel, documents: Sequence[tuple[str, Document]]) -> None:
+    """Draw an image for every caption and show both to the metrics."""
+    settings = DecodingSettings("image", max_tokens=0, max_images=1)
+    for metric in metrics:
+        metric.to(model.device)
+    for first in range(0, len(documents), BATCH):
+        chunk = documents[first : first + BATCH]
+        prompts = [Document(document.parts[:1], document.kind) for _, document in chunk]
+        drawn = decode(model, prompts, settings, [answer_seed(0, name, 0) for name, _ in chunk])
+        height, width = model.sequence.image_sizes[0]
+        real = [fit_image(document.images[0], [(height, width)]) for _, document in chunk]
+        for metric in metrics:
+            metric.update(_uint8(real).to(model.device), real=True)
+            metric.update(_uint8([document.images[-1] for document in drawn]).to(model.device), real=False)
+
+
+def _uint8(images: Sequence[Image.Image]) -> Tensor:
+    """(B, 3, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
 def ask(benchmark: Benchmark, model: UnifiedModel, metric: TaskScores, rank: int = 0, ranks: int = 1) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning import Callback, LightningModule
 from torch import Tensor
+from torchmetrics import Metric
 
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document
@@ -51,6 +52,7 @@ class UnifiedTraining(LightningModule):
         init_from: a folder of a text model in Hugging Face's format, which every expert begins as; its tokenizer is taken.
         freeze: what does not learn: EXPERT, EXPERT.PART (attention, mlp, norms), shared, embedding, head, generator ...
         benchmarks: asked in full at every validation; each logs its tasks and their mean.
+        image_metrics: at every validation, of images drawn for held-out captions against the captions' own images.
     """
 
     part = "model"
@@ -74,9 +76,10 @@ class UnifiedTraining(LightningModule):
         init_from: Path | None = None,
         freeze: Sequence[str] = (),
         benchmarks: Sequence[Benchmark] = (),
+        image_metrics: Sequence[Metric] = (),
     ) -> None:
         super().__init__()
-        self.benchmarks = benchmarks
+        self._validated = (benchmarks, image_metrics)  # in a tuple: metrics are no part of what is trained
         self.model = model
         self.compiles = compile
         model.backbone.checkpointing = checkpoint_layers
@@ -111,7 +114,7 @@ class UnifiedTraining(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The moving average comes with the module, and the benchmarks that it is scored by."""
-        return [EMA(self.ema_decay), *([ValidationScores(self.benchmarks)] if self.benchmarks else [])]
+        return [EMA(self.ema_decay), *([ValidationScores(*self._validated)] if any(self._validated) else [])]
 
     def train_text(self, data: "DocumentData") -> None:
         """Train the text tokenizer on the data's corpus."""
