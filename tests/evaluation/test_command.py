@@ -158,7 +158,9 @@ def test_answers_to_something_else_are_not_scored(run: Path, tmp_path: Path, ref
     assert main(command) == 0
     theirs = ["--images", tmp_path / "out" / "answers", "--out", tmp_path / "scores", "--samples", "1"]
     refused("geneval-shapes", *theirs, "--per-task", "3", names="holds answers to items_sha256")
-    refused("shapes-edits", *theirs[:4], "--count", "2", names="holds answers to benchmark geneval-shapes, expected shapes-edits")
+    refused(
+        "shapes-edits", *theirs[:4], "--count", "2", names="answers to benchmark geneval-shapes, expected shapes-edits"
+    )
 
 
 def test_the_demo_asks_what_its_benchmarks_understand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,7 +291,8 @@ def test_the_gallery_shows_what_was_asked_about(tmp_path: Path) -> None:
     class Asked(Drawn):
         def items(self) -> list[Item]:
             seen = Image.new("RGB", (5, 4), "red")
-            return [Item("00000", "bright", Document((Part(seen, learn=False), Part("brighter", learn=False))), {"least": 0})]
+            prompt = Document((Part(seen, learn=False), Part("brighter", learn=False)))
+            return [Item("00000", "bright", prompt, {"least": 0})]
 
     benchmark = Asked(samples=1)
     folder = answers(benchmark, tmp_path / "answers")

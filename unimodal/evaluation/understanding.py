@@ -66,7 +66,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class VQAv2(Questions):
     """VQA accuracy of short answers, by the official formula; a task a type of answer."""
 
-    name: ClassVar[str] = "vqav2"
+    name = "vqav2"
     overall: ClassVar[Literal["tasks", "items"]] = "items"
 
     def __init__(self, questions: Path, annotations: Path, image_folder: Path, wording: str = SHORT) -> None:
@@ -104,7 +104,7 @@ class VQAv2(Questions):
 class GQA(Questions):
     """Exact match of short answers; tasks: open and binary questions."""
 
-    name: ClassVar[str] = "gqa"
+    name = "gqa"
     overall: ClassVar[Literal["tasks", "items"]] = "items"
 
     def __init__(self, questions: Path, image_folder: Path, wording: str = SHORT) -> None:
@@ -148,7 +148,7 @@ def _short_item(question: Question, wording: str) -> Item:
 class POPE(Questions):
     """Are there objects that are not in the image? A task a file; F1 and its relatives for each."""
 
-    name: ClassVar[str] = "pope"
+    name = "pope"
 
     def __init__(self, questions: list[Path], image_folder: Path, wording: str = SHORT) -> None:
         """Name the files.
@@ -194,7 +194,7 @@ class POPE(Questions):
 class MME(Questions):
     """Yes or no, two questions an image; an item is an image, its score (accuracy + both right) / 2, a task a subtask."""
 
-    name: ClassVar[str] = "mme"
+    name = "mme"
 
     def __init__(self, folder: Path, wording: str = "{question}") -> None:
         """Name the files.
@@ -334,7 +334,7 @@ class MultipleChoice(Questions):
 class SEEDBench(MultipleChoice):
     """SEED-Bench, its questions about images; a task a type of question."""
 
-    name: ClassVar[str] = "seed-bench"
+    name = "seed-bench"
 
     def __init__(
         self,
@@ -362,7 +362,7 @@ class SEEDBench(MultipleChoice):
 class MMBench(MultipleChoice):
     """MMBench: right is what is right in every rotation of the options (CircularEval); a task a category."""
 
-    name: ClassVar[str] = "mmbench"
+    name = "mmbench"
 
     def __init__(
         self, questions: Path, by: Literal["likelihood", "letter"] = "letter", wording: str | None = None
@@ -388,7 +388,7 @@ class MMBench(MultipleChoice):
 class Captions(Questions):
     """CIDEr, BLEU and ROUGE-L of one caption an image; an item's score is its CIDEr / 10, which lies in 0..1."""
 
-    name: ClassVar[str] = "captions"
+    name = "captions"
     overall: ClassVar[Literal["tasks", "items"]] = "items"
 
     def __init__(self, annotations: Path, image_folder: Path, split: str = "test", wording: str = "") -> None:

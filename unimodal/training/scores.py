@@ -58,14 +58,14 @@ class ValidationScores(Callback):
         if self.image_metrics:
             documents = captioned_images(trainer.datamodule)[trainer.global_rank :: trainer.world_size]  # type: ignore[attr-defined]
             compare_images(self.image_metrics, pl_module.model, documents)  # type: ignore[arg-type]
-            for metric in self.image_metrics:
-                found = metric.compute()
+            for distance in self.image_metrics:
+                found = distance.compute()
                 values = found if isinstance(found, dict) else {"": found}
                 for name, value in values.items():
                     pl_module.log(
-                        f"{stage}/{type(metric).__name__}{name and '/'}{name}", torch.as_tensor(value).float()
+                        f"{stage}/{type(distance).__name__}{name and '/'}{name}", torch.as_tensor(value).float()
                     )
-                metric.reset()
+                distance.reset()
 
 
 def captioned_images(data: DocumentData) -> list[tuple[str, Document]]:
@@ -95,7 +95,7 @@ def compare_images(metrics: Sequence[Metric], model: UnifiedModel, documents: Se
             metric.update(_uint8([document.images[-1] for document in drawn]).to(model.device), real=False)
 
 
-def _uint8(images: Sequence[Image.Image]) -> Tensor:
+def _uint8(images: Sequence[np.ndarray | Image.Image]) -> Tensor:
     """(B, 3, H, W)."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
