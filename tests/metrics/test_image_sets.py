@@ -194,12 +194,11 @@ def test_the_network_is_saved_in_no_checkpoint_and_is_not_trained() -> None:
     holder.metric.clone().update(images(0, 5), real=True)
 
 
-def test_stored_features_lie_on_the_cpu_and_are_those_that_came() -> None:
+def test_stored_features_stay_where_they_came_as_they_came() -> None:
     metric = KernelDistance(5, 40)
     metric.update(REAL, real=True)
     metric.update(FAKE, real=False)
-    assert [part.device.type for part in metric.real] == ["cpu"]
-    assert metric.compute_on_cpu
+    assert not metric.compute_on_cpu  # NCCL gathers nothing from a CPU
     assert metric.real[0].dtype == torch.float32
 
 
