@@ -480,6 +480,6 @@ def test_out_must_be_a_folder(run: Path, tmp_path: Path, refused: Refused) -> No
 def test_compiling_without_a_compiler_is_refused(
     run: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unimodal.commands.can_compile", lambda: (False, "no C++ compiler"))
+    monkeypatch.setattr("unimodal.export.can_compile", lambda: (False, "no C++ compiler"))
     args = "generate", "image", "--run", run, "--prompt", "a", "--out", tmp_path / "o", "--compile"
     refused(*args, names="--compile: this machine cannot, it has no C++ compiler", absent=tmp_path / "o")

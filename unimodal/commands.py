@@ -10,14 +10,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
 import yaml
 from tqdm import tqdm
 
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part, load_image, read_markdown, write_html, write_markdown
-from unimodal.environment import can_compile
-from unimodal.export import load_run
+from unimodal.export import load_run, open_model
 from unimodal.model import UnifiedModel
 from unimodal.text import SPECIAL_TOKENS, TextTokenizer
 from unimodal_generators.base import SamplingSettings
@@ -146,18 +144,7 @@ def export_hf(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> UnifiedModel:
-    model = load_run(args.folder, args.weights)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    try:
-        model.to(torch.device(device))
-    except RuntimeError as error:
-        raise ValueError(f"--device: {args.device} cannot be used ({str(error).splitlines()[0]})") from error
-    if args.compile:
-        able, why = can_compile()
-        if not able:
-            raise ValueError(f"--compile: this machine cannot, it has {why}")
-        model.backbone.compile_decoding()
-    return model
+    return open_model(args.folder, args.weights, args.device, args.compile)
 
 
 def _image_settings(args: argparse.Namespace, model: UnifiedModel) -> SamplingSettings:

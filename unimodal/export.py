@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unimodal.environment import can_compile
 from unimodal.model import UnifiedModel
 from unimodal.text import TextTokenizer
 from unimodal_tokenizers.base import ImageTokenizer
@@ -165,6 +166,22 @@ def load_run(run: Path, weights: str = "ema") -> UnifiedModel:
         state = read_checkpoint(run / "checkpoints" / "last.ckpt").get("state_dict", {})
         raw = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
         load_weights(model, raw, str(run / "checkpoints" / "last.ckpt"))
+    return model
+
+
+def open_model(run: Path, weights: str = "ema", device: str = "auto", compiled: bool = False) -> UnifiedModel:
+    """The model of a run on a device, as the commands use it."""
+    model = load_run(run, weights)
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        model.to(torch.device(chosen))
+    except RuntimeError as error:
+        raise ValueError(f"--device: {device} cannot be used ({str(error).splitlines()[0]})") from error
+    if compiled:
+        able, why = can_compile()
+        if not able:
+            raise ValueError(f"--compile: this machine cannot, it has {why}")
+        model.backbone.compile_decoding()
     return model
 
 

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from unimodal.documents import write_atomically
-from unimodal.environment import can_compile
 from unimodal.evaluation.answers import AnswerFolder, read_record
 from unimodal.evaluation.benchmark import Benchmark
 from unimodal.evaluation.fingerprint import items_sha256, model_record, sampling_record
@@ -20,7 +18,7 @@ from unimodal.evaluation.harness import Choice, generate, report, score
 from unimodal.evaluation.image_sets import ImageSets, evaluate_folder
 from unimodal.evaluation.registry import benchmark_class
 from unimodal.evaluation.results import Summary, print_summary
-from unimodal.export import load_run, one_line
+from unimodal.export import one_line, open_model
 from unimodal.model import UnifiedModel
 from unimodal_generators.base import SamplingSettings
 
@@ -212,7 +210,7 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
     items = choice.of(benchmark.items())
     folder = AnswerFolder(options.images or options.out / "answers", benchmark.draws, benchmark.samples)
     if options.run is not None:
-        model = load(options)
+        model = open_model(options.run, options.weights, options.device, options.compile)
         image = options.sampling(model)
         record = {
             "benchmark": benchmark.name,
@@ -252,20 +250,3 @@ def provenance(answers: Path) -> dict[str, Any]:
     """Who made a folder of answers, as far as it says."""
     record = read_record(answers) or {}
     return {key: record.get(key) for key in ("model", "sampling", "seed")}
-
-
-def load(options: Options) -> UnifiedModel:
-    """The model on its device."""
-    assert options.run is not None
-    model = load_run(options.run, options.weights)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    try:
-        model.to(torch.device(device))
-    except RuntimeError as error:
-        raise ValueError(f"--device: {options.device} cannot be used ({str(error).splitlines()[0]})") from error
-    if options.compile:
-        able, why = can_compile()
-        if not able:
-            raise ValueError(f"--compile: this machine cannot, it has {why}")
-        model.backbone.compile_decoding()
-    return model
