@@ -23,6 +23,7 @@ from unimodal.evaluation.interleaved import (
     kinds,
     read_step,
 )
+from unimodal.evaluation.shapes import read_caption
 from unimodal.metrics.features import ImageFeatures, as_drawn
 from unimodal.metrics.statistics import bootstrap_rows
 
@@ -309,21 +310,23 @@ def test_steps_begin_with_what_training_never_shows() -> None:
         assert step is not None
         assert step[0] in HELD_OUT
         assert step[1] is None
+        assert read_caption(item.prompt.text) is None  # a caption would ask for one image and no more
 
 
 @pytest.mark.parametrize(
     ("text", "step"),
     [
-        ("a red circle", (("circle", "red"), None)),
+        ("first a red circle", (("circle", "red"), None)),
+        ("a red circle", None),
         (" then an orange square left of it", (("square", "orange"), "left of")),
         ("then a blue heart below it\n", (("heart", "blue"), "below")),
-        ("an red circle", None),
+        ("first an red circle", None),
         ("then a orange square left of it", None),
-        ("a circle", None),
+        ("first a circle", None),
         ("then a red circle", None),
         ("then a red circle near it", None),
-        ("a red circle left of it", None),
-        ("a red circle and more", None),
+        ("first a red circle left of it", None),
+        ("first a red circle and more", None),
         ("", None),
     ],
 )
@@ -335,7 +338,7 @@ def wrong(item: Item, *contents: Content) -> set[str]:
     """The rules that an answer breaks."""
     found = judged(STEPS, item, *contents)
     names = ("structure", "texts", "things", "places", "kept")
-    broken = {name for name in names if not found.fields[f"{name}_right"]}
+    broken = {name for name in names if found.fields[f"{name}_right"] is False}
     assert bool(broken) == (found.score == 0)
     return broken
 
@@ -368,6 +371,18 @@ def test_cheats_at_texts_and_things_are_seen() -> None:
     assert wrong(item, other, *whole[1:]) == {"things"}
     assert wrong(item, plain((192, 192, 192), (32, 32)), *whole[1:]) == {"things"}
     assert wrong(item, plain((192, 192, 192), (8, 8)), *whole[1:]) == {"things"}
+
+
+def test_rules_that_nothing_could_break_are_not_counted_as_kept() -> None:
+    item, texts, scenes = three_things()
+    answers = [Answer(item, i, parts(*contents)) for i, contents in enumerate(([render(scenes[0])], [], [texts[1]]))]
+    verdicts = STEPS.judge(answers)
+    rules = [{name: v.fields[f"{name}_right"] for name in ("texts", "things", "places", "kept")} for v in verdicts]
+    assert rules[0] == {"texts": None, "things": True, "places": None, "kept": None}  # one image and no more
+    assert rules[1] == {"texts": None, "things": None, "places": None, "kept": None}
+    assert rules[2] == {"texts": True, "things": None, "places": None, "kept": None}
+    measured = STEPS.measures(rows_of(answers, verdicts))
+    assert measured == {"structure right": 0.0, "texts right": 1.0, "things right": 1.0}
 
 
 def test_things_have_to_stay_and_to_stand_where_told() -> None:

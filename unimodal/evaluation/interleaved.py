@@ -310,7 +310,7 @@ class DigitSums(Benchmark):
 
 # ---- shapes
 
-_FIRST = re.compile(f"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
+_FIRST = re.compile(f"first an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
 _NEXT = re.compile(f"then an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) ({'|'.join(RELATIONS)}) it")
 _STEP_RULES = ("structure", "texts", "things", "places", "kept")
 _STEPS = (1, 2)  # further things that the world's documents of steps put in
@@ -320,7 +320,7 @@ Kind = tuple[str, str]
 def read_step(text: str) -> tuple[Kind, str | None] | None:
     """Shape and colour of the thing that a step puts in, and where it is seen from the one before (None: the first step).
 
-    None where the text is no step: "a red circle", " then an orange square left of it".
+    None where the text is no step: "first a red circle", " then an orange square left of it".
     """
     text = text.strip()
     match = _NEXT.fullmatch(text) or _FIRST.fullmatch(text)
@@ -328,7 +328,7 @@ def read_step(text: str) -> tuple[Kind, str | None] | None:
         return None
     colour, shape, *relation = match.groups()
     noun = a(phrase(shape, colour))
-    whole = f"then {noun} {relation[0]} it" if relation else noun  # with the right article
+    whole = f"then {noun} {relation[0]} it" if relation else f"first {noun}"  # with the right article
     return ((shape, colour), relation[0] if relation else None) if whole == text else None
 
 
@@ -364,7 +364,7 @@ class ShapesSteps(ShapesBenchmark):
         return [_judge_steps(answer) for answer in answers]
 
     def measures(self, rows: Sequence[Row]) -> dict[str, float]:
-        """Shares of documents right in one way."""
+        """Shares of documents right in one way, of those where it could be seen."""
         return means(rows, {f"{name}_right": f"{name} right" for name in _STEP_RULES})
 
 
@@ -384,7 +384,11 @@ def _judge_steps(answer: Answer) -> Verdict:
         if step is None or (step[1] is None) != (i == 0):
             causes["texts"].append(f"no step: {text.strip()[:60]}")
     seen = _follow(steps, [part.image for part in answer.parts if part.is_image], causes)
-    fields = {"made": made} | {f"{name}_right": not found for name, found in causes.items()}
+    # A rule that nothing could break says nothing: without a second text or a second image all would be in place.
+    asks = {"texts": len(texts) > 1, "things": len(seen) > 0, "places": len(seen) > 1, "kept": len(seen) > 1}
+    fields: dict[str, Any] = {"made": made}
+    for name, found in causes.items():
+        fields[f"{name}_right"] = not found if found or asks.get(name, True) else None
     reason = "; ".join(cause for found in causes.values() for cause in found)
     drawn = [box | {"image": number} for number, found in enumerate(seen) for box in boxes(found)]
     return Verdict(float(not reason), reason, fields | {"boxes": drawn})

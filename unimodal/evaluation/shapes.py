@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unimodal.decoding import DecodingSettings
     from unimodal_generators.base import SamplingSettings
 
-WORLD = 1
+WORLD = 2
 """Raised whenever a scene, a wording or the recogniser changes what a score would be."""
 THRESHOLDS = Thresholds(score=0.3, counting=0.3)
 """The recogniser's confidence is no detector's: one threshold serves counting as well."""

@@ -118,8 +118,8 @@ def built(split: Split, size: int, rng: np.random.Generator) -> tuple[list[str],
     """A scene of two or three things put in one after the other.
 
     Returns:
-        Texts ("a red circle", " then a blue square below it", ...), where "it" is the thing before; and the
-        scene after each.
+        Texts ("first a red circle", " then a blue square below it", ...), where "it" is the thing before; and the
+        scene after each. "first" says that more will come: a caption alone asks for one image.
 
     Raises:
         ValueError: a bounded number of tries found no room.
@@ -134,7 +134,7 @@ def built(split: Split, size: int, rng: np.random.Generator) -> tuple[list[str],
         scenes = _grown(Scene((), size), kinds, said, rng)
         if scenes is not None:
             texts = [f" then {a(phrase(*kind))} {r} it" for kind, r in zip(kinds[1:], said, strict=True)]
-            return [a(phrase(*kinds[0])), *texts], scenes
+            return [f"first {a(phrase(*kinds[0]))}", *texts], scenes
     raise ValueError(f"size: found no room for {number} things on {size}x{size} pixels in {_TRIES} tries")
 
 

@@ -36,8 +36,8 @@ class ShapesSource:
     - `question`: a scene, "is there a red circle?", then " yes" (learned).
     - `edit`: a scene, " make the red circle blue", then the changed scene (learned).
     - `count`: a scene, then "three circles and one square" (learned).
-    - `steps`: "a red circle", its scene (learned), " then a blue square below it" (learned), the scene with both (learned),
-      and perhaps a third.
+    - `steps`: "first a red circle", its scene (learned), " then a blue square below it" (learned), the scene with both
+      (learned), and perhaps a third.
 
     Args:
         kind: one of the six.
