@@ -10,7 +10,6 @@ import base64
 import html
 import io
 import json
-import os
 import re
 import struct
 import warnings
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from unimodal.files import contained_path, write_atomically
 
 GENERATED = "generated"
 """Role of a part that a model wrote or drew."""
@@ -219,18 +220,6 @@ def png_bytes(image: Image.Image) -> bytes:
 # ---- files
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a whole file or nothing: under a temporary name first, then renamed; missing folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @dataclass(frozen=True)
 class PartRecord:
     """A part as a JSONL line names it: `content` is text, or the path of an image that is not loaded yet."""
@@ -295,26 +284,6 @@ def read_json_lines(path: str | Path) -> list[JsonLine]:
             raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
         lines.append(JsonLine(record, where))
     return lines
-
-
-def contained_path(name: object, base: Path, where: str) -> Path:
-    """The file `name` under the folder `base`, which it may not leave, not even through a link.
-
-    Raises:
-        ValueError: not a relative path, or it ends outside `base`; the message begins with `where`.
-    """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: image: expected a relative path, got {name!r}")
-    if Path(name).is_absolute():
-        raise ValueError(f"{where}: image: expected a relative path, got {name!r}")
-    try:
-        resolved = (base / name).resolve()
-        inside = resolved.is_relative_to(base.resolve())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{where}: image: expected a path, got {name!r} ({_one_line(error)})") from None
-    if not inside:
-        raise ValueError(f"{where}: image: expected a file inside the folder of the JSONL, got {name!r}")
-    return resolved
 
 
 def document_record(line: JsonLine, base: Path) -> DocumentRecord:

@@ -21,10 +21,11 @@ from unimodal.cli import main as unimodal
 from unimodal.data.digits import caption, digit_images
 from unimodal.data.shapes import ShapesSource, render_prompt
 from unimodal.data.shapes import render as render_scene
-from unimodal.documents import Part, png_bytes, write_atomically
+from unimodal.documents import Part, png_bytes
 from unimodal.environment import can_compile, choose_precision
 from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.shapes import GenEvalShapes
+from unimodal.files import write_atomically
 
 MODELS = Path("lightning_configs/models")
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from unimodal.data.shapes import SHAPES_KINDS, Scene, ShapesSource, Split, Thing, coverage, recognise, render, visible
-from unimodal.documents import write_atomically
+from unimodal.files import write_atomically
 from unimodal.metrics.detection import Detection
 
 Spoil = Callable[[Image.Image, np.random.Generator], Image.Image]

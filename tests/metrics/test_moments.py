@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from unimodal.files import file_sha256
 from unimodal.metrics.moments import (
     SPATIAL,
     Moments,
@@ -18,7 +19,6 @@ from unimodal.metrics.moments import (
     load_statistics,
     npz_keys,
     save_statistics,
-    sha256_of,
 )
 
 
@@ -99,7 +99,7 @@ def test_ours_come_back_with_their_provenance(tmp_path: Path) -> None:
     found = load_statistics(path)
     same(found.moments, moments)
     assert found.provenance == {"features": {"name": "pixels3"}, "images": 200}
-    assert found.sha256 == sha256_of(path)
+    assert found.sha256 == file_sha256(path)
     assert found.features is not None
     assert (found.features == features().numpy()).all()
     assert (load_features(path) == features().numpy()).all()

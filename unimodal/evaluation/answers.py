@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimodal.documents import GENERATED, Part, contained_path, load_image, png_bytes, write_atomically
+from unimodal.documents import GENERATED, Part, load_image, png_bytes
 from unimodal.evaluation.benchmark import Answer, Item
+from unimodal.files import contained_path, write_atomically
 
 RECORD = "generation.json"
 

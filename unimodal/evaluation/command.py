@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from unimodal.documents import write_atomically
 from unimodal.evaluation.answers import AnswerFolder, read_record
 from unimodal.evaluation.benchmark import Benchmark
 from unimodal.evaluation.fingerprint import items_sha256, model_record, sampling_record
@@ -19,6 +18,7 @@ from unimodal.evaluation.image_sets import ImageSets, evaluate_folder
 from unimodal.evaluation.registry import benchmark_class
 from unimodal.evaluation.results import Summary, print_summary
 from unimodal.export import one_line, open_model
+from unimodal.files import write_atomically
 from unimodal.model import UnifiedModel
 from unimodal_generators.base import SamplingSettings
 

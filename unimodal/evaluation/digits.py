@@ -30,8 +30,9 @@ from unimodal.data.digits import (
     image_to_values,
     sum_answer,
 )
-from unimodal.documents import GENERATED, Document, Part, png_bytes, write_atomically
+from unimodal.documents import GENERATED, Document, Part, png_bytes
 from unimodal.evaluation.page import RunDescription, print_scores, write_page
+from unimodal.files import write_atomically
 from unimodal.metrics.distances import frechet_distance
 from unimodal.metrics.manifolds import copy_share, copy_threshold, pairwise, precision_recall_of_distances
 from unimodal.metrics.moments import Moments

@@ -14,18 +14,13 @@ from unimodal.documents import Part
 from unimodal.evaluation.benchmark import Benchmark, Item
 from unimodal.evaluation.lazy_images import LazyImage
 from unimodal.export import read_info
+from unimodal.files import file_sha256
 from unimodal_generators.base import SamplingSettings
 
 _LIBRARIES = (
     "unimodal", "torch", "torchvision", "transformers", "timm", "open_clip_torch", "torchmetrics", "torch-fidelity",
     "pillow", "numpy", "scipy",
 )  # fmt: skip
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def items_sha256(items: list[Item]) -> str:

@@ -19,10 +19,10 @@ from PIL import Image
 from unimodal.documents import Document, Part, read_json_lines
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row, Verdict
 from unimodal.evaluation.clip_colours import ClipColours, load_clip
-from unimodal.evaluation.fingerprint import file_sha256
 from unimodal.evaluation.geneval_golden import ColourNamer, Detector, check
 from unimodal.evaluation.mask2former import LABELS, Mask2FormerDetector, is_official, read_metadata
 from unimodal.evaluation.published import GENEVAL, Published
+from unimodal.files import file_sha256
 from unimodal.metrics.detection import Detection
 from unimodal.metrics.geneval import (
     COLOURS,

@@ -35,9 +35,10 @@ from unimodal.evaluation.set_scores import (
     score_folder,
     write_statistics,
 )
+from unimodal.files import file_sha256
 from unimodal.metrics.features import ImageFeatures, PixelFeatures
 from unimodal.metrics.manifolds import ball_radii, inside_manifold
-from unimodal.metrics.moments import Moments, sha256_of
+from unimodal.metrics.moments import Moments
 
 if TYPE_CHECKING:
     from unimodal.evaluation.results import Summary
@@ -121,7 +122,7 @@ class ImageSets(Benchmark):
         self.options = SetOptions(subset_size=subset_size, allow_few=allow_few)
         self.loading = Loading(feature_batch, workers, device)
         self.prompts: list[Prompt] | None = None if prompts is None else read_prompts(prompts)
-        self.prompts_sha256 = None if prompts is None else sha256_of(prompts)
+        self.prompts_sha256 = None if prompts is None else file_sha256(prompts)
         self.scores: SetScores | None = None
         self._folder: list[Item] | None = None
         self._check_now()
@@ -197,7 +198,7 @@ class ImageSets(Benchmark):
         }
 
     def _reference_record(self, path: Path) -> dict[str, Any]:
-        return {"folder": path.name} if path.is_dir() else {"file": path.name, "sha256": sha256_of(path)}
+        return {"folder": path.name} if path.is_dir() else {"file": path.name, "sha256": file_sha256(path)}
 
     # ---- networks
 

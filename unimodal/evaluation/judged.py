@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from unimodal.documents import Document, Part, contained_path, load_image, read_json_lines
+from unimodal.documents import Document, Part, load_image, read_json_lines
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row, Verdict
 from unimodal.evaluation.interleaved import kinds, means, structure_cause, structure_fields
 from unimodal.evaluation.judge import Endpoint, OpenAIJudge, Opinion, Question
+from unimodal.files import contained_path
 from unimodal.metrics.interleaved import structure_match
 
 if TYPE_CHECKING:

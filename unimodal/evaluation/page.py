@@ -16,7 +16,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from unimodal.documents import DOCUMENT_CSS, Document, document_html, image_data_uri, write_atomically
+from unimodal.documents import DOCUMENT_CSS, Document, document_html, image_data_uri
+from unimodal.files import write_atomically
 
 Scores = Mapping[str, Any]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item
-from unimodal.evaluation.fingerprint import file_sha256
 from unimodal.evaluation.lazy_images import LazyImage
+from unimodal.files import file_sha256
 
 if TYPE_CHECKING:
     from unimodal.decoding import DecodingSettings

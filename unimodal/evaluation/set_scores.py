@@ -25,6 +25,7 @@ from unimodal.evaluation.image_files import (
     listing_sha256,
 )
 from unimodal.evaluation.set_protocols import PROTOCOLS, Protocol, category_of, reference_kind
+from unimodal.files import file_sha256
 from unimodal.metrics import image_sets
 from unimodal.metrics.distances import frechet_distance
 from unimodal.metrics.features import ImageFeatures, LogitFeatures, TextImageFeatures
@@ -34,7 +35,6 @@ from unimodal.metrics.moments import (
     load_features,
     load_statistics,
     save_statistics,
-    sha256_of,
 )
 
 KINDS = ("frechet", "kernel", "manifold", "inception_score", "cmmd", "clip_score")
@@ -222,7 +222,7 @@ def read_reference(path: Path | None, family: Family, protocol: Protocol, loadin
         record = {"folder": path.name, "images": len(paths), "listing_sha256": listing_sha256(paths, path)}
         grouped = [category_of(one, path) for one in paths] if protocol.categories else None
         return _computed(ImageFiles(paths, features.preparation), record, features, stored, grouped, loading)
-    record = {"file": path.name, "sha256": sha256_of(path)}
+    record = {"file": path.name, "sha256": file_sha256(path)}
     if kind == "images":
         images = NpzImages(path, features.preparation)
         return _computed(images, record | {"images": len(images)}, features, stored, None, loading)
@@ -401,7 +401,7 @@ def write_statistics(
         paths = image_paths(images)
         source, record = ImageFiles(paths, features.preparation), {"listing_sha256": listing_sha256(paths, images)}
     else:
-        source, record = NpzImages(images, features.preparation), {"sha256": sha256_of(images)}
+        source, record = NpzImages(images, features.preparation), {"sha256": file_sha256(images)}
     found = _computed(source, {}, features, keep_features, None, loading)
     assert found.moments is not None
     provenance = {"images": len(source), "source": images.name, **record, "features": features.spec()}

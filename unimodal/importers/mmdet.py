@@ -9,7 +9,6 @@ row, column) where transformers concatenates (column, row, channel); q, k and v 
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+from unimodal.files import file_sha256
 
 State = Mapping[str, Tensor]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -74,8 +75,7 @@ def convert_checkpoint(checkpoint: str | Path, out: str | Path) -> Path:
         raise ValueError(f"--out: expected a new folder, got {out}, which holds a file already")
     state, _ = read_checkpoint(checkpoint)
     converted = convert(state)
-    with checkpoint.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     converted.config.save_pretrained(out)
     metadata = {"format": "pt", "source": checkpoint.name, "source_sha256": digest, "converted_by": "unimodal mmdet 1"}

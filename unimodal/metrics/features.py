@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unimodal.metrics.moments import sha256_of
+from unimodal.files import file_sha256
 
 Preparation = Callable[[Image.Image], Tensor]
 """An image as a tensor (3, H, W) that the network takes; small and picklable, because workers hold it."""
@@ -193,4 +193,4 @@ def _some(what: str, names: Sequence[str]) -> str:
 
 def file_record(path: Path) -> dict[str, str]:
     """Name and SHA-256 of a file of weights."""
-    return {"file": path.name, "sha256": sha256_of(path)}
+    return {"file": path.name, "sha256": file_sha256(path)}

@@ -5,7 +5,6 @@ Letters: B a batch, N all features, D their width.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zipfile
@@ -20,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unimodal.documents import write_atomically
+from unimodal.files import file_sha256, write_atomically
 
 POOLED, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
 """Keys of Inception's pooled features, and of the spatial ones that ADM keeps beside them for sFID."""
@@ -198,7 +197,7 @@ def load_statistics(path: Path, keys: tuple[str, str] = POOLED) -> Statistics:
         moments = Moments(count, mean, cov)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Statistics(moments, provenance, sha256_of(path), features)
+    return Statistics(moments, provenance, file_sha256(path), features)
 
 
 def load_features(path: Path) -> np.ndarray:
@@ -251,9 +250,3 @@ def _refuse_contents(path: Path, found: list[str], keys: tuple[str, str]) -> Non
     if keys == POOLED and FEATURES in found:
         raise ValueError(f"{path}: expected statistics (mu, sigma), got features alone (clean-fid's file for KID)")
     raise ValueError(f"{path}: expected the arrays {keys[0]} and {keys[1]}, got {', '.join(found) or 'none'}")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
