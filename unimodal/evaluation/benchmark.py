@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from unimodal.documents import Document, Part
+from unimodal.metrics.statistics import Row
 
 if TYPE_CHECKING:
     from unimodal.decoding import DecodingSettings
@@ -73,10 +74,6 @@ class Verdict:
     score: float
     reason: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
-
-
-Row = dict[str, Any]
-"""A line of results.jsonl: id, sample, task, score, reason, files, and a verdict's fields."""
 
 
 class Benchmark(ABC):

@@ -16,7 +16,7 @@ from typing import Any
 
 from unimodal.documents import read_json_lines
 from unimodal.evaluation.lazy_images import LazyImage, image_base64, image_file
-from unimodal.metrics.vqa import MME_COGNITION, MME_PERCEPTION
+from unimodal.metrics.vqa import MME_COGNITION, MME_PERCEPTION, rotations
 
 _ENDINGS = (".jpg", ".jpeg", ".png")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -308,7 +308,9 @@ def read_mmbench(questions: Path) -> list[ChoiceQuestion]:
         orders = tuple(row.options for row in group)
         answers = tuple(row.answer for row in group)
         if len(group) == 1:
-            orders, answers = _rotated(first)
+            orders = tuple(rotations(first.options))
+            letters = rotations(_LETTERS[: len(first.options)])
+            answers = tuple(_LETTERS[order.index(first.answer)] for order in letters)
         elif len(group) != len(first.options):
             raise ValueError(
                 f"{first.where}: expected {len(first.options)} rotations of question {index}, got {len(group)}"
@@ -377,13 +379,6 @@ def _mmbench_row(record: Mapping[str, str | None], where: str) -> _Row:
         int(cell("index")), cell("category"), cell("question"), cell("hint"), tuple(options), cell("answer"),
         cell("image"), where,
     )  # fmt: skip
-
-
-def _rotated(row: _Row) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Every order of a row's options, and where the right one is in each."""
-    n, right = len(row.options), _LETTERS.index(row.answer)
-    orders = tuple(row.options[i:] + row.options[:i] for i in range(n))
-    return orders, tuple(_LETTERS[(right - i) % n] for i in range(n))
 
 
 def read_captions(annotations: Path, image_folder: Path, split: str) -> list[Question]:

@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
 
-from unimodal.documents import write_atomically
 from unimodal.evaluation.benchmark import Benchmark, Item, Row
 from unimodal.evaluation.gallery import write_gallery
+from unimodal.files import write_atomically
+from unimodal.metrics.shares import wilson_interval
 from unimodal.metrics.statistics import bootstrap_interval, bootstrap_rows
 
 COMPLETE, PARTIAL = "complete", "PARTIAL"
@@ -139,9 +139,9 @@ def task_interval(scores: Sequence[float]) -> tuple[float, float]:
     Where all items are right, or all wrong, a bootstrap has no width; Wilson's interval of so many trials is given there.
     """
     if set(scores) <= {0.0} or set(scores) <= {1.0}:
-        proportion = binomtest(round(sum(scores)), len(scores)).proportion_ci(method="wilson")
-        return float(proportion.low), float(proportion.high)
-    interval = bootstrap_interval({"": scores})
+        interval = wilson_interval(round(sum(scores)), len(scores))
+    else:
+        interval = bootstrap_interval({"": scores})
     return interval.low, interval.high
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Float
 
 Row = dict[str, Any]
-"""An answer's record; `id` names its item, `task` its group, and `cluster` (optional) what is drawn together."""
+"""A line of results.jsonl: `id` names the item, `task` its group, `cluster` (optional) what is drawn together; besides,
+sample, score, reason, files and a verdict's fields."""
 
 _AT_ONCE = 4_000_000  # numbers drawn at once: 32 MB
 _EXACT = 13  # items up to which all 2^N sign flips are listed
