@@ -1,10 +1,12 @@
 """The shapes world: its rules hold, its words are true, its splits are apart; all read again, slowly, from the scenes."""
 
 import hashlib
+import importlib.util
 import itertools
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import jaxtyping
 import numpy as np
@@ -17,7 +19,6 @@ from unimodal.data.shapes import (
     BACKGROUND,
     COLOURS,
     HELD_OUT,
-    PROMPT_TASKS,
     SHAPES,
     SHAPES_KINDS,
     Scene,
@@ -26,74 +27,29 @@ from unimodal.data.shapes import (
     arrange,
     coverage,
     held_out,
-    prompts,
     relations,
     render,
-    render_prompt,
     valid,
 )
 from unimodal.data.shapes.captions import CAPTION_TASKS, captioned, described
 from unimodal.data.shapes.edits import EDIT_OPERATIONS, edited
 from unimodal.data.shapes.questions import asked
 from unimodal.data.shapes.world import clearly, size_range
+from unimodal.metrics import geneval
 from unimodal.text import TextTokenizer
 
-NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "zero": 0}
-NOUN = re.compile(rf"({'|'.join(NUMBERS)}) (?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})(?:e?s)?\b")
 SPLITS = ("train", "test")
+_spec = importlib.util.spec_from_file_location("shapes_readings", Path(__file__).with_name("shapes_readings.py"))
+assert _spec is not None
+assert _spec.loader is not None
+readings = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(readings)
+NUMBERS, holds, told, check_rules = readings.NUMBERS, readings.holds, readings.told, readings.check_rules
 
 
 def drafts(kind, split, number, size=32, seed=3):
     source = ShapesSource(kind, split, size, number, seed)
     return [source.draft(i, np.random.default_rng()) for i in range(number)]
-
-
-# ---- slow readings
-
-
-def holds(a: Thing, relation: str, b: Thing) -> bool:
-    """GenEval's rule as evaluation.md states it, axis by axis on the corners of the boxes."""
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.box, b.box
-    offset = [(ax1 + ax2) / 2 - (bx1 + bx2) / 2, (ay1 + ay2) / 2 - (by1 + by2) / 2]
-    margins = [0.1 * ((ax2 - ax1) + (bx2 - bx1)), 0.1 * ((ay2 - ay1) + (by2 - by1))]
-    shrunk = [math.copysign(max(abs(o) - m, 0), o) for o, m in zip(offset, margins, strict=True)]
-    if all(abs(v) < 1e-3 for v in shrunk):
-        return False
-    dx, dy = (v / math.hypot(*offset) for v in shrunk)
-    return {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}[relation]
-
-
-def share_seen(scene: Scene, thing: Thing) -> float:
-    """Pixel by pixel: the share of a thing's coverage that nothing in front takes away."""
-    total = seen = 0.0
-    front = scene.things[scene.things.index(thing) + 1 :]
-    for y, x in itertools.product(range(thing.size), repeat=2):
-        cover = left = float(coverage(thing.shape, thing.size)[y, x])
-        for other in front:
-            oy, ox = y + thing.y - other.y, x + thing.x - other.x
-            if 0 <= oy < other.size and 0 <= ox < other.size:
-                left *= 1 - float(coverage(other.shape, other.size)[oy, ox])
-        total, seen = total + cover, seen + left
-    return seen / total
-
-
-def check_rules(scene: Scene) -> None:
-    for thing in scene.things:
-        x1, y1, x2, y2 = thing.box
-        assert x2 - x1 == y2 - y1 >= 8
-        assert min(x1, y1) >= 0
-        assert max(x2, y2) <= scene.size
-        assert share_seen(scene, thing) >= 0.6 - 1e-6
-    for a, b in itertools.combinations(scene.things, 2):
-        if a.colour == b.colour:
-            ax1, ay1, ax2, ay2 = a.box
-            bx1, by1, bx2, by2 = b.box
-            assert max(ax1 - bx2, bx1 - ax2, ay1 - by2, by1 - ay2) >= 2
-
-
-def told(text: str) -> list[tuple[int, str | None, str]]:
-    """Number, colour and shape of everything a text names."""
-    return [(NUMBERS[n], colour or None, shape) for n, colour, shape in NOUN.findall(text)]
 
 
 def check_caption(text: str, scene: Scene) -> None:
@@ -236,6 +192,19 @@ def test_relations_equal_the_slow_rule():
             assert clearly(a, r, b) == (len(found) == 1 and main >= 2 * other)
     assert two > 10
     assert none > 50
+
+
+def test_relations_are_those_that_scores_are_counted_by():
+    """The world's rule and the metric's are two programs: every offset that is near a decision, and all around it."""
+    found = Counter()
+    for size, other in ((8, 8), (8, 15), (12, 23), (20, 20), (25, 10), (40, 35)):
+        b = Thing("star", "blue", other, 60, 60)
+        for x, y in itertools.product(range(30, 91), repeat=2):
+            a = Thing("circle", "red", size, x, y)
+            expected = geneval.relations(a.box, b.box)
+            assert relations(a, b) == set(expected), (a, b)
+            found[len(expected)] += 1
+    assert min(found[n] for n in (0, 1, 2)) > 50
 
 
 def test_bad_things_and_scenes_are_refused(unchecked):
@@ -488,75 +457,6 @@ def test_the_tokenizer_learns_every_word():
         for content in (c for d in drafts(kind, split, 30, 64) for c, _ in d if isinstance(c, str)):
             assert set(re.split(r"[ ,:?]+", content)) <= words | {""}
             assert len(tokenizer.encode(content)) <= 40
-
-
-# ---- prompts
-
-
-def fulfils(record, scene: Scene) -> bool:
-    """The official decision on a known scene, every clause in its own loop."""
-    found = []
-    for clause in record["include"]:
-        matching = [t for t in scene.things if t.shape == clause["class"] and clause.get("color") in (None, t.colour)]
-        if len(matching) < clause["count"]:
-            return False
-        if "position" in clause:
-            relation, other = clause["position"]
-            if not all(holds(a, relation, b) for a in matching for b in found[other]):
-                return False
-        found.append(matching)
-    return not any(sum(t.shape == c["class"] for t in scene.things) >= c["count"] for c in record.get("exclude", ()))
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_prompts_are_geneval_metadata(split):
-    records = prompts(split, 100, seed=2)
-    assert records == prompts(split, 100, seed=2)
-    assert records != prompts(split, 100, seed=3)
-    tags = Counter(r["tag"] for r in records)
-    pairs = 18 if split == "test" else 62
-    assert tags == dict(zip(PROMPT_TASKS, (8, 28, 24, pairs, 100, 100), strict=True))
-    assert list(dict.fromkeys(r["tag"] for r in records)) == list(PROMPT_TASKS)
-    assert len({r["prompt"] for r in records}) == len(records)
-    for record in records:
-        assert set(record) == {"tag", "include", "prompt"} | ({"exclude"} if record["tag"] == "counting" else set())
-        named = [(n, c, s) for n, c, s in told(record["prompt"].removeprefix("a photo of "))]
-        clauses = [(c["count"], c.get("color"), c["class"]) for c in record["include"]]
-        if record["tag"] == "position":
-            reference, placed = record["include"]
-            relation = re.search(r"left of|right of|above|below", record["prompt"])[0]
-            assert placed["position"] == [relation, 0]
-            assert "position" not in reference
-            clauses = clauses[::-1]
-        assert named == clauses
-        if record["tag"] == "counting":
-            (one,) = record["exclude"]
-            assert one == {"class": record["include"][0]["class"], "count": record["include"][0]["count"] + 1}
-        if record["tag"] in ("colors", "color_attr"):
-            kept = [(c["class"], c["color"]) in HELD_OUT for c in record["include"]]
-            assert any(kept) == (split == "test")
-
-
-def test_a_perfect_renderer_fulfils_every_prompt_and_only_its_own():
-    wrong = 0
-    records = [r for split in SPLITS for r in prompts(split, 30)]
-    for i, record in enumerate(records):
-        scene = render_prompt(record, np.random.default_rng((1, i)), 32)
-        check_rules(scene)
-        assert fulfils(record, scene)
-        assert sum(c["count"] for c in record["include"]) == len(scene.things)
-        wrong += fulfils(records[i - 1], scene)
-    assert wrong < 0.2 * len(records)
-    assert (
-        len({t.colour for i in range(40) for t in render_prompt(records[0], np.random.default_rng(i), 32).things}) > 5
-    )
-
-
-def test_prompts_refuse_bad_arguments(unchecked):
-    with pytest.raises(ValueError, match="split: expected train or test, got 'val'"):
-        prompts("val")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="per_task: expected 1 or more, got 0"):
-        prompts("test", 0)
 
 
 # ---- data module

@@ -135,6 +135,8 @@ def relations(a: Thing, b: Thing) -> frozenset[Relation]:
     The offset of the centres is shrunk on each axis by a tenth of the two boxes' sum of sides, and divided by the length of
     the offset before; a direction holds where its component is above 0.5. y points downwards.
     """
+    # Not a call of `unimodal.metrics.geneval.relations`, which is the same rule in the script's float32 arrays and ten
+    # times slower: this runs in every loader, for all pairs of every scene that is tried. A test compares the two.
     dx = a.x + a.size / 2 - b.x - b.size / 2
     dy = a.y + a.size / 2 - b.y - b.size / 2
     length = float(np.hypot(dx, dy))
