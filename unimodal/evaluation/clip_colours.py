@@ -7,6 +7,9 @@ OpenAI's weights were trained with QuickGELU; open_clip builds `ViT-L-14` with p
 which shifts every embedding. A network with plain GELU is therefore refused.
 
 The official script runs CLIP under autocast (half precision on CUDA), this one in float32.
+
+`unimodal.metrics.clip` loads CLIP for scores of sets and shares no line with this: there any network of open_clip by name
+with the activation of its weights, here OpenAI's alone, from folders and hubs too, found by its own modules to be QuickGELU.
 """
 
 from __future__ import annotations
