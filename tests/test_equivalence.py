@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from unimodal.backbone import SCHEMES, Experts, Lora, Moe
-from unimodal.decoding import Branch, DecodingSettings, Session, decode
+from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, Run, SequencedDocument, pack
-from unimodal_generators.base import Block, Embeddings, TokenKind
+from unimodal_generators.base import Block, Branch, Embeddings, TokenKind
 
 
 def sequenced(model: UnifiedModel, documents: list[Document]) -> list[SequencedDocument]:
@@ -206,7 +206,7 @@ def test_guidance_zero_ignores_the_prompt(model: UnifiedModel) -> None:
 
 
 def test_peek_leaves_no_trace(model: UnifiedModel) -> None:
-    session = Session.start(model, 2, [Branch(), Branch(keep_text=False)], 64)
+    session = Session.start(model, 2, [Branch(), Branch(text=False)], 64)
     session.append_text([Run((1, 2, 3), (True, False, False)), Run((4, 5), (True, False))])
     cache = session._state.cache
     before = [(cache.k[:, s, :, :n].clone(), cache.v[:, s, :, :n].clone()) for s, n in enumerate(cache.lengths)]
@@ -240,7 +240,7 @@ def _guided(model: UnifiedModel, scale: float):
 
 def _sample(model: UnifiedModel, scale: float, prompt: str = "a handwritten seven") -> tuple[int, torch.Tensor]:
     """Raw tokens of one image, and how many branches drew it."""
-    branches = [Branch()] + ([Branch(keep_text=False)] if scale != 1 else [])
+    branches = [Branch()] + ([Branch(text=False)] if scale != 1 else [])
     session = Session.start(model, 1, branches, 64)
     ids = (model.text.special.bos, *model.text.encode(prompt), model.text.special.boi)
     structural = (True, *[False] * (len(ids) - 2), True)

@@ -20,15 +20,8 @@ from unimodal.backbone.positions import Placed
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, place_block, to_tensor
-from unimodal_generators.base import Block, Embeddings, Grid, ImageTokens, SamplingSettings, TokenKind
+from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, SamplingSettings, TokenKind
 from unimodal_generators.choice import check_choice, choose
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One condition of guidance: which parts of a document it keeps. Boundary tokens and images always stay."""
-
-    keep_text: bool = True
 
 
 @dataclass
@@ -80,11 +73,18 @@ class Session:
 
     def append(self, embeddings: Embeddings, blocks: Sequence[Block]) -> Float[Tensor, "G T C"]:
         """One image block a document; its tokens enter the cache for good."""
-        return self._image(embeddings, blocks, keep=True)
+        return self._image(embeddings, blocks, keep=True, branches=range(self.branches))
 
-    def peek(self, embeddings: Embeddings, blocks: Sequence[Block]) -> Float[Tensor, "G T C"]:
-        """One image block a document; sees the cache, leaves no trace."""
-        return self._image(embeddings, blocks, keep=False)
+    def append_given(self, embeddings: Embeddings, blocks: Sequence[Block]) -> None:
+        """One image a document that the prompt gives: branches without images do not get it."""
+        branches = [g for g, branch in enumerate(self._state.branches) if branch.images]
+        self._image(embeddings, blocks, keep=True, branches=branches)
+
+    def peek(
+        self, embeddings: Embeddings, blocks: Sequence[Block], branches: int | None = None
+    ) -> Float[Tensor, "G T C"]:
+        """One image block a document; sees the cache, leaves no trace. `branches`: of the first so many; None is all."""
+        return self._image(embeddings, blocks, keep=False, branches=range(branches or self.branches))
 
     def append_text(self, runs: Sequence[Run]) -> None:
         """One run of text ids a document. Branches without text get the structural ids only."""
@@ -101,7 +101,7 @@ class Session:
         sequences, ids = [], []
         for sequence, run in zip(self._sequences(), list(runs) * self.branches, strict=True):
             branch = self._state.branches[sequence // self._total]
-            kept = [i for i, s in zip(run.ids, run.structural, strict=True) if s or branch.keep_text]
+            kept = [i for i, s in zip(run.ids, run.structural, strict=True) if s or branch.text]
             if kept:
                 sequences.append(sequence)
                 ids.append(kept)
@@ -119,28 +119,31 @@ class Session:
                 state.next[sequence] += count
         return hidden
 
-    def _image(self, embeddings: Embeddings, blocks: Sequence[Block], keep: bool) -> Float[Tensor, "G T C"]:
-        state, sequences = self._state, self._sequences()
+    def _image(
+        self, embeddings: Embeddings, blocks: Sequence[Block], keep: bool, branches: Sequence[int]
+    ) -> Float[Tensor, "G T C"]:
+        state, copies = self._state, len(branches)
+        sequences = [g * self._total + d for g in branches for d in self._documents]
         lengths = [block.length for block in blocks]
         x = state.model.place(embeddings.values, blocks).split(lengths)
         padded = torch.nn.utils.rnn.pad_sequence(x, batch_first=True)  # (R, T, C)
-        padded = padded.repeat(self.branches, 1, 1)  # (N, T, C): branch by branch
-        counts = lengths * self.branches
+        padded = padded.repeat(copies, 1, 1)  # (N, T, C): branch by branch
+        counts = lengths * copies
         placed = [
             place_block(state.model.scheme, state.next[s], block)
-            for s, block in zip(sequences, list(blocks) * self.branches, strict=True)
+            for s, block in zip(sequences, list(blocks) * copies, strict=True)
         ]
         rows = None
         if embeddings.condition is not None:
             index = torch.arange(1, len(counts) + 1, device=padded.device).repeat_interleave(padded.shape[1])
-            rows = embeddings.condition.repeat(self.branches, 1), index  # (N, C), (N*T,)
+            rows = embeddings.condition.repeat(copies, 1), index  # (N, C), (N*T,)
         hidden = self._forward(padded, placed, sequences, counts, blocks[0].kind, blocks[0].bidirectional, rows)
         if keep:
             self._keep(hidden, sequences, counts)
-            for sequence, p, block in zip(sequences, placed, list(blocks) * self.branches, strict=True):
+            for sequence, p, block in zip(sequences, placed, list(blocks) * copies, strict=True):
                 if block.complete:
                     state.next[sequence] = p.following
-        by_branch = hidden.unflatten(0, (self.branches, -1))  # (G, R, T, C)
+        by_branch = hidden.unflatten(0, (copies, -1))  # (G, R, T, C)
         return torch.cat([by_branch[:, r, :n] for r, n in enumerate(lengths)], dim=1)  # (G, T, C)
 
     def _forward(
@@ -239,7 +242,7 @@ class _Decoder:
         self.image = settings.image or model.generator.sampling
         height, width = settings.size or model.sequence.image_sizes[0]
         self.grid = model.tokenizer.layout.grid(height, width)
-        branches = [Branch()] + ([Branch(keep_text=False)] if self.image.guidance != 1 else [])
+        branches = self.image.branches
         self.capacity = model.sequence.context_length
         prompt = max(self._tokens(run) for run in runs)
         wanted = prompt + settings.max_tokens + settings.max_images * (self._length(self.grid) + 2)
@@ -268,13 +271,14 @@ class _Decoder:
             if images:
                 weight = self.model.backbone.embedding.weight
                 pixels = [to_tensor([p])[0].to(weight) for i in images if (p := runs[i][step].image) is not None]
-                self._append_context(images, self.model.tokenizer.encode_each(pixels))
+                embedded, blocks = self._context(self.model.tokenizer.encode_each(pixels))
+                self.session.rows(images).append_given(embedded, blocks)
 
-    def _append_context(self, rows: list[int], tokens: ImageTokens) -> None:
+    def _context(self, tokens: ImageTokens) -> tuple[Embeddings, list[Block]]:
         """The context form of one image a row, which is one block."""
         generator = self.model.generator
         blocks = [block for grid in tokens.grids for (block,) in [generator.plan_context(grid)]]
-        self.session.rows(rows).append(generator.embed(generator.context(tokens)), blocks)
+        return generator.embed(generator.context(tokens)), blocks
 
     def run(self) -> list[list[Part]]:
         """Parts written behind each prompt."""
@@ -345,7 +349,7 @@ class _Decoder:
         if going:
             rows = [images[r] for r in going]
             if generator.repeats:
-                self._append_context(rows, tokens.select(going))
+                self.session.rows(rows).append(*self._context(tokens.select(going)))
             self.session.rows(rows).append_text([Run((self.special.eoi,), (True,))] * len(rows))
 
     def _close_text(self, i: int) -> None:
@@ -375,11 +379,7 @@ def decode(
     if settings.size is not None and tuple(settings.size) not in {tuple(s) for s in model.sequence.image_sizes}:
         allowed = ", ".join(f"{w}x{h}" for h, w in model.sequence.image_sizes)
         raise ValueError(f"size: this recipe draws {allowed}, got {settings.size[1]}x{settings.size[0]}")
-    image = settings.image or model.generator.sampling
-    if image.guidance != 1 and model.sequence.drop_text == 0:
-        raise ValueError(
-            f"guidance: this recipe never dropped text in training (sequence.drop_text), got {image.guidance}"
-        )
+    _check_guidance(model, settings.image or model.generator.sampling)
     if not documents:
         return []
     training = model.training
@@ -393,6 +393,18 @@ def decode(
     return [Document((*d.parts, *new), d.kind) for d, new in zip(documents, parts, strict=True)]
 
 
+def _check_guidance(model: UnifiedModel, image: SamplingSettings) -> None:
+    """A condition that was never dropped in training has no model without it."""
+    rules = model.sequence
+    for name, scale, key, share in (
+        ("guidance", image.guidance, "drop_text", rules.drop_text),
+        ("image_guidance", image.image_guidance, "drop_images", rules.drop_images),
+    ):
+        if scale != 1 and share == 0:
+            what = key.removeprefix("drop_")
+            raise ValueError(f"{name}: this recipe never dropped {what} in training (sequence.{key}), got {scale}")
+
+
 @torch.no_grad()
 def read_prompts(model: UnifiedModel, documents: Sequence[Document], room: int = 0) -> Session:
     """A session without guidance that has read `documents` and holds up to `room` tokens more of each.
@@ -401,7 +413,8 @@ def read_prompts(model: UnifiedModel, documents: Sequence[Document], room: int =
         ValueError: a document with its room is longer than the recipe's context.
     """
     runs = [model.sequencer.prompt(document) for document in documents]
-    settings = DecodingSettings(max_tokens=room, max_images=0, image=model.generator.sampling.override(guidance=1.0))
+    unguided = model.generator.sampling.override(guidance=1.0, image_guidance=1.0)
+    settings = DecodingSettings(max_tokens=room, max_images=0, image=unguided)
     decoder = _Decoder(model, runs, settings, [0] * len(documents))
     for i in range(len(documents)):
         if (tokens := decoder.session.length(i) + room) > decoder.capacity:

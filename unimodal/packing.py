@@ -36,20 +36,24 @@ class SequenceRules:
     Args:
         image_sizes: (height, width) in pixels an image may have; others are resized and cropped to the nearest shape.
         context_length: most tokens of one document.
-        drop_text: share of training documents whose text is dropped, which is what guidance needs.
+        drop_text: share of training documents whose text is dropped, which is what guidance by text needs.
+        drop_images: share of training documents whose given images (those that are not learned) are dropped but for their
+            boundary tokens, which is what guidance by images needs.
         learn_end: whether a document that ends in a drawn image goes on to learn that it ends there (BAGEL does not).
     """
 
     image_sizes: list[tuple[int, int]]
     context_length: int
     drop_text: float = 0.0
+    drop_images: float = 0.0
     learn_end: bool = True
 
     def __post_init__(self) -> None:
         if not self.image_sizes:
             raise ValueError("sequence.image_sizes: expected at least one [height, width], got none")
-        if not 0 <= self.drop_text < 1:
-            raise ValueError(f"sequence.drop_text: expected a share from 0 to below 1, got {self.drop_text}")
+        for name in ("drop_text", "drop_images"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"sequence.{name}: expected a share from 0 to below 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,9 @@ class Sequencer:
         """Segments of a training document. Every random choice is a function of `key` and the part's number."""
         draft = _Draft(self)
         # Never a last 0: numpy seeds (a, b) and (a, b, 0) alike, and `key` itself is what the source draws from.
-        dropped = train and np.random.default_rng((*key, 1)).random() < self.rules.drop_text
+        dropping = np.random.default_rng((*key, 1))
+        dropped = train and dropping.random() < self.rules.drop_text
+        blind = train and dropping.random() < self.rules.drop_images
         images: list[np.ndarray] = []
         parts = document.parts
         draft.add_text([self.text.special.bos], learn=False)
@@ -115,8 +121,11 @@ class Sequencer:
                 if not dropped:
                     draft.add_text(self.text.encode(part.content), part.learn)
                 continue
-            images.append(fit_image(part.content, self.rules.image_sizes))
             draft.add_text([self.text.special.boi], learn=part.learn and not dropped)
+            if blind and not part.learn:
+                draft.add_text([self.text.special.eoi], learn=False)
+                continue
+            images.append(fit_image(part.content, self.rules.image_sizes))
             ends = part.learn and number == len(parts) and not self.rules.learn_end
             draft.add_image(images, np.random.default_rng((*key, 2, number)), learn=part.learn, ends=ends)
             if ends:

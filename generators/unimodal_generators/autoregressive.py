@@ -18,11 +18,11 @@ from unimodal_generators.base import (
     DecodingSession,
     Embeddings,
     ImageGenerator,
+    Known,
     LossBreakdown,
     LossTerm,
     SamplingSettings,
     TokenKind,
-    guide,
 )
 from unimodal_generators.choice import choose
 from unimodal_generators.cross_entropy import linear_cross_entropy
@@ -53,6 +53,7 @@ class Autoregressive(ImageGenerator):
     reads: ClassVar = "previous"
     accepts: ClassVar = ("discrete",)
     repeats: ClassVar = False
+    inpaints: ClassVar = True
 
     def __init__(
         self,
@@ -130,18 +131,26 @@ class Autoregressive(ImageGenerator):
         grids: Sequence[Grid],
         settings: SamplingSettings,
         rngs: Sequence[torch.Generator],
+        known: Known | None = None,
     ) -> Iterator[ImageTokens]:
-        """One id a document and step; an image has exactly its tokens. Grids of one call are equal."""
+        """One id a document and step; an image has exactly its tokens. Grids of one call are equal.
+
+        Given ids are put where they are known; what comes before them does not see them.
+        """
         if not isinstance(settings, AutoregressiveSettings):
             raise ValueError(f"sampling: expected AutoregressiveSettings, got {type(settings).__name__}")
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: autoregressive images of one call need one size, got {sorted(set(grids))}")
         block = Block(grids[0], TokenKind.LEARNED, bidirectional=False, private=False)
         ids: list[Int[Tensor, " R"]] = []
-        hidden = session.last  # (G, R, C)
-        for i in range(block.grid.length):
-            logits = guide(self.logits(hidden), [settings.guidance] * (session.branches - 1))  # (R, V)
-            ids.append(choose(logits, rngs, settings.temperature, settings.top_k, settings.top_p))
+        hidden, n = session.last, block.grid.length  # (G, R, C)
+        given = None if known is None else (known.tokens.values.view(-1, n), known.mask.view(-1, n))  # (R, n) each
+        for i in range(n):
+            logits = settings.guide(self.logits(hidden)[: settings.active(i / n)])  # (R, V)
+            drawn = choose(logits, rngs, settings.temperature, settings.top_k, settings.top_p)
+            if given is not None:
+                drawn = torch.where(given[1][:, i].to(drawn.device), given[0][:, i].to(drawn.device), drawn)
+            ids.append(drawn)
             one = Corrupted(ids[-1], torch.ones(len(grids), device=hidden.device), (Grid(1, 1),) * len(grids))
             hidden = session.append(self.embed(one), [block.piece(i, 1)] * len(grids))
         yield ImageTokens(torch.stack(ids, dim=1).flatten(), tuple(grids))  # (R, n) -> (T,)

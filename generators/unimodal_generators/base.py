@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
@@ -88,9 +88,55 @@ LossBreakdown = dict[str, LossTerm]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What every sampler understands; each generator adds its own."""
+    """What every sampler understands; each generator adds its own.
 
-    guidance: float = 1.0  # out = u + guidance * (c - u): 1 is the conditional model, 0 the unconditional
+    Args:
+        guidance: of the text, u + guidance * (c - u): 1 is the conditional model, 0 the one without text.
+        image_guidance: of the prompt's images; 1 leaves it out.
+        combine: of two conditions, "nested" (BAGEL: text first, from the model that sees images alone; then images, from the
+            one that sees text alone) or "additive" (InstructPix2Pix, arXiv 2211.09800, eq. 3: both from the one that sees
+            neither, then the one that sees images alone).
+        interval: where guidance acts, as shares of the way from the first step to the last (arXiv 2404.07724).
+    """
+
+    guidance: float = 1.0
+    image_guidance: float = 1.0
+    combine: Literal["nested", "additive"] = "nested"
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"interval: expected two shares, 0 <= low <= high <= 1, got {low}, {high}")
+
+    @property
+    def branches(self) -> tuple["Branch", ...]:
+        """The conditions that are computed, the whole one first."""
+        whole, no_text = Branch(), Branch(text=False)
+        if self.image_guidance == 1:
+            return (whole,) if self.guidance == 1 else (whole, no_text)
+        if self.combine == "additive":
+            return whole, no_text, Branch(text=False, images=False)
+        return (whole, Branch(images=False)) if self.guidance == 1 else (whole, no_text, Branch(images=False))
+
+    def active(self, progress: float) -> int:
+        """How many branches are needed at a share of the way: all of them, or the whole condition alone."""
+        low, high = self.interval
+        return len(self.branches) if low <= progress <= high else 1
+
+    def guide(self, outputs: Float[Tensor, "G *rest"]) -> Float[Tensor, "*rest"]:
+        """One output of those of the branches, or of the first alone where guidance does not act."""
+        if len(outputs) == 1:
+            return outputs[0]
+        if len(outputs) != len(self.branches):
+            raise ValueError(f"guidance: expected outputs of {len(self.branches)} branches, got {len(outputs)}")
+        if self.combine == "additive" and len(outputs) == 3:
+            c, image, none = outputs  # e(T, I), e(0, I), e(0, 0)
+            return none + self.image_guidance * (image - none) + self.guidance * (c - image)
+        scales = [self.guidance, self.image_guidance] if len(outputs) == 3 else [self.guidance]
+        if len(outputs) == 2 and self.guidance == 1:
+            scales = [self.image_guidance]
+        return guide(outputs, scales)
 
     def override(self, **settings: Any) -> "SamplingSettings":
         """A copy with those `settings` that are not None, each of which must exist here."""
@@ -102,6 +148,71 @@ class SamplingSettings:
                     f"{name}: this recipe's generator has no such sampling setting; it has {', '.join(known)}"
                 )
         return replace(self, **asked)
+
+
+@dataclass(frozen=True)
+class DenoisingSettings(SamplingSettings):
+    """Guidance of outputs that have a length, as velocities and noises do and scores of ids do not.
+
+    Args:
+        renorm: shrinks what guidance made to the length it had without, never below `renorm_min` of itself: of every token
+            ("channel") or of every image ("global"), as BAGEL does.
+        renorm_min: the least share that is kept.
+        rescale: share of the output that is brought to the deviation it had without guidance (arXiv 2305.08891, eq. 15, 16).
+    """
+
+    renorm: Literal["none", "channel", "global"] = "none"
+    renorm_min: float = 0.0
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("renorm_min", "rescale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
+
+    def guide_images(self, outputs: Float[Tensor, "G T D"], lengths: Sequence[int]) -> Float[Tensor, "T D"]:
+        """`guide` for tokens of several images end to end; each is normalised by itself."""
+        c, out = outputs[0], self.guide(outputs)
+        if len(outputs) == 1 or (self.renorm == "none" and not self.rescale):
+            return out
+        if self.renorm == "channel":
+            shares = c.norm(dim=-1, keepdim=True) / out.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            out = out * shares.clamp(self.renorm_min, 1.0)
+        pieces = []
+        for own, one in zip(c.split(list(lengths)), out.split(list(lengths))):  # (n, D) each
+            if self.renorm == "global":
+                one = one * (own.norm() / one.norm().clamp_min(1e-12)).clamp(self.renorm_min, 1.0)
+            if self.rescale:
+                even = one * (own.std() / one.std().clamp_min(1e-12))
+                one = self.rescale * even + (1 - self.rescale) * one
+            pieces.append(one)
+        return torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One condition of guidance: which parts of a document it keeps. Boundary tokens and drawn images always stay."""
+
+    text: bool = True
+    images: bool = True  # those that are given, not drawn
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tokens of the images to be drawn that are given beforehand (inpainting).
+
+    Args:
+        tokens: of whole images; what is not known is not read.
+        mask: true where a token is given.
+    """
+
+    tokens: ImageTokens
+    mask: Bool[Tensor, " T"]
+
+    def __post_init__(self) -> None:
+        if self.mask.shape != (len(self.tokens.values),):
+            raise ValueError(f"known: expected a mask of {len(self.tokens.values)} tokens, got {list(self.mask.shape)}")
 
 
 @runtime_checkable
@@ -119,8 +230,10 @@ class DecodingSession(Protocol):
     def append(self, embeddings: Embeddings, blocks: Sequence[Block]) -> Float[Tensor, "G T C"]:
         """One block a document; its tokens enter the cache for good."""
 
-    def peek(self, embeddings: Embeddings, blocks: Sequence[Block]) -> Float[Tensor, "G T C"]:
-        """One block a document; sees the cache, leaves no trace."""
+    def peek(
+        self, embeddings: Embeddings, blocks: Sequence[Block], branches: int | None = None
+    ) -> Float[Tensor, "G T C"]:
+        """One block a document; sees the cache, leaves no trace. `branches`: of the first so many; None is all."""
 
     def rows(self, indices: Sequence[int]) -> "DecodingSession":
         """A view of some of the documents."""
@@ -135,6 +248,7 @@ class ImageGenerator(nn.Module, ABC):
 
     reads: ClassVar[Literal["own", "previous"]]
     accepts: ClassVar[tuple[str, ...]]  # kinds of TokenLayout
+    inpaints: ClassVar[bool] = False  # whether `sample` can be given some of the tokens
     repeats: ClassVar[bool]  # a learned image that is followed by something appears again in its context form
     conditions: bool = False  # whether `embed` gives a condition an image, which backbone.adaln reads
     layout: TokenLayout
@@ -149,6 +263,11 @@ class ImageGenerator(nn.Module, ABC):
         if layout.kind not in self.accepts:
             name = type(self).__name__
             raise ValueError(f"tokenizer: {name} takes {' or '.join(self.accepts)} tokens, got {layout.kind}")
+
+    def check_known(self, known: Known | None) -> None:
+        """Refuse given tokens that this sampler could not keep."""
+        if known is not None and not self.inpaints:
+            raise ValueError(f"known: {type(self).__name__} cannot keep given tokens, expected none")
 
     @abstractmethod
     def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
@@ -181,8 +300,17 @@ class ImageGenerator(nn.Module, ABC):
         grids: Sequence[Grid],
         settings: SamplingSettings,
         rngs: Sequence[torch.Generator],
+        known: Known | None = None,
     ) -> Iterator[ImageTokens]:
-        """One image a document of the session. Yields previews, the final tokens last."""
+        """One image a document of the session. Yields previews, the final tokens last.
+
+        Args:
+            session: the documents, read up to where the images begin.
+            grids: of the images.
+            settings: this generator's.
+            rngs: one a document: an image depends on its own alone.
+            known: tokens that are given; `check_known` refuses them where `inpaints` is false.
+        """
 
 
 def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[Tensor, "*rest"]:
@@ -197,6 +325,6 @@ def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[T
 
 
 __all__ = [
-    "Block", "Corrupted", "DecodingSession", "Embeddings", "Grid", "ImageGenerator", "ImageTokens", "LossBreakdown",
-    "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout", "guide",
+    "Block", "Branch", "Corrupted", "DecodingSession", "DenoisingSettings", "Embeddings", "Grid", "ImageGenerator",
+    "ImageTokens", "Known", "LossBreakdown", "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout", "guide",
 ]  # fmt: skip

@@ -20,13 +20,14 @@ from unimodal_generators.base import (
     Block,
     Corrupted,
     DecodingSession,
+    DenoisingSettings,
     Embeddings,
     ImageGenerator,
+    Known,
     LossBreakdown,
     LossTerm,
     SamplingSettings,
     TokenKind,
-    guide,
 )
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
@@ -36,7 +37,7 @@ NEAREST = 0.05
 
 
 @dataclass(frozen=True)
-class FlowSettings(SamplingSettings):
+class FlowSettings(DenoisingSettings):
     """How a flow image is sampled."""
 
     steps: int = 20  # network evaluations, exactly
@@ -63,6 +64,7 @@ class Flow(ImageGenerator):
     reads: ClassVar = "own"
     accepts: ClassVar = ("continuous",)
     repeats: ClassVar = True
+    inpaints: ClassVar = True
 
     def __init__(
         self,
@@ -149,8 +151,13 @@ class Flow(ImageGenerator):
         grids: Sequence[Grid],
         settings: SamplingSettings,
         rngs: Sequence[torch.Generator],
+        known: Known | None = None,
     ) -> Iterator[ImageTokens]:
-        """Solve dx/dt = v from noise; one preview a solver step, the data last."""
+        """Solve dx/dt = v from noise; one preview a solver step, the data last.
+
+        Given tokens are put on their own straight path before every evaluation (RePaint, arXiv 2201.09865, without its
+        resampling), and come out as they were given.
+        """
         if not isinstance(settings, FlowSettings):
             raise ValueError(f"sampling: expected FlowSettings, got {type(settings).__name__}")
         weight = self.patch_in.weight
@@ -160,17 +167,24 @@ class Flow(ImageGenerator):
         noise = torch.cat(drawn).to(weight.device, torch.promote_types(weight.dtype, torch.float32))  # (T, D)
         blocks = [self._block(grid) for grid in grids]
         own = self._own(grids).to(weight.device)
-        scales = [settings.guidance] * (session.branches - 1)
+        lengths = [grid.length for grid in grids]
+
+        def given(x: Tensor, t: float) -> Tensor:
+            if known is None:
+                return x
+            path = diffusion.interpolate(noise, known.tokens.values.to(noise), noise.new_full((1, 1), t))
+            return torch.where(known.mask.to(x.device)[:, None], path, x)
 
         def velocity(x: Tensor, t: float) -> Tensor:
+            x = given(x, t)
             noised = Corrupted(x, x.new_full((len(grids),), t), tuple(grids))
-            hidden = session.peek(self.embed(noised), blocks)  # (G, T and prefixes, C)
+            hidden = session.peek(self.embed(noised), blocks, settings.active(t))  # (G, T and prefixes, C)
             hidden = hidden[:, own] if self.prefix else hidden
-            return guide(self.velocity(hidden, x, x.new_full((1, 1), t)), scales)  # (T, D)
+            return settings.guide_images(self.velocity(hidden, x, x.new_full((1, 1), t)), lengths)  # (T, D)
 
         times = diffusion.sampling_times(settings.steps, settings.shift, settings.solver)
-        for x in diffusion.SOLVERS[settings.solver](velocity, noise, times):
-            yield ImageTokens(x, tuple(grids))
+        for s, x in zip(times[1:], diffusion.SOLVERS[settings.solver](velocity, noise, times), strict=True):
+            yield ImageTokens(given(x, s), tuple(grids))
 
     def _noise(self, grid: Grid, seed: int, like: Tensor) -> Float[Tensor, "n D"]:
         rng = torch.Generator().manual_seed(seed)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from unimodal.decoding import Branch, DecodingSettings, Session, decode, read_prompts
+from unimodal.decoding import DecodingSettings, Session, decode, read_prompts
 from unimodal.documents import Document, Part
 from unimodal.evaluation.likelihood import Likelihood, log_likelihoods
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, pack
+from unimodal_generators.base import Branch
 
 Make = Callable[..., UnifiedModel]
 
@@ -141,5 +142,5 @@ def test_peeking_at_text_leaves_no_trace(make: Make) -> None:
 
 
 def test_peeking_at_text_that_no_branch_keeps(make: Make) -> None:
-    session = Session.start(make("flow"), 1, [Branch(keep_text=False)], 8)
+    session = Session.start(make("flow"), 1, [Branch(text=False)], 8)
     assert session.peek_text([Run((5,), (False,))]) is None

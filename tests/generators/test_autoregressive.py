@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from unimodal.decoding import Branch, DecodingSettings, Session, decode
+from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, pack, to_tensor
 from unimodal_generators import Autoregressive, AutoregressiveSettings, FlowSettings
-from unimodal_generators.base import Block, Embeddings, Grid, ImageTokens, TokenKind
+from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, TokenKind
 from unimodal_tokenizers.base import TokenLayout
 
 LAYOUT = TokenLayout("discrete", dim=1, stride=2, codebooks=(16,))
@@ -91,7 +91,7 @@ def test_two_codebooks_are_refused() -> None:
 
 def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
     """A session in which every prompt waits for an image."""
-    branches = [Branch()] + ([Branch(keep_text=False)] if guided else [])
+    branches = [Branch()] + ([Branch(text=False)] if guided else [])
     session = Session.start(model, len(prompts), branches, 96)
     special = model.text.special
     runs = []

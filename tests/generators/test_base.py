@@ -1,12 +1,13 @@
 """What all generators share: guidance, sampling settings, blocks."""
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from unimodal_generators import AutoregressiveSettings, FlowSettings, SamplingSettings
-from unimodal_generators.base import Block, Grid, TokenKind, guide
+from unimodal_generators.base import Block, Branch, DenoisingSettings, Grid, TokenKind, guide
 
 
 def outputs(branches: int) -> torch.Tensor:
@@ -60,9 +61,9 @@ def test_override_changes_what_is_given() -> None:
 
 
 def test_override_refuses_another_generator_s_settings() -> None:
-    with pytest.raises(ValueError, match=r"steps: .* it has guidance, temperature, top_k, top_p"):
+    with pytest.raises(ValueError, match=r"steps: .* it has guidance, .*temperature, top_k, top_p"):
         AutoregressiveSettings().override(steps=3)
-    with pytest.raises(ValueError, match=r"temperature: .* it has guidance, steps, solver, shift"):
+    with pytest.raises(ValueError, match=r"temperature: .* it has guidance, .*steps, solver, shift"):
         FlowSettings().override(guidance=1.0, temperature=0.5)
     with pytest.raises(ValueError, match="sampler"):
         SamplingSettings().override(sampler="ddim")
@@ -93,3 +94,89 @@ def test_a_prefix_belongs_to_the_block_and_not_to_the_image() -> None:
 
 def test_kinds_are_as_expert_order_sorts_them() -> None:
     assert [kind.name for kind in sorted(TokenKind)] == ["TEXT", "UNDERSTANDING", "CLEAN", "LEARNED"]
+
+
+# ---- settings of guidance
+
+
+def test_branches_are_those_that_guidance_needs() -> None:
+    whole, no_text, no_image, nothing = Branch(), Branch(text=False), Branch(images=False), Branch(False, False)
+    assert SamplingSettings().branches == (whole,)
+    assert SamplingSettings(guidance=3.0).branches == (whole, no_text)
+    assert SamplingSettings(image_guidance=3.0).branches == (whole, no_image)
+    assert SamplingSettings(3.0, 2.0).branches == (whole, no_text, no_image)
+    assert SamplingSettings(3.0, 2.0, "additive").branches == (whole, no_text, nothing)
+    assert SamplingSettings(1.0, 2.0, "additive").branches == (whole, no_text, nothing)
+
+
+@pytest.mark.parametrize(("s_text", "s_image"), [(4.0, 2.0), (1.0, 2.0), (4.0, 1.0), (0.0, 3.0)])
+def test_settings_guide_by_the_papers_formulas(s_text: float, s_image: float) -> None:
+    settings = SamplingSettings(s_text, s_image)
+    c, *rest = found = outputs(len(settings.branches))
+    text = rest[0] + s_text * (c - rest[0]) if s_text != 1 else c
+    wanted = rest[-1] + s_image * (text - rest[-1]) if s_image != 1 else text
+    torch.testing.assert_close(settings.guide(found), wanted)
+    additive = SamplingSettings(s_text, s_image, "additive")
+    found = outputs(len(additive.branches))
+    if len(found) == 3:  # InstructPix2Pix, eq. 3
+        c, image, none = found
+        torch.testing.assert_close(additive.guide(found), none + s_image * (image - none) + s_text * (c - image))
+
+
+def test_both_scales_one_are_the_condition_itself() -> None:
+    assert SamplingSettings().guide(outputs(1)) is not None
+    for combine in ("nested", "additive"):
+        settings = SamplingSettings(1.0, 1.0, combine)  # type: ignore[arg-type]
+        assert len(settings.branches) == 1
+        assert torch.equal(settings.guide(outputs(1)), outputs(1)[0])
+
+
+def test_guidance_acts_within_its_interval_alone() -> None:
+    settings = SamplingSettings(guidance=2.0, interval=(0.25, 0.75))
+    assert [settings.active(p) for p in (0.0, 0.24, 0.25, 0.5, 0.75, 0.76, 1.0)] == [1, 1, 2, 2, 2, 1, 1]
+    assert torch.equal(settings.guide(outputs(2)[:1]), outputs(2)[0])
+    with pytest.raises(ValueError, match="guidance: expected outputs of 2 branches, got 3"):
+        settings.guide(outputs(3))
+
+
+@pytest.mark.parametrize("renorm", ["channel", "global"])
+def test_renormalised_guidance_is_never_longer(renorm: Literal["channel", "global"]) -> None:
+    settings = DenoisingSettings(guidance=4.0, renorm=renorm)
+    found, plain = outputs(2), DenoisingSettings(guidance=4.0)
+    c, out, free = found[0], settings.guide_images(found, [1, 2]), plain.guide_images(found, [1, 2])
+    assert torch.equal(free, plain.guide(found))
+    pieces = [slice(0, 1), slice(1, 3)] if renorm == "global" else [slice(i, i + 1) for i in range(3)]
+    for piece in pieces:  # each image (or token) has the shorter of both lengths, and its direction
+        wanted = min(c[piece].norm(), free[piece].norm())
+        torch.testing.assert_close(out[piece].norm(), wanted)
+        torch.testing.assert_close(out[piece] / out[piece].norm(), free[piece] / free[piece].norm())
+    least = DenoisingSettings(guidance=4.0, renorm=renorm, renorm_min=1.0)
+    torch.testing.assert_close(least.guide_images(found, [1, 2]), free)  # nothing may be taken away
+
+
+@pytest.mark.parametrize("settings", [
+    DenoisingSettings(guidance=3.0, renorm="global"), DenoisingSettings(guidance=3.0, rescale=0.7),
+    DenoisingSettings(guidance=3.0, renorm="channel", rescale=1.0),
+])  # fmt: skip
+def test_an_image_is_normalised_by_itself(settings: DenoisingSettings) -> None:
+    found = outputs(2).repeat(1, 3, 1) * torch.arange(1.0, 10.0, dtype=torch.float64)[:, None]
+    together = settings.guide_images(found, [2, 4, 3])
+    alone = [settings.guide_images(part, [part.shape[1]]) for part in found.split([2, 4, 3], dim=1)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=0, rtol=0)
+
+
+def test_rescaling_brings_the_deviation_back() -> None:
+    found = outputs(2)
+    out = DenoisingSettings(guidance=5.0, rescale=1.0).guide_images(found, [3])
+    torch.testing.assert_close(out.std(), found[0].std())
+    half = DenoisingSettings(guidance=5.0, rescale=0.5).guide_images(found, [3])
+    torch.testing.assert_close(half, (out + DenoisingSettings(guidance=5.0).guide(found)) / 2)
+
+
+@pytest.mark.parametrize(("settings", "named"), [
+    ({"interval": (0.5, 0.2)}, "interval: .* got 0.5, 0.2"), ({"interval": (-0.1, 1.0)}, "interval"),
+    ({"rescale": 1.5}, "rescale: .* got 1.5"), ({"renorm_min": -1.0}, "renorm_min: .* got -1.0"),
+])  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        DenoisingSettings(**settings)

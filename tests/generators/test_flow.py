@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from unimodal.backbone import BackboneConfig, Experts
-from unimodal.decoding import Branch, DecodingSettings, Session, decode
+from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, SequenceRules, pack
 from unimodal_generators import Autoregressive, AutoregressiveSettings, Flow, FlowSettings
-from unimodal_generators.base import Block, Corrupted, Embeddings, Grid, ImageTokens, TokenKind
+from unimodal_generators.base import Block, Branch, Corrupted, Embeddings, Grid, ImageTokens, TokenKind
 from unimodal_generators.flow import timestep_embedding
 from unimodal_tokenizers.base import TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
@@ -301,6 +301,7 @@ class Counted:
 
     def __init__(self, session: Session) -> None:
         self.session, self.peeks = session, 0
+        self.widths: list[int | None] = []
 
     @property
     def branches(self) -> int:
@@ -310,9 +311,10 @@ class Counted:
     def last(self) -> torch.Tensor:
         return self.session.last
 
-    def peek(self, embeddings: Embeddings, blocks: Sequence[Block]) -> torch.Tensor:
+    def peek(self, embeddings: Embeddings, blocks: Sequence[Block], branches: int | None = None) -> torch.Tensor:
         self.peeks += 1
-        return self.session.peek(embeddings, blocks)
+        self.widths.append(branches)
+        return self.session.peek(embeddings, blocks, branches)
 
     def append(self, embeddings: Embeddings, blocks: Sequence[Block]) -> torch.Tensor:
         raise AssertionError("flow appends nothing")
@@ -323,7 +325,7 @@ class Counted:
 
 def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
     """A session in which every prompt waits for an image."""
-    branches = [Branch()] + ([Branch(keep_text=False)] if guided else [])
+    branches = [Branch()] + ([Branch(text=False)] if guided else [])
     session = Session.start(model, len(prompts), branches, 96)
     special = model.text.special
     runs = []
