@@ -200,3 +200,17 @@ def test_json_and_markdown_hold_the_same_numbers(tmp_path: Path) -> None:
     assert cells[:4] == ["easy", f"{100 * easy.a:.1f}", f"{100 * easy.b:.1f}", f"{100 * easy.difference:+.1f}"]
     assert cells[7] == "30"
     assert "**overall**" in found.to_markdown()
+
+
+def test_questions_about_one_image_are_compared_together(tmp_path: Path) -> None:
+    """Ten images of four questions each, all answered alike: ten differences and not forty, whichever names the images."""
+    rows = {side: make_rows(0, 1.0, samples=1) for side in "ab"}
+    for side, found in rows.items():
+        for i, row in enumerate(found):
+            row |= {"score": float(i // 4 % 3 == 0 or side == "b"), "task": "one"}
+    alone = compare(write(tmp_path / "a", rows["a"]), write(tmp_path / "b", rows["b"])).overall
+    named = write(tmp_path / "c", [row | {"cluster": f"image {i // 4}"} for i, row in enumerate(rows["b"])])
+    together = compare(tmp_path / "a", named).overall
+    assert together.difference == alone.difference == pytest.approx(0.6)
+    assert together.p == 2 / 2**6
+    assert together.interval.high - together.interval.low > 1.5 * (alone.interval.high - alone.interval.low)

@@ -139,6 +139,34 @@ def test_pope(tmp_path: Path) -> None:
     assert "random f1" not in benchmark.measures(found[4:])
 
 
+def test_intervals_draw_images_and_not_questions(tmp_path: Path) -> None:
+    """Three files ask the same six questions of each of twenty images; a model sees an image or does not."""
+    for image in range(20):
+        draw(tmp_path / "images" / f"{image}.jpg")
+    line = '{"question_id": %d, "image": "%d.jpg", "text": "Is there a dog?", "label": "yes"}'
+    files = [tmp_path / f"{name}.json" for name in ("random", "popular", "adversarial")]
+    for file in files:
+        file.write_text("\n".join(line % (n, n // 6) for n in range(120)))
+    benchmark = POPE(files, tmp_path / "images")
+    folder = AnswerFolder(tmp_path / "answers", draws=False, samples=1)
+    for item in benchmark.items():
+        number = int(item.id.split("-")[1])
+        folder.write(item, 0, [Part("yes" if number % 12 < 6 else "no", role=GENERATED)])
+    found = score(benchmark, benchmark.items(), folder)
+    assert len({row["cluster"] for row in found}) == 20
+    summaries = [
+        report(benchmark, found_rows, tmp_path / "out", folder.root, {})
+        for found_rows in (found, [{k: v for k, v in row.items() if k != "cluster"} for row in found])
+    ]
+    for numbers in ([s.overall for s in summaries], [s.measures["random accuracy"] for s in summaries]):
+        (wide, narrow) = (number.interval[1] - number.interval[0] for number in numbers)
+        assert wide > 2 * narrow, numbers
+    lone = [s.tasks["popular"].score.interval for s in summaries]
+    assert lone[0][1] - lone[0][0] == pytest.approx(2 * 1.96 * (0.25 / 20) ** 0.5, rel=0.15)
+    always = [row | {"score": 1.0} for row in found]
+    assert report(benchmark, always, tmp_path / "out", folder.root, {}).overall.interval[0] < 0.93  # 20 trials, not 120
+
+
 def mme(folder: Path) -> MME:
     for task in (*MME_PERCEPTION, *MME_COGNITION):
         for number in range(2 if task == "OCR" else 1):

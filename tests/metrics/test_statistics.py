@@ -86,6 +86,58 @@ def test_clustered_is_wider_than_naive_where_answers_agree() -> None:
     assert width(clustered) == pytest.approx(2 * width(naive), rel=0.08)  # sqrt(4)
 
 
+def slow_cluster_interval(groups: dict[str, Any], clusters: dict[str, Any], resamples: int) -> Interval:
+    """Draws the clusters that have items of the same groups, one by one, and takes every mean of what was drawn."""
+    held: dict[str, dict[str, list[float]]] = {}
+    for name in groups:
+        for value, cluster in zip(groups[name], clusters[name], strict=True):
+            held.setdefault(cluster, {}).setdefault(name, []).append(value)
+    rng, found = np.random.default_rng(5), []
+    for _ in range(resamples):
+        drawn: dict[str, list[float]] = {name: [] for name in groups}
+        for kind in {frozenset(one) for one in held.values()}:
+            same = [one for one in held.values() if frozenset(one) == kind]
+            for i in rng.integers(0, len(same), len(same)):
+                for name, values in same[i].items():
+                    drawn[name] += values
+        found.append(np.mean([np.mean(values) for values in drawn.values()]))
+    return Interval(*(float(q) for q in np.quantile(found, [0.025, 0.975])))
+
+
+def test_questions_about_one_image_are_drawn_together_through_all_groups() -> None:
+    """Of 60 images, 40 have questions of both groups, of unequal number; all answers about an image are mostly alike."""
+    rng = np.random.default_rng(0)
+    groups: dict[str, list[float]] = {"open": [], "binary": []}
+    clusters: dict[str, list[str]] = {"open": [], "binary": []}
+    for image in range(60):
+        right = rng.random() < 0.6
+        for name in ("open", "binary") if image < 40 else ("open",) if image < 50 else ("binary",):
+            for _ in range(int(rng.integers(1, 6))):
+                groups[name].append(float(right != (rng.random() < 0.1)))
+                clusters[name].append(f"image {image}")
+    together, apart = bootstrap_interval(groups, clusters=clusters), bootstrap_interval(groups)
+    assert width(together) > 2 * width(apart)
+    slow = slow_cluster_interval(groups, clusters, 3000)
+    assert together.low == pytest.approx(slow.low, abs=0.02)
+    assert together.high == pytest.approx(slow.high, abs=0.02)
+    rows = [
+        {"id": f"{name} {i}", "task": name, "cluster": cluster, "score": value}
+        for name in groups
+        for i, (value, cluster) in enumerate(zip(groups[name], clusters[name], strict=True))
+    ]
+
+    def headline(drawn: Sequence[dict[str, Any]]) -> dict[str, float]:
+        return {"headline": float(np.mean([np.mean([r["score"] for r in drawn if r["task"] == t]) for t in groups]))}
+
+    by_rows = bootstrap_rows(rows, headline, resamples=2000)["headline"]
+    assert by_rows.low == pytest.approx(slow.low, abs=0.025)
+    assert by_rows.high == pytest.approx(slow.high, abs=0.025)
+    alone = {name: [f"{name} {i}" for i in range(len(values))] for name, values in groups.items()}
+    assert bootstrap_interval(groups, clusters=alone) == apart
+    with pytest.raises(ValueError, match=r"clusters\['open'\]: expected \d+, one an item"):
+        bootstrap_interval(groups, clusters={**clusters, "open": ["image 1"]})
+
+
 def test_an_items_value_is_the_mean_of_its_samples() -> None:
     uneven = [[1.0, 0.0, 0.0, 0.0], [1.0], [0.0, 1.0]]
     assert bootstrap_interval({"t": uneven}, seed=3) == bootstrap_interval({"t": [0.25, 1.0, 0.5]}, seed=3)
@@ -337,3 +389,16 @@ def test_holm_by_hand() -> None:
     )
     assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
     assert holm({}) == {}
+
+
+def test_items_of_a_cluster_share_one_coin() -> None:
+    # 8 images of 5 questions each, b right about all questions on 7 of them: 8 coins, not 40.
+    a = {f"{image}-{q}": 0.0 for image in range(8) for q in range(5)}
+    b = {item: float(item[0] != "0") for item in a}
+    tasks = {item: ("even", "odd")[int(item[-1]) % 2] for item in a}
+    clusters = {item: item[0] for item in a}
+    assert paired_test(a, b, tasks, clusters=clusters).p == 2 / 2**7  # the seven that differ, all one way
+    found, alone = paired_test(a, b, tasks, clusters=clusters), paired_test(a, b, tasks)
+    assert alone.p < 0.001
+    assert width(found.interval) > 1.6 * width(alone.interval)  # sqrt(5), cut off at 1
+    assert found.difference == alone.difference == pytest.approx(7 / 8)

@@ -29,6 +29,8 @@ class Item:
         prompt: what the model is given, all of it context.
         truth: what a right answer is, as the benchmark's file states it (JSON).
         choices: the possible answers, where there is a list of them.
+        cluster: what it shares with items that are asked about the same thing, such as the image: intervals draw them
+            together. Nothing: it stands alone.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Item:
     prompt: Document
     truth: Mapping[str, Any] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
+    cluster: str = ""
 
 
 @dataclass(frozen=True)

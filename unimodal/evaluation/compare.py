@@ -83,8 +83,8 @@ class Comparison:
         lines += [_line(name, found) for name, found in self.tasks.items()]
         lines += [_line("**overall**", self.overall), ""]
         lines += [
-            "Scores in percent. Items are resampled within their task (bootstrap, 95 %); p is of a two-sided sign-flip test "
-            "on the same items, Holm's correction over the tasks."
+            "Scores in percent. Items are resampled within their task, those about one image together (bootstrap, 95 %); p "
+            "is of a two-sided sign-flip test on the same items, Holm's correction over the tasks."
         ]
         if self.changed:
             lines += ["", "| differs | a | b |", "|---|---|---|"]
@@ -138,6 +138,7 @@ class _Result:
     summary: dict[str, Any]
     values: dict[str, float]  # item -> value
     tasks: dict[str, str]  # item -> task
+    clusters: dict[str, str]  # item -> what intervals draw it together with, where it is not alone
 
     @property
     def by_items(self) -> bool:
@@ -177,7 +178,8 @@ def _read(name: str, folder: Path) -> _Result:
     for row in rows:
         scores.setdefault(row["id"], []).append(float(row["score"]))
     values = {item: _mean(found) for item, found in scores.items()}
-    result = _Result(summary, values, {row["id"]: row["task"] for row in rows})
+    clusters = {row["id"]: row["cluster"] for row in rows if "cluster" in row}
+    result = _Result(summary, values, {row["id"]: row["task"] for row in rows}, clusters)
     if len(rows) != answers or not rows or not _close(result.headline(), overall):
         raise ValueError(f"{name}: expected results.jsonl to give the scores of summary.json, got others in {folder}")
     return result
@@ -186,7 +188,7 @@ def _read(name: str, folder: Path) -> _Result:
 def _difference(a: _Result, b: _Result, tasks: list[str], weights: Mapping[str, float]) -> Difference:
     chosen = {item: task for item, task in a.tasks.items() if task in tasks}
     first, second = ({item: result.values[item] for item in chosen} for result in (a, b))
-    test = paired_test(first, second, chosen, weights=weights)
+    test = paired_test(first, second, chosen, weights=weights, clusters=b.clusters | a.clusters)
     total = sum(weights.values())
     scores = [
         sum(weights[t] / total * _mean([v for item, v in values.items() if chosen[item] == t]) for t in tasks)

@@ -141,6 +141,7 @@ def _row(answer: Answer, value: float, reason: str) -> Row:
         "id": answer.item.id, "sample": answer.sample, "task": answer.item.task, "score": float(value), "reason": reason,
         "asked": asked.strip(), "files": list(answer.files),
     }  # fmt: skip
+    row |= {"cluster": answer.item.cluster} if answer.item.cluster else {}
     return row | ({"text": answer.text} if answer.text else {})
 
 

@@ -90,7 +90,7 @@ def summarise(
     benchmark: Benchmark, rows: Sequence[Row], order: Sequence[str], expected: int, fingerprint: Mapping[str, Any],
     set_measures: Mapping[str, float] | None = None,
 ) -> Summary:  # fmt: skip
-    """Means, and 95 % intervals by bootstrap over items: an item's value is the mean of its answers.
+    """Means, and 95 % intervals by bootstrap over items (or clusters of them): an item's value is the mean of its answers.
 
     Args:
         benchmark: what was asked.
@@ -101,18 +101,21 @@ def summarise(
         set_measures: numbers of the set as a whole, which have no interval.
     """
     values = item_values(rows) if benchmark.overall != "none" else {}
+    together = {row["id"]: row.get("cluster", row["id"]) for row in rows}
+    clusters = {task: [together[item] for item in items] for task, items in values.items()}
     tasks = {}
     for name in [task for task in order if task in values]:
         scores = list(values[name].values())
-        number = Number(sum(scores) / len(scores), task_interval(scores))
+        number = Number(sum(scores) / len(scores), task_interval(scores, clusters[name]))
         tasks[name] = Task(number, sum(row["task"] == name for row in rows), len(scores))
     complete = len(rows) == expected
     overall, measures = None, {}
     if complete and tasks:
         by_task = {name: list(values[name].values()) for name in tasks}
         if benchmark.overall == "items":
+            clusters = {"all": [cluster for name in by_task for cluster in clusters[name]]}
             by_task = {"all": [value for scores in by_task.values() for value in scores]}
-        overall = mean_of_tasks(by_task)
+        overall = mean_of_tasks(by_task, clusters)
         point = benchmark.measures(rows)
         intervals = bootstrap_rows(rows, benchmark.measures) if point else {}
         measures = {k: Number(v, (i.low, i.high) if (i := intervals.get(k)) else None) for k, v in point.items()}
@@ -133,20 +136,22 @@ def summarise(
     )
 
 
-def task_interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean over items.
+def task_interval(scores: Sequence[float], clusters: Sequence[str]) -> tuple[float, float]:
+    """95 % interval of a mean over items, given the cluster of each.
 
-    Where all items are right, or all wrong, a bootstrap has no width; Wilson's interval of so many trials is given there.
+    Where all items are right, or all wrong, a bootstrap has no width; Wilson's interval of as many trials as there are
+    clusters is given there.
     """
     if set(scores) <= {0.0} or set(scores) <= {1.0}:
-        interval = wilson_interval(round(sum(scores)), len(scores))
+        trials = len(set(clusters))
+        interval = wilson_interval(trials if scores[0] else 0, trials)
     else:
-        interval = bootstrap_interval({"": scores})
+        interval = bootstrap_interval({"": scores}, clusters={"": clusters})
     return interval.low, interval.high
 
 
-def mean_of_tasks(groups: Mapping[str, Sequence[float]]) -> Number:
-    """Unweighted mean of the tasks' means, and its 95 % interval.
+def mean_of_tasks(groups: Mapping[str, Sequence[float]], clusters: Mapping[str, Sequence[str]]) -> Number:
+    """Unweighted mean of the tasks' means, and its 95 % interval, given every item's score and cluster by task.
 
     By bootstrap; where a task has none (all its items agree), from the tasks' own intervals: their distances from the
     means, squared, add up (MOVER: G. Zou and A. Donner, Statistics in Medicine 27, 2008, section 2).
@@ -154,9 +159,9 @@ def mean_of_tasks(groups: Mapping[str, Sequence[float]]) -> Number:
     means = [sum(scores) / len(scores) for scores in groups.values()]
     mean = sum(means) / len(means)
     if all(len(set(scores)) > 1 for scores in groups.values()):
-        interval = bootstrap_interval(groups)
+        interval = bootstrap_interval(groups, clusters=clusters)
         return Number(mean, (interval.low, interval.high))
-    ends = [task_interval(scores) for scores in groups.values()]
+    ends = [task_interval(scores, clusters[name]) for name, scores in groups.items()]
     below = math.sqrt(sum((m - low) ** 2 for m, (low, _) in zip(means, ends, strict=True))) / len(means)
     above = math.sqrt(sum((high - m) ** 2 for m, (_, high) in zip(means, ends, strict=True))) / len(means)
     return Number(mean, (mean - below, mean + above))

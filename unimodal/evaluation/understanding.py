@@ -139,7 +139,8 @@ class GQA(Questions):
 
 def _short_item(question: Question, wording: str) -> Item:
     prompt = image_prompt(question.image, worded(wording, question=question.text))
-    return Item(question.id, question.task, prompt, {"answers": list(question.answers)})
+    truth = {"answers": list(question.answers)}
+    return Item(question.id, question.task, prompt, truth, cluster=question.image.digest)
 
 
 # ---- yes and no
@@ -282,9 +283,8 @@ class MultipleChoice(Questions):
             )
             for order in orders
         ]
-        return Item(
-            question.id, question.task, image_prompt(question.image, *texts), {"letters": list(letters)}, orders[0]
-        )
+        prompt, truth = image_prompt(question.image, *texts), {"letters": list(letters)}
+        return Item(question.id, question.task, prompt, truth, orders[0], question.image.digest)
 
     def answer(
         self, model: UnifiedModel, items: Sequence[Item], settings: DecodingSettings, seeds: Sequence[int]

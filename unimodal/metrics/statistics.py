@@ -1,7 +1,9 @@
 """Intervals and tests over items: bootstrap by item within its task, paired sign flips, Holm's correction.
 
 Answers to one prompt are alike, so the item is what is drawn, with all its answers: an interval over answers alone is
-too narrow. Letters: R resamples, G groups (tasks), N items of one group, V distinct values among them.
+too narrow. So are several questions about one image: where items are of clusters, whole clusters are drawn, among those
+that have items of the same tasks (so that no task is ever empty).
+Letters: R resamples, G groups (tasks), N items of one group, K clusters, V distinct ones among them.
 
 B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13: percentile intervals, resampling of
 clusters.
@@ -59,6 +61,7 @@ def bootstrap_interval(
     groups: Mapping[str, Sequence[float | Sequence[float]]],
     combine: Callable[[Float[np.ndarray, "G R"]], Float[np.ndarray, " R"]] = mean_of_means,
     *,
+    clusters: Mapping[str, Sequence[str]] | None = None,
     resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
@@ -68,20 +71,22 @@ def bootstrap_interval(
     Args:
         groups: name -> a value an item, or the values of an item's samples, which count by their mean.
         combine: headline of each resample from its G group means; the default is their mean.
+        clusters: name -> the cluster of each of its items, which is drawn whole, through all groups; None: each item alone.
         resamples: R.
         seed: of the draws.
         level: share that the interval should cover.
 
     Raises:
-        ValueError: no group, a group or item without values, a value that is not finite, `resamples` or `level` out of
-            range.
+        ValueError: no group, a group or item without values, a value that is not finite, not one cluster an item,
+            `resamples` or `level` out of range.
     """
     _check(resamples, level)
     if not groups:
         raise ValueError("groups: expected at least one, got none")
     rng = np.random.default_rng(seed)
-    means = [_resampled_means(_item_values(name, values), resamples, rng) for name, values in groups.items()]
-    return _percentiles(combine(np.stack(means)), level)
+    values = {name: _item_values(name, found) for name, found in groups.items()}
+    drawn = np.sum([_resampled(stratum, resamples, rng) for stratum in _strata(values, clusters)], axis=0)  # (R, 2, G)
+    return _percentiles(combine((drawn[:, 0] / drawn[:, 1]).T), level)
 
 
 def bootstrap_rows(
@@ -95,9 +100,10 @@ def bootstrap_rows(
     """Percentile intervals of any measure of a set of answers, e.g. F1 or any-of-N.
 
     What is drawn, within its task, is an item with all its rows, or all rows of one `cluster` where rows have that field
-    (two questions on one image). An item that is drawn twice gets another `id` (and `cluster`) the second time: a measure
-    that groups rows by them must see two items. The fields are otherwise the same. A measure that is not defined on some
-    rows leaves its name out; its interval is then over the resamples that do define it.
+    (questions about one image), among the clusters with rows of the same tasks. An item that is drawn twice gets another
+    `id` (and `cluster`) the second time: a measure that groups rows by them must see two items. The fields are otherwise
+    the same. A measure that is not defined on some rows leaves its name out; its interval is then over the resamples that
+    do define it.
 
     Args:
         rows: the answers; each has `id` and `task`.
@@ -112,10 +118,14 @@ def bootstrap_rows(
     _check(resamples, level)
     if not rows:
         raise ValueError("rows: expected at least one, got none")
-    clusters: dict[str, dict[str, list[Row]]] = {}
+    clusters: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        clusters.setdefault(str(row["task"]), {}).setdefault(str(row.get("cluster", row["id"])), []).append(row)
-    strata = [list(named.values()) for named in clusters.values()]
+        key = ("", str(row["cluster"])) if "cluster" in row else (str(row["task"]), str(row["id"]))
+        clusters.setdefault(key, []).append(row)
+    by_tasks: dict[frozenset[str], list[list[Row]]] = {}
+    for found in clusters.values():
+        by_tasks.setdefault(frozenset(str(row["task"]) for row in found), []).append(found)
+    strata = list(by_tasks.values())
 
     @cache
     def copy(stratum: int, index: int, time: int) -> list[Row]:
@@ -143,6 +153,7 @@ def paired_test(
     tasks: Mapping[str, str],
     *,
     weights: Mapping[str, float] | None = None,
+    clusters: Mapping[str, str] | None = None,
     resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
@@ -151,14 +162,16 @@ def paired_test(
 
     The headline is the weighted mean of the tasks' means. Under the null hypothesis either system could have given either
     value of an item, so the sign of every item's difference is a fair coin (R. A. Fisher, The Design of Experiments, 1935,
-    section 21). All flips are listed for up to 13 items that differ; beyond, `resamples` of them are drawn, and the
-    observed one counts among them: (1 + as extreme) / (1 + drawn), which is never 0.
+    section 21); the items of a cluster share one coin. All flips are listed for up to 13 items or clusters that differ;
+    beyond, `resamples` of them are drawn, and the observed one counts among them: (1 + as extreme) / (1 + drawn), which is
+    never 0.
 
     Args:
         a: item -> value of the first system, the mean of its answers.
         b: the same of the second.
         tasks: item -> task.
         weights: task -> weight, in any unit; None: every task the same.
+        clusters: item -> what it is drawn and flipped together with; items that are not in it stand alone.
         resamples: of the bootstrap, and sign flips drawn.
         seed: of both.
         level: share that the interval should cover.
@@ -169,13 +182,18 @@ def paired_test(
     _same_items("b", a, b)
     _same_items("tasks", a, tasks)
     differences: dict[str, list[float]] = {}
+    together: dict[str, list[str]] = {}
     for item, value in a.items():
         differences.setdefault(tasks[item], []).append(float(b[item]) - float(value))
+        together.setdefault(tasks[item], []).append((clusters or {}).get(item, item))
     share = np.array([1.0 if weights is None else weights[task] for task in differences])
     share = share / share.sum()  # (G,)
-    interval = bootstrap_interval(differences, share.__matmul__, resamples=resamples, seed=seed, level=level)
+    interval = bootstrap_interval(
+        differences, share.__matmul__, clusters=together, resamples=resamples, seed=seed, level=level
+    )
     terms = np.concatenate([w * np.array(d) / len(d) for w, d in zip(share, differences.values(), strict=True)])
-    p = sign_flip_p(terms, resamples=resamples, seed=seed)
+    names = [name for found in together.values() for name in found]
+    p = sign_flip_p(np.bincount(_numbers(names), terms), resamples=resamples, seed=seed)
     return PairedTest(float(terms.sum()), interval, p, len(a))
 
 
@@ -208,16 +226,44 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     return {name: corrected[name] for name in p}
 
 
-def _resampled_means(values: Float[np.ndarray, " N"], resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means (R,) of N items drawn with replacement.
+def _strata(
+    values: Mapping[str, np.ndarray], clusters: Mapping[str, Sequence[str]] | None
+) -> list[Float[np.ndarray, "_ 2 G"]]:
+    """What is drawn from: sum and count in every group of each cluster, apart for clusters with items of other groups."""
+    if clusters is None:
+        numbers = np.arange(sum(map(len, values.values())))
+    else:
+        for name, found in values.items():
+            if len(clusters.get(name, ())) != len(found):
+                raise ValueError(
+                    f"clusters[{name!r}]: expected {len(found)}, one an item, got {clusters.get(name)!r:.60}"
+                )
+        numbers = _numbers([cluster for name in values for cluster in clusters[name]])
+    group = np.repeat(np.arange(len(values)), [len(found) for found in values.values()])
+    table = np.zeros((numbers.max() + 1, 2, len(values)))
+    np.add.at(table, (numbers, 0, group), np.concatenate(list(values.values())))
+    np.add.at(table, (numbers, 1, group), 1)
+    kinds, kind = np.unique(table[:, 1] > 0, axis=0, return_inverse=True)
+    return [table[kind.reshape(-1) == i] for i in reversed(range(len(kinds)))]  # those of the first group first
 
-    How often each of the V distinct values comes is multinomial, and the mean depends on nothing else: scores of 0 and 1
+
+def _numbers(names: Sequence[str]) -> np.ndarray:
+    """The number of each name, 0 .. different names - 1, in the order in which they first come."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(name, len(known)) for name in names])
+
+
+def _resampled(clusters: Float[np.ndarray, "K 2 G"], resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Sums and counts (R, 2, G) of K clusters drawn with replacement.
+
+    How often each of the V distinct clusters comes is multinomial, and sums depend on nothing else: scores of 0 and 1
     need two numbers a resample, not N.
     """
-    distinct, counts = np.unique(values, return_counts=True)
-    share = counts / len(values)
-    drawn = [rng.multinomial(len(values), share, size=count) @ distinct for count in _chunks(resamples, len(distinct))]
-    return np.concatenate(drawn) / len(values)
+    distinct, counts = np.unique(clusters.reshape(len(clusters), -1), axis=0, return_counts=True)
+    share = counts / len(clusters)
+    chunks = _chunks(resamples, len(distinct))
+    drawn = [rng.multinomial(len(clusters), share, size=count) @ distinct for count in chunks]
+    return np.concatenate(drawn).reshape(resamples, 2, -1)
 
 
 def _chunks(total: int, width: int) -> list[int]:
