@@ -4,23 +4,33 @@ Letters: R documents, G guidance branches (N = G * R cached sequences, branch by
 C width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from unimodal.attention import KVCache
 from unimodal.backbone.positions import Placed
-from unimodal.documents import GENERATED, Document, Part
+from unimodal.documents import GENERATED, Document, Part, to_rgb
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, place_block, to_tensor
-from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, SamplingSettings, TokenKind
+from unimodal_generators.base import (
+    Block,
+    Branch,
+    Embeddings,
+    Grid,
+    ImageTokens,
+    Known,
+    SamplingSettings,
+    TokenKind,
+)
 from unimodal_generators.choice import check_choice, choose
 
 
@@ -199,6 +209,7 @@ class DecodingSettings:
         top_p: of the text; 1 is all.
         image: of the images; None takes the recipe's.
         size: (height, width) of drawn images; None takes the recipe's first.
+        stop: a document ends before any of these, where a text of it would hold one.
     """
 
     start: Literal["text", "image"] = "text"
@@ -209,8 +220,11 @@ class DecodingSettings:
     top_p: float = 1.0
     image: SamplingSettings | None = None
     size: tuple[int, int] | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if "" in self.stop:
+            raise ValueError("stop: expected texts, got an empty one")
         if self.max_tokens < 0 or self.max_images < 0:
             raise ValueError(
                 f"max_tokens and max_images: expected 0 or more, got {self.max_tokens} and {self.max_images}"
@@ -220,13 +234,60 @@ class DecodingSettings:
         check_choice(self.temperature, self.top_k, self.top_p)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What came next of one of the documents being decoded.
+
+    Args:
+        document: which of them.
+        text: further text, or
+        image: an image, whole; or
+        preview: an image as it looks while it is drawn.
+    """
+
+    document: int
+    text: str = ""
+    image: Image.Image | None = None
+    preview: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Inpaint:
+    """Part of the first image that a document draws, given beforehand.
+
+    Tokens are kept whole: one counts as given where all of its pixels are. A tokenizer that loses something loses it of the
+    given pixels as well.
+
+    Args:
+        image: of the size that is drawn; what is to be drawn is not looked at.
+        redraw: of the same size, 0 where the image is given and anything else where it is to be drawn.
+    """
+
+    image: Image.Image
+    redraw: Image.Image
+
+    def __post_init__(self) -> None:
+        if self.image.size != self.redraw.size:
+            (w, h), (mw, mh) = self.image.size, self.redraw.size
+            raise ValueError(f"redraw: expected a mask of {w}x{h} pixels, as the image has, got {mw}x{mh}")
+
+    def given(self, grid: Grid) -> Bool[Tensor, " n"]:
+        """Which tokens of the image are given, row by row."""
+        free = np.asarray(self.redraw.convert("L")) > 0  # (H, W)
+        h, w = free.shape
+        cells = free.reshape(grid.h, h // grid.h, grid.w, w // grid.w)
+        return torch.from_numpy(~cells.any(axis=(1, 3)).flatten())
+
+
 @dataclass
 class _Row:
     """A document being continued."""
 
     rng: torch.Generator
+    inpaint: Inpaint | None = None  # of the image that comes first
     parts: list[Part] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # of the text being written
+    told: int = 0  # characters of it that were streamed
     tokens: int = 0
     images: int = 0
     state: Literal["text", "image", "done"] = "text"
@@ -236,9 +297,11 @@ class _Decoder:
     """The loop: text token by token, until every document waits for an image or is done; then those images together."""
 
     def __init__(
-        self, model: UnifiedModel, runs: list[list[Run]], settings: DecodingSettings, seeds: Sequence[int]
-    ) -> None:
+        self, model: UnifiedModel, runs: list[list[Run]], settings: DecodingSettings, seeds: Sequence[int],
+        streaming: Literal["no", "yes", "previews"] = "no",
+    ) -> None:  # fmt: skip
         self.model, self.settings, self.special = model, settings, model.text.special
+        self.streaming = streaming
         self.image = settings.image or model.generator.sampling
         height, width = settings.size or model.sequence.image_sizes[0]
         self.grid = model.tokenizer.layout.grid(height, width)
@@ -280,23 +343,42 @@ class _Decoder:
         blocks = [block for grid in tokens.grids for (block,) in [generator.plan_context(grid)]]
         return generator.embed(generator.context(tokens)), blocks
 
-    def run(self) -> list[list[Part]]:
-        """Parts written behind each prompt."""
+    def run(self) -> Iterator[Piece]:
+        """Write behind each prompt; pieces come where something listens."""
         if self.settings.start == "image":
-            self._begin_images(range(len(self.rows)))
+            yield from self._begin_images(range(len(self.rows)))
         while any(row.state != "done" for row in self.rows):
             while texts := [i for i, row in enumerate(self.rows) if row.state == "text"]:
-                self._step_text(texts)
+                yield from self._step_text(texts)
             if images := [i for i, row in enumerate(self.rows) if row.state == "image"]:
-                self._draw(images)
-        return [row.parts for row in self.rows]
+                yield from self._draw(images)
 
-    def _step_text(self, texts: list[int]) -> None:
+    def _step_text(self, texts: list[int]) -> Iterator[Piece]:
         for i in [i for i in texts if not self._may_write(i)]:
-            self._finish(i)
+            yield from self._finish(i)
         texts = [i for i in texts if self.rows[i].state == "text"]
         if not texts:
             return
+        going = []
+        for i, token in zip(texts, self._choose(texts), strict=True):
+            row = self.rows[i]
+            if token == self.special.eos:
+                yield from self._finish(i)
+            elif token == self.special.boi:
+                yield from self._begin_images([i])
+            else:
+                row.ids.append(token)
+                row.tokens += 1
+                if self.settings.stop and any(stop in self.model.text.decode(row.ids) for stop in self.settings.stop):
+                    yield from self._finish(i)
+                    continue
+                yield from self._tell(i)
+                going.append(i)
+        if going:
+            self.session.rows(going).append_text([Run((self.rows[i].ids[-1],), (False,)) for i in going])
+
+    def _choose(self, texts: list[int]) -> list[int]:
+        """The next id of each row's text."""
         logits = self.model.backbone.logits(self.session.rows(texts).last[0])  # (R, V)
         logits[:, self.model.text.unused(logits.shape[1])] = -torch.inf
         logits[:, [self.special.bos, self.special.eoi]] = -torch.inf
@@ -304,19 +386,25 @@ class _Decoder:
             if not self._may_draw(i):
                 logits[r, self.special.boi] = -torch.inf
         s = self.settings
-        ids = choose(logits, [self.rows[i].rng for i in texts], s.temperature, s.top_k, s.top_p).tolist()
-        going = []
-        for i, token in zip(texts, ids, strict=True):
-            if token == self.special.eos:
-                self._finish(i)
-            elif token == self.special.boi:
-                self._begin_images([i])
-            else:
-                self.rows[i].ids.append(token)
-                self.rows[i].tokens += 1
-                going.append(i)
-        if going:
-            self.session.rows(going).append_text([Run((self.rows[i].ids[-1],), (False,)) for i in going])
+        return choose(logits, [self.rows[i].rng for i in texts], s.temperature, s.top_k, s.top_p).tolist()
+
+    def _text(self, i: int) -> str:
+        """The text being written, up to where it stops."""
+        text = self.model.text.decode(self.rows[i].ids)
+        return text[: min((at for stop in self.settings.stop if (at := text.find(stop)) >= 0), default=len(text))]
+
+    def _tell(self, i: int, whole: bool = False) -> Iterator[Piece]:
+        """Text that came since the last piece, but for what may still become another: half a letter, half a stop."""
+        if self.streaming == "no":
+            return
+        text, row = self._text(i), self.rows[i]
+        if not whole:
+            text = text.rstrip("\ufffd")
+            begun = [n for stop in self.settings.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            text = text[: len(text) - max(begun, default=0)]
+        if len(text) > row.told:
+            yield Piece(i, text[row.told :])
+            row.told = len(text)
 
     def _may_write(self, i: int) -> bool:
         return self.rows[i].tokens < self.settings.max_tokens and self.session.length(i) < self.capacity
@@ -325,7 +413,7 @@ class _Decoder:
         fits = self.session.length(i) + self._length(self.grid) + 2 <= self.capacity
         return self.rows[i].images < self.settings.max_images and fits
 
-    def _begin_images(self, rows: Iterable[int]) -> None:
+    def _begin_images(self, rows: Iterable[int]) -> Iterator[Piece]:
         rows = list(rows)
         for i in rows:
             if not self._may_draw(i):
@@ -333,33 +421,62 @@ class _Decoder:
                     f"prompt {i}: {self.session.length(i)} tokens and an image of {self._length(self.grid)} are more than "
                     f"this recipe's sequence.context_length {self.capacity}"
                 )
-            self._close_text(i)
+            yield from self._close_text(i)
             self.rows[i].state = "image"
         self.session.rows(rows).append_text([Run((self.special.boi,), (True,))] * len(rows))
 
-    def _draw(self, images: list[int]) -> None:
+    def _draw(self, images: list[int]) -> Iterator[Piece]:
         generator, view = self.model.generator, self.session.rows(images)
         rngs = [self.rows[i].rng for i in images]
-        *_, tokens = generator.sample(view, [self.grid] * len(images), self.image, rngs)
-        for i, pixels in zip(images, self.model.tokenizer.decode_each(tokens), strict=True):
-            self.rows[i].parts.append(Part(to_image(pixels), role=GENERATED))
-            self.rows[i].images += 1
-            self.rows[i].state = "text" if self._may_write(i) else "done"
+        grids, newest = [self.grid] * len(images), None
+        for tokens in generator.sample(view, grids, self.image, rngs, self._known(images)):
+            if newest is not None and self.streaming == "previews":
+                for i, pixels in zip(images, self.model.tokenizer.decode_each(newest), strict=True):
+                    yield Piece(i, preview=to_image(pixels))
+            newest = tokens
+        assert newest is not None  # every sampler yields the image
+        for i, pixels in zip(images, self.model.tokenizer.decode_each(newest), strict=True):
+            row, image = self.rows[i], to_image(pixels)
+            row.parts.append(Part(image, role=GENERATED))
+            row.images += 1
+            row.state = "text" if self._may_write(i) else "done"
+            if self.streaming != "no":
+                yield Piece(i, image=image)
         going = [r for r, i in enumerate(images) if self.rows[i].state == "text"]
         if going:
             rows = [images[r] for r in going]
             if generator.repeats:
-                self.session.rows(rows).append(*self._context(tokens.select(going)))
+                self.session.rows(rows).append(*self._context(newest.select(going)))
             self.session.rows(rows).append_text([Run((self.special.eoi,), (True,))] * len(rows))
 
-    def _close_text(self, i: int) -> None:
-        row = self.rows[i]
-        if row.ids:
-            row.parts.append(Part(self.model.text.decode(row.ids), role=GENERATED))
-            row.ids = []
+    def _known(self, images: Sequence[int]) -> Known | None:
+        """Tokens that are given of the images about to be drawn; None where all is to be drawn."""
+        inpainted = [self.rows[i].inpaint if self.rows[i].images == 0 else None for i in images]
+        if not any(inpainted):
+            return None
+        height, width = self.settings.size or self.model.sequence.image_sizes[0]
+        weight, masks, pixels = self.model.backbone.embedding.weight, [], []
+        for i, inpaint in zip(images, inpainted, strict=True):
+            if inpaint is None:
+                masks.append(torch.zeros(self.grid.length, dtype=torch.bool))
+                pixels.append(weight.new_zeros(3, height, width))
+                continue
+            if inpaint.image.size != (width, height):
+                w, h = inpaint.image.size
+                raise ValueError(f"prompt {i}: inpaint: expected an image of {width}x{height} pixels, got {w}x{h}")
+            masks.append(inpaint.given(self.grid))
+            pixels.append(to_tensor([np.asarray(to_rgb(inpaint.image))])[0].to(weight))
+        return Known(self.model.tokenizer.encode_each(pixels), torch.cat(masks))
 
-    def _finish(self, i: int) -> None:
-        self._close_text(i)
+    def _close_text(self, i: int) -> Iterator[Piece]:
+        row = self.rows[i]
+        yield from self._tell(i, whole=True)
+        if text := self._text(i):
+            row.parts.append(Part(text, role=GENERATED))
+        row.ids, row.told = [], 0
+
+    def _finish(self, i: int) -> Iterator[Piece]:
+        yield from self._close_text(i)
         self.rows[i].state = "done"
 
 
@@ -369,28 +486,107 @@ def to_image(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
     return transforms.to_pil_image(scaled.cpu())
 
 
-@torch.no_grad()
 def decode(
-    model: UnifiedModel, documents: Sequence[Document], settings: DecodingSettings, seeds: Sequence[int]
+    model: UnifiedModel,
+    documents: Sequence[Document],
+    settings: DecodingSettings,
+    seeds: Sequence[int],
+    inpaint: Sequence[Inpaint | None] | None = None,
 ) -> list[Document]:
-    """Continue documents, all at once. Each draws from its own seed, so its result does not depend on its neighbours."""
-    if len(seeds) != len(documents):
-        raise ValueError(f"seeds: expected one a document ({len(documents)}), got {len(seeds)}")
+    """Continue documents, all at once. Each draws from its own seed, so its result does not depend on its neighbours.
+
+    Args:
+        model: it is in evaluation mode meanwhile.
+        documents: what is there.
+        settings: how they go on.
+        seeds: one a document.
+        inpaint: what is given of the first image that each document draws.
+
+    Raises:
+        ValueError: an argument outside its values, or a document over the recipe's context.
+    """
+    decoder = _decoder(model, documents, settings, seeds, inpaint, "no")
+    if decoder is None:
+        return []
+    for _ in _stepwise(decoder):
+        pass
+    return [Document((*d.parts, *row.parts), d.kind) for d, row in zip(documents, decoder.rows, strict=True)]
+
+
+def stream(
+    model: UnifiedModel,
+    documents: Sequence[Document],
+    settings: DecodingSettings,
+    seeds: Sequence[int],
+    inpaint: Sequence[Inpaint | None] | None = None,
+    previews: bool = False,
+) -> Iterator[Piece]:
+    """`decode` as it happens: text in pieces, images when they are done.
+
+    Joined by document, the pieces that are no previews are what `decode` returns behind the prompts. Between two pieces the
+    model is left as it was found.
+
+    Args:
+        model: as of `decode`.
+        documents: likewise.
+        settings: likewise.
+        seeds: likewise.
+        inpaint: likewise.
+        previews: whether images also come while they are drawn, after every step that their generator shows.
+    """
+    decoder = _decoder(model, documents, settings, seeds, inpaint, "previews" if previews else "yes")
+    if decoder is not None:
+        yield from _stepwise(decoder)
+
+
+def _decoder(
+    model: UnifiedModel,
+    documents: Sequence[Document],
+    settings: DecodingSettings,
+    seeds: Sequence[int],
+    inpaint: Sequence[Inpaint | None] | None,
+    streaming: Literal["no", "yes", "previews"],
+) -> _Decoder | None:
+    """The loop with its prompts read; None for no documents."""
+    for name, values in (("seeds", seeds), ("inpaint", inpaint)):
+        if values is not None and len(values) != len(documents):
+            raise ValueError(f"{name}: expected one a document ({len(documents)}), got {len(values)}")
     if settings.size is not None and tuple(settings.size) not in {tuple(s) for s in model.sequence.image_sizes}:
         allowed = ", ".join(f"{w}x{h}" for h, w in model.sequence.image_sizes)
         raise ValueError(f"size: this recipe draws {allowed}, got {settings.size[1]}x{settings.size[0]}")
     _check_guidance(model, settings.image or model.generator.sampling)
     if not documents:
-        return []
+        return None
+    with _inference(model):
+        runs = [model.sequencer.prompt(document) for document in documents]
+        decoder = _Decoder(model, runs, settings, seeds, streaming)
+        for row, one in zip(decoder.rows, inpaint or [], strict=False):
+            row.inpaint = one
+        model.generator.check_known(decoder._known(range(len(documents))))
+    return decoder
+
+
+def _stepwise(decoder: _Decoder) -> Iterator[Piece]:
+    """The loop's pieces; whoever reads them is not inside its modes."""
+    pieces = decoder.run()
+    while True:
+        with _inference(decoder.model):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
+
+
+@contextmanager
+def _inference(model: UnifiedModel) -> Iterator[None]:
+    """Evaluation mode, no gradients, no autocast; afterwards as before."""
     training = model.training
     model.eval()
     try:
-        with torch.autocast(model.device.type, enabled=False):
-            runs = [model.sequencer.prompt(document) for document in documents]
-            parts = _Decoder(model, runs, settings, seeds).run()
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            yield
     finally:
         model.train(training)
-    return [Document((*d.parts, *new), d.kind) for d, new in zip(documents, parts, strict=True)]
 
 
 def _check_guidance(model: UnifiedModel, image: SamplingSettings) -> None:

@@ -172,7 +172,7 @@ class Flow(ImageGenerator):
         def given(x: Tensor, t: float) -> Tensor:
             if known is None:
                 return x
-            path = diffusion.interpolate(noise, known.tokens.values.to(noise), noise.new_full((1, 1), t))
+            path = diffusion.interpolate(noise, known.tokens.values.to(noise), noise.new_full((len(noise), 1), t))
             return torch.where(known.mask.to(x.device)[:, None], path, x)
 
         def velocity(x: Tensor, t: float) -> Tensor:

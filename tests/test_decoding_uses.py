@@ -1,0 +1,293 @@
+"""Uses of decoding: streamed, stopped, inpainted; best of several; drawn, looked at and drawn again."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unimodal.decoding import DecodingSettings, Inpaint, Piece, decode, stream
+from unimodal.documents import Document, Part
+from unimodal.evaluation.likelihood import log_likelihoods
+from unimodal.model import UnifiedModel
+from unimodal.refine import best_of, look_again, reads_back
+from unimodal_generators import FlowSettings
+
+Make = Callable[..., UnifiedModel]
+PROMPT = Document((Part("a handwritten seven", learn=False),), "text_to_image")
+OTHER = Document((Part("three plus", learn=False),), "text_to_image")
+
+
+def picture(seed: int = 0, height: int = 8, width: int = 8) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def contents(parts: Sequence[Part]) -> list[str | bytes]:
+    return [p.content if isinstance(p.content, str) else p.content.tobytes() for p in parts]
+
+
+def joined(pieces: Sequence[Piece], document: int) -> list[str | bytes]:
+    """The pieces of one document put together, previews left out."""
+    found: list[str | bytes] = []
+    for piece in pieces:
+        if piece.document != document or piece.preview is not None:
+            continue
+        if piece.image is not None:
+            found.append(piece.image.tobytes())
+        elif found and isinstance(found[-1], str):
+            found[-1] += piece.text
+        else:
+            found.append(piece.text)
+    return found
+
+
+# ---- streaming
+
+
+@pytest.mark.parametrize("start", ["text", "image"])
+@pytest.mark.parametrize("previews", [False, True])
+def test_pieces_joined_are_the_document(model: UnifiedModel, start: str, previews: bool) -> None:
+    settings = DecodingSettings(start=start, max_tokens=12, max_images=2, temperature=1.5)  # type: ignore[arg-type]
+    prompts = [PROMPT, OTHER, PROMPT]
+    whole = decode(model, prompts, settings, [3, 4, 5])
+    pieces = list(stream(model, prompts, settings, [3, 4, 5], previews=previews))
+    for i, (prompt, document) in enumerate(zip(prompts, whole, strict=True)):
+        assert joined(pieces, i) == contents(document.parts[len(prompt.parts) :])
+    assert all((p.text != "") + (p.image is not None) + (p.preview is not None) == 1 for p in pieces)
+
+
+def test_an_image_is_previewed_step_by_step(make: Make) -> None:
+    settings = DecodingSettings("image", max_tokens=0, max_images=1, image=FlowSettings(steps=5))
+    pieces = list(stream(make("flow"), [PROMPT, OTHER], settings, [0, 1], previews=True))
+    assert [p.document for p in pieces] == [0, 1] * 5
+    assert [p.image is not None for p in pieces] == [False] * 8 + [True] * 2
+    assert len({p.preview.tobytes() for p in pieces if p.preview is not None}) == 8
+    assert all(p.preview is None for p in stream(make("flow"), [PROMPT], settings, [0]))
+
+
+def test_between_pieces_the_model_is_as_it_was(make: Make) -> None:
+    model = make("flow").train()
+    seen = 0
+    for _ in stream(model, [PROMPT], DecodingSettings(max_tokens=4, max_images=1), [0]):
+        assert model.training
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        seen += 1
+    assert seen > 0
+    assert list(stream(model, [], DecodingSettings(), [])) == []
+
+
+def test_a_letter_comes_when_all_its_bytes_are_there(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("flow")
+    ids = [i for byte in "ü".encode() for i in [_byte(model, byte)]]
+    script(model, monkeypatch, [*ids, *model.text.encode("n"), model.text.special.eos])
+    texts = [p.text for p in stream(model, [PROMPT], DecodingSettings(max_tokens=9, max_images=0), [0])]
+    assert texts == ["ü", "n"]
+    script(model, monkeypatch, [ids[0], model.text.special.eos])  # and what never becomes one comes in the end
+    assert [p.text for p in stream(model, [PROMPT], DecodingSettings(max_tokens=9, max_images=0), [0])] == ["\ufffd"]
+
+
+def _byte(model: UnifiedModel, byte: int) -> int:
+    """The id of a single byte: byte-level BPE spells printable ones as themselves, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    found = model.text.bpe.token_to_id(chr(byte) if byte in printable else chr(256 + others.index(byte)))
+    assert found is not None
+    return int(found)
+
+
+def script(model: UnifiedModel, monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
+    """Make the model say these ids one after the other."""
+    steps = iter(ids)
+    rows = model.backbone.config.rows
+
+    def scripted(hidden: torch.Tensor) -> torch.Tensor:
+        scores = hidden.new_zeros(len(hidden), rows)
+        scores[:, next(steps)] = 1e6
+        return scores
+
+    monkeypatch.setattr(model.backbone, "logits", scripted)
+
+
+# ---- stop strings
+
+
+@pytest.mark.parametrize(("said", "stop", "left"), [
+    ("one. two", (".",), "one"), ("one. two", ("two", ". t"), "one"), ("stop", ("stop",), ""), ("abc", ("x",), "abc"),
+    ("aab", ("aab", "ab"), ""), ("ab", ("b",), "a"),
+])  # fmt: skip
+def test_a_document_ends_before_a_stop(
+    make: Make, monkeypatch: pytest.MonkeyPatch, said: str, stop: tuple[str, ...], left: str
+) -> None:
+    model = make("flow")
+    ids = [*model.text.encode(said), model.text.special.eos]
+    settings = DecodingSettings(max_tokens=20, max_images=0, stop=stop)
+    script(model, monkeypatch, ids)
+    (document,) = decode(model, [PROMPT], settings, [0])
+    assert contents(document.parts[1:]) == ([left] if left else [])
+    script(model, monkeypatch, ids)
+    pieces = list(stream(model, [PROMPT], settings, [0]))
+    assert "".join(p.text for p in pieces) == left  # nothing of a stop is ever shown
+
+
+def test_an_empty_stop_is_refused() -> None:
+    with pytest.raises(ValueError, match="stop: expected texts, got an empty one"):
+        DecodingSettings(stop=("a", ""))
+
+
+# ---- inpainting
+
+
+def mask(top: int, left: int, height: int = 8, width: int = 8) -> Image.Image:
+    """Draw the right lower part from (top, left) on."""
+    free = np.zeros((height, width), dtype=np.uint8)
+    free[top:, left:] = 255
+    return Image.fromarray(free)
+
+
+DRAWING = DecodingSettings("image", max_tokens=0, max_images=1)
+
+
+def test_given_pixels_stay_and_the_rest_is_drawn(make: Make) -> None:
+    model, image = make("flow"), picture(7)
+    (document,) = decode(model, [PROMPT], DRAWING, [0], [Inpaint(image, mask(4, 4))])
+    before, after = np.asarray(image), np.asarray(document.images[0])
+    assert np.array_equal(before[:4], after[:4])
+    assert np.array_equal(before[4:, :4], after[4:, :4])
+    assert not np.array_equal(before[4:, 4:], after[4:, 4:])
+
+
+def test_what_is_to_be_drawn_is_not_looked_at(model: UnifiedModel) -> None:
+    image, other = picture(7), np.array(picture(7))
+    other[4:, 4:] = 0
+    drawn = [
+        decode(model, [PROMPT], DRAWING, [0], [Inpaint(i, mask(4, 4))])[0].images[0].tobytes()
+        for i in (image, Image.fromarray(other))
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_token_that_is_given_in_part_is_drawn() -> None:
+    from unimodal_tokenizers.base import Grid
+
+    given = Inpaint(picture(), mask(5, 3)).given(Grid(4, 4))
+    assert given.view(4, 4).tolist() == [[True] * 4] * 2 + [[True, False, False, False]] * 2
+
+
+def test_nothing_given_is_drawing_and_all_given_is_the_image(model: UnifiedModel) -> None:
+    (plain,) = decode(model, [PROMPT], DRAWING, [3])
+    (free,) = decode(model, [PROMPT], DRAWING, [3], [Inpaint(picture(), mask(0, 0))])
+    assert contents(free.parts) == contents(plain.parts)
+    (given,) = decode(model, [PROMPT], DRAWING, [3], [Inpaint(picture(), mask(8, 8))])
+    pixels = model.tokenizer.decode(model.tokenizer.encode(_tensor(picture())))[0]
+    shown = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(given.images[0]), shown)
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def test_neighbours_of_an_inpainted_image_do_not_change(model: UnifiedModel) -> None:
+    inpaint = [None, Inpaint(picture(5), mask(2, 4)), None]
+    prompts, seeds = [PROMPT, PROMPT, OTHER], [1, 2, 3]
+    model = model.double()
+    try:
+        together = decode(model, prompts, DRAWING, seeds, inpaint)
+        alone = [decode(model, [p], DRAWING, [s], [i])[0] for p, s, i in zip(prompts, seeds, inpaint, strict=True)]
+    finally:
+        model.float()
+    assert [contents(d.parts) for d in together] == [contents(d.parts) for d in alone]
+
+
+def test_only_the_first_image_is_inpainted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("flow")
+    script(model, monkeypatch, [model.text.special.boi, *[model.text.special.eos] * 9])
+    settings = DecodingSettings("image", max_tokens=9, max_images=2)
+    (document,) = decode(model, [PROMPT], settings, [0], [Inpaint(picture(), mask(8, 8))])
+    first, second = document.images
+    assert first.tobytes() == picture().tobytes()
+    assert second.tobytes() != first.tobytes()
+
+
+def test_bad_masks_are_refused(model: UnifiedModel) -> None:
+    with pytest.raises(ValueError, match="redraw: expected a mask of 8x8 pixels, as the image has, got 8x4"):
+        Inpaint(picture(), mask(0, 0, height=4))
+    inpaint = [None, Inpaint(picture(0, 4, 8), mask(0, 0, height=4))]
+    with pytest.raises(ValueError, match="prompt 1: inpaint: expected an image of 8x8 pixels, got 8x4"):
+        decode(model, [PROMPT] * 2, DRAWING, [0, 1], inpaint)
+    with pytest.raises(ValueError, match=r"inpaint: expected one a document \(2\), got 1"):
+        decode(model, [PROMPT] * 2, DRAWING, [0, 1], [None])
+
+
+# ---- the best of several
+
+
+def test_the_best_of_one_is_decoding(model: UnifiedModel) -> None:
+    (one,) = best_of(model, [PROMPT], DRAWING, [5], 1, lambda documents: [0.0] * len(documents))
+    assert contents(one.parts) == contents(decode(model, [PROMPT], DRAWING, [5])[0].parts)
+
+
+def test_the_best_of_several_is_the_one_the_scorer_likes(model: UnifiedModel) -> None:
+    seen: list[Document] = []
+
+    def brightness(documents: Sequence[Document]) -> list[float]:
+        seen.extend(documents)
+        return [float(np.asarray(d.images[-1]).mean()) for d in documents]
+
+    best = best_of(model, [PROMPT, OTHER], DRAWING, [5, 6], 4, brightness)
+    assert len(seen) == 8
+    assert len({d.images[-1].tobytes() for d in seen}) == 8  # every try has draws of its own
+    for prompt, found in zip((PROMPT, OTHER), best, strict=True):
+        tries = [d for d in seen if d.parts[0] == prompt.parts[0]]
+        assert contents(found.parts) == contents(max(tries, key=lambda d: brightness([d])[0]).parts)
+    alone = best_of(model, [OTHER], DRAWING, [6], 4, brightness)
+    assert contents(alone[0].parts) == contents(best[1].parts)
+
+
+def test_best_of_refuses_what_means_nothing(model: UnifiedModel) -> None:
+    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+        best_of(model, [PROMPT], DRAWING, [0], 0, lambda documents: [0.0])
+    with pytest.raises(ValueError, match="scorer: expected 2 scores, got 1"):
+        best_of(model, [PROMPT], DRAWING, [0], 2, lambda documents: [0.0])
+
+
+def test_a_model_scores_by_reading_its_own_image(model: UnifiedModel) -> None:
+    documents = decode(model, [PROMPT, OTHER], DRAWING, [1, 2])
+    scores = reads_back(model)(documents)
+    for document, score in zip(documents, scores, strict=True):
+        look = Document((Part(document.images[-1], learn=False),))
+        ((likelihood,),) = log_likelihoods(model, [look], [[document.parts[0].text]])
+        assert score == pytest.approx(likelihood.mean, abs=1e-5)
+    with pytest.raises(ValueError, match="documents: expected a text and an image behind it"):
+        reads_back(model)([PROMPT])
+
+
+# ---- draw, look, draw again
+
+
+def test_what_reads_right_is_not_drawn_again(model: UnifiedModel) -> None:
+    looks = look_again(model, [PROMPT, OTHER], DRAWING, [1, 2], 3, lambda document, read: True)
+    assert [len(tries) for tries in looks] == [1, 1]
+    assert contents(looks[0][0].document.parts) == contents(decode(model, [PROMPT], DRAWING, [1])[0].parts)
+
+
+def test_what_reads_wrong_is_drawn_again_up_to_a_limit(model: UnifiedModel) -> None:
+    asked: list[str] = []
+
+    def third_time(document: Document, read: str) -> bool:
+        asked.append(document.parts[0].text)
+        return document.parts[0] == PROMPT.parts[0] and asked.count(PROMPT.parts[0].text) == 2
+
+    looks = look_again(model, [PROMPT, OTHER], DRAWING, [1, 2], 3, third_time)
+    assert [len(tries) for tries in looks] == [2, 3]
+    assert [tries[-1].agrees for tries in looks] == [True, False]
+    assert len({t.document.images[-1].tobytes() for t in looks[1]}) == 3
+    for tries in looks:
+        for one in tries:
+            seen = Document((Part(one.document.images[-1], learn=False),))
+            read = decode(model, [seen], DecodingSettings(max_tokens=64, max_images=0), [0])[0].parts[1:]
+            assert one.read == "".join(part.text for part in read)
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        look_again(model, [PROMPT], DRAWING, [1], 0, third_time)

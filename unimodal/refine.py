@@ -1,0 +1,146 @@
+"""What can be built on decoding: the best of several tries, and a model that looks at what it drew and draws again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unimodal.decoding import DecodingSettings, decode
+from unimodal.documents import Document, Part
+from unimodal.evaluation.likelihood import log_likelihoods
+from unimodal.model import UnifiedModel
+
+Scorer = Callable[[Sequence[Document]], Sequence[float]]
+"""A number a document, higher is better."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One try.
+
+    Args:
+        document: the prompt and what was made of it.
+        read: what the model says of the last image in it.
+        agrees: whether that was found to fit.
+    """
+
+    document: Document
+    read: str
+    agrees: bool
+
+
+def best_of(
+    model: UnifiedModel,
+    documents: Sequence[Document],
+    settings: DecodingSettings,
+    seeds: Sequence[int],
+    n: int,
+    scorer: Scorer,
+) -> list[Document]:
+    """Continue each document `n` times and keep what the scorer likes most; the first of equals.
+
+    Args:
+        model: it decodes.
+        documents: what is there.
+        settings: how they go on.
+        seeds: one a document; the first try is what `decode` makes of it.
+        n: tries.
+        scorer: sees all tries of all documents at once.
+
+    Raises:
+        ValueError: less than one try, or another number of scores than of tries.
+    """
+    if n < 1:
+        raise ValueError(f"n: expected at least 1, got {n}")
+    best: list[tuple[float, Document]] = []
+    tries = [
+        decode(model, documents, settings, [_try_seed(seed, number) for seed in seeds]) for number in range(n)
+    ]  # try by try
+    scores = list(scorer([document for row in tries for document in row]))
+    if len(scores) != n * len(documents):
+        raise ValueError(f"scorer: expected {n * len(documents)} scores, got {len(scores)}")
+    for i in range(len(documents)):
+        own = [(scores[number * len(documents) + i], tries[number][i]) for number in range(n)]
+        best.append(max(own, key=lambda pair: pair[0]))
+    return [document for _, document in best]
+
+
+def reads_back(model: UnifiedModel) -> Scorer:
+    """A scorer: how likely the model finds the text before the last image when it sees that image alone, a token.
+
+    It needs a model that was trained to describe images in the words that ask for them.
+    """
+
+    def score(documents: Sequence[Document]) -> list[float]:
+        asked = [_asked(document) for document in documents]
+        looks = [_look(document) for document in documents]
+        return [one.mean for (one,) in log_likelihoods(model, looks, [[text] for text in asked])]
+
+    return score
+
+
+def look_again(
+    model: UnifiedModel,
+    documents: Sequence[Document],
+    settings: DecodingSettings,
+    seeds: Sequence[int],
+    rounds: int,
+    agrees: Callable[[Document, str], bool],
+    max_tokens: int = 64,
+) -> list[list[Look]]:
+    """Draw (think first, where `settings.start` is "text"), describe the last image, and draw anew what does not fit.
+
+    Args:
+        model: it draws and reads.
+        documents: what is there.
+        settings: how they go on; every try has an image.
+        seeds: one a document; the first try is what `decode` makes of it.
+        rounds: most tries.
+        agrees: whether a document and what the model reads from its last image fit.
+        max_tokens: of a description.
+
+    Returns:
+        The tries of each document in order; the last one is the result.
+
+    Raises:
+        ValueError: less than one round, or a try without an image.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    looks: list[list[Look]] = [[] for _ in documents]
+    left = list(range(len(documents)))
+    for number in range(rounds):
+        tries = decode(model, [documents[i] for i in left], settings, [_try_seed(seeds[i], number) for i in left])
+        reading = DecodingSettings(max_tokens=max_tokens, max_images=0)
+        read = decode(model, [_look(document) for document in tries], reading, [0] * len(tries))
+        for i, document, description in zip(left, tries, read, strict=True):
+            text = "".join(part.text for part in description.parts[1:])
+            looks[i].append(Look(document, text, agrees(document, text)))
+        left = [i for i in left if not looks[i][-1].agrees]
+    return looks
+
+
+def _try_seed(seed: int, number: int) -> int:
+    """The seed itself first, then others that follow from it."""
+    if number == 0:
+        return seed
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _last_image(document: Document) -> int:
+    places = [i for i, part in enumerate(document.parts) if part.is_image]
+    if not places:
+        raise ValueError("documents: expected a text and an image behind it, got no image")
+    return places[-1]
+
+
+def _look(document: Document) -> Document:
+    """The last image alone."""
+    return Document((Part(document.parts[_last_image(document)].image, learn=False),), "image_to_text")
+
+
+def _asked(document: Document) -> str:
+    texts = [part.text for part in document.parts[: _last_image(document)] if part.is_text and part.text.strip()]
+    if not texts:
+        raise ValueError("documents: expected a text and an image behind it, got no text before the last image")
+    return texts[-1]
