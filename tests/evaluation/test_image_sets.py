@@ -13,25 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimodal.documents import Part, load_image
-from unimodal.evaluation.benchmark import Answer
+from unimodal.documents import load_image
 from unimodal.evaluation.image_files import (
-    ImageFiles,
     Loading,
-    NpzImages,
-    by_shape,
-    check_sizes,
-    feature_batches,
     image_paths,
     listing_sha256,
-    mapped_images,
-    read_prompts,
 )
 from unimodal.evaluation.image_sets import ImageSets, evaluate_folder, make_features, save_statistics
-from unimodal.evaluation.set_protocols import PROTOCOLS, category_of, reference_kind
+from unimodal.evaluation.set_protocols import PROTOCOLS, reference_kind
 from unimodal.evaluation.set_scores import Family, SetOptions, read_reference, score_folder, write_statistics
 from unimodal.metrics import distances, inception
-from unimodal.metrics.features import ImageFeatures, LogitFeatures, PixelFeatures, TextImageFeatures, as_drawn
+from unimodal.metrics.features import LogitFeatures, PixelFeatures, TextImageFeatures, as_drawn
 from unimodal.metrics.manifolds import precision_recall_density_coverage
 from unimodal.metrics.moments import Moments, load_statistics
 
@@ -78,7 +70,7 @@ def test_a_folder_against_a_folder(real: Path, fake: Path) -> None:
     expected = {
         "frechet_pixels12": distances.frechet_distance(Moments.of(a), Moments.of(b)),
         "kernel_pixels12": distances.kernel_distance(a, b, 4, 20).mean,
-        **{f"{name}_pixels12": value for name, value in vars(four).items()},
+        **{f"{name}_pixels12": value for name, value in four.by_name().items()},
     }
     assert dict(found.measures) == pytest.approx(expected, rel=1e-6)
     assert (found.samples, found.label) == (30, "complete")
@@ -194,7 +186,7 @@ def test_only_inception_makes_a_fid(weights: Path, tmp_path: Path) -> None:
     few = draw(tmp_path / "few", 4, size=(40, 30))
     benchmark = ImageSets(metrics=["inception_score"], inception_weights=str(weights), workers=0, feature_batch=3)
     benchmark.options = replace(benchmark.options, splits=2)
-    measures = benchmark.set_measures(image_paths(few))
+    measures = benchmark.set_measures(image_paths(few), few)
     assert measures == {"inception_score": pytest.approx(1, abs=0.01)}  # a net that knows nothing
     features = benchmark.families[0].features
     assert (features.measure("frechet"), features.measure("kernel")) == ("fid", "kid")
@@ -326,11 +318,6 @@ def test_categories_are_scored_apart_and_must_be_full(tmp_path: Path) -> None:
 # ---- the benchmark
 
 
-def answers(benchmark: ImageSets, images: Sequence[Path]) -> list[Answer]:
-    items = benchmark.items()
-    return [Answer(item, 0, (Part(load_image(path)),)) for item, path in zip(items, images, strict=True)]
-
-
 def test_items_are_prompts_and_answers_find_theirs(real: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square\n\na blue circle\n")
@@ -350,22 +337,51 @@ def test_items_are_prompts_and_answers_find_theirs(real: Path, tmp_path: Path) -
         benchmark._prompts_of([tmp_path / "a.png"] * 3)
 
 
-def test_verdicts_say_which_images_lie_among_the_real_ones(real: Path, tmp_path: Path) -> None:
+def test_verdicts_say_which_images_lie_among_the_real_ones(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = draw(tmp_path / "fake", 12, seed=3, bright=1.5)
-    (tmp_path / "prompts.txt").write_text("x\n" * 12)
-    benchmark = ImageSets(
-        real, tmp_path / "prompts.txt", metrics=["pixels"], pixel_size=2, subset_size=10, workers=0, allow_few=True
-    )
-    paths = image_paths(folder)
-    verdicts = benchmark.judge(answers(benchmark, paths))
-    scores = [verdict.score for verdict in verdicts]
-    measures = benchmark.set_measures(paths)
+    benchmark = ImageSets(real, metrics=["pixels"], pixel_size=2, subset_size=10, workers=0, allow_few=True)
+    seen = []
+
+    def counted(features: PixelFeatures, pixels: Tensor) -> Tensor:
+        seen.append(len(pixels))
+        return forward(features, pixels)
+
+    forward = PixelFeatures.forward
+    monkeypatch.setattr(PixelFeatures, "forward", counted)
+    rows, paths = benchmark.take_folder(folder)
+    measures = benchmark.set_measures(paths, folder)
+    found = benchmark.verdicts(rows)
+    assert sum(seen) == 40 + 12  # each image once, the real ones too
+    scores = [row["score"] for row in found]
     assert 0 < np.mean(scores) < 1
     assert np.mean(scores) == pytest.approx(measures["precision_pixels12"])
-    assert all(bool(verdict.reason) == (verdict.score == 0) for verdict in verdicts)
-    rows, taken = benchmark.take_folder(folder)
-    assert [row["score"] for row in rows] == scores
-    assert taken == paths
+    assert all(bool(row["reason"]) == (row["score"] == 0) for row in found)
+    a, b = pixels(real), pixels(folder)
+    radii = np.sort(np.linalg.norm(a[:, None] - a[None], axis=-1), axis=1)[:, 3]
+    assert scores == [float((np.linalg.norm(a - image, axis=1) <= radii).any()) for image in b]
+    assert [row["id"] for row in found] == [path.name for path in paths]
+    plain = ImageSets(real, metrics=["pixels"], pixel_size=2, subset_size=10, workers=0, allow_few=True)
+    assert plain.verdicts(rows) == rows
+
+
+def test_the_fingerprint_does_not_know_how_the_folder_is_spelt(
+    real: Path, fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(fake, tmp_path / "here" / "sub")
+    monkeypatch.chdir(tmp_path)
+    found = set()
+    for spelt in (tmp_path / "here", Path("here"), Path("here/../here"), Path("./here")):
+        benchmark = ImageSets(real, metrics=["pixels"], pixel_size=2, subset_size=20, workers=0)
+        evaluate_folder(benchmark, spelt, tmp_path / "out")
+        assert benchmark.scores is not None
+        found.add(benchmark.scores.spec["images_sha256"])
+        found.add(listing_sha256(image_paths(spelt), spelt))
+    assert len(found) == 1
+    assert score_folder(image_paths(Path("here/sub")), [PIXELS], real, options=OPTIONS, loading=ALONE).spec[
+        "images_sha256"
+    ] == listing_sha256(image_paths(fake), fake)
 
 
 def test_any_folder_is_scored_with_one_call(real: Path, fake: Path, tmp_path: Path) -> None:
@@ -414,111 +430,3 @@ def test_statistics_of_a_folder_as_a_command(real: Path, tmp_path: Path) -> None
     np.testing.assert_allclose(made.cov, again.cov)
     assert load_statistics(tmp_path / "a.npz").features is not None
     assert load_statistics(tmp_path / "b.npz").features is None
-
-
-# ---- files
-
-
-def test_images_are_found_below_a_folder_in_order(tmp_path: Path) -> None:
-    for name in ("b/1.png", "a/samples/0.PNG", "a/grid.png", ".hidden/2.png", "a/.3.png", "c.jpg", "notes.txt"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".txt":
-            path.write_text("x")
-        else:
-            Image.new("RGB", (4, 4)).save(path)
-    found = [path.relative_to(tmp_path).as_posix() for path in image_paths(tmp_path)]
-    assert found == ["a/samples/0.PNG", "b/1.png", "c.jpg"]
-    assert [category_of(path, tmp_path) for path in image_paths(tmp_path)] == ["a", "b", ""]
-    before = listing_sha256(image_paths(tmp_path), tmp_path)
-    Image.new("RGB", (40, 40)).save(tmp_path / "c.jpg")
-    assert listing_sha256(image_paths(tmp_path), tmp_path) != before
-    (tmp_path / "empty").mkdir()
-    for bad, message in (("empty", "expected images in"), ("none", "which is missing"), ("notes.txt", "a file")):
-        with pytest.raises(ValueError, match=message):
-            image_paths(tmp_path / bad)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_named_in_one_line(fake: Path, tmp_path: Path, workers: int) -> None:
-    folder = tmp_path / "images"
-    shutil.copytree(fake, folder)
-    whole = (folder / "0011.png").read_bytes()
-    (folder / "0011.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"0011\.png: expected a whole image") as caught:
-        list(feature_batches(ImageFiles(image_paths(folder), as_drawn), PixelFeatures(8), Loading(4, workers), ""))
-    assert "\n" not in str(caught.value)
-    (folder / "0002.png").write_text("hello")
-    with pytest.raises(ValueError, match=r"0002\.png"):
-        check_sizes(image_paths(folder), (8, 8))
-
-
-def test_batches_are_cut_where_sizes_change() -> None:
-    sizes = [3, 3, 5, 3, 3, 3]
-    found = by_shape([torch.zeros(3, size, 4) for size in sizes])
-    assert [tuple(piece.shape[:3:2]) for piece in found if isinstance(piece, Tensor)] == [(2, 3), (1, 5), (3, 3)]
-    assert by_shape([torch.zeros(3, 4, 4), "broken"]) == ["broken"]
-
-
-def test_images_of_an_npz_are_mapped_and_not_read(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (9, 5, 6, 3), dtype=np.uint8)
-    np.savez(tmp_path / "samples.npz", mu=np.zeros(3), arr_0=images)
-    found = mapped_images(tmp_path / "samples.npz")
-    assert isinstance(found, np.memmap)
-    np.testing.assert_array_equal(found, images)
-    dataset = NpzImages(tmp_path / "samples.npz", as_drawn)
-    item = dataset[4]
-    assert isinstance(item, Tensor)
-    np.testing.assert_array_equal(item.permute(1, 2, 0).numpy(), images[4])
-    batches = list(feature_batches(dataset, PixelFeatures(1), Loading(4, 1), ""))
-    assert [len(batch) for batch in batches] == [4, 4, 1]
-    np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
-    np.savez(tmp_path / "grey.npz", arr_0=images[..., 0])
-    np.savez(tmp_path / "floats.npz", arr_0=images / 255)
-    np.savez(tmp_path / "none.npz", mu=images)
-    for name, message in (
-        ("packed", "got compressed ones"), ("grey", r"expected arr_0 \(N, H, W, 3\)"), ("floats", "of float64"),
-        ("none", "expected images under the key arr_0, got mu"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            mapped_images(tmp_path / f"{name}.npz")
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.txt", "one\n two \n"),
-        ("a.jsonl", '{"caption": "one"}\n\n{"prompt": "two", "category": "animals"}\n'),
-        ("a.csv", 'image_id,text\n3,one\n4,"two"\n'),
-        ("a.json", '{"x": {"prompt": "one", "category": "food"}, "y": {"prompt": "two"}}'),
-    ],
-)
-def test_prompt_files(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / name).write_text(content)
-    found = read_prompts(tmp_path / name)
-    assert [(prompt.id, prompt.text) for prompt in found] == [("00000", "one"), ("00001", "two")]
-    assert {prompt.category for prompt in found} <= {"images", "animals", "food"}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", "\n", "expected prompts in .*got none"),
-        ("a.jsonl", '{"a": 1}\n', "expected prompt, caption or text in record 1"),
-        ("a.jsonl", "{\n", "prompts: .*Expecting"),
-        ("a.csv", "words\none\n", "expected prompt, caption or text in record 1"),
-        ("a.xml", "x", r"expected a \.txt, \.jsonl, \.json or \.csv"),
-        ("b.txt", None, "which is missing"),
-    ],
-)
-def test_bad_prompt_files(tmp_path: Path, name: str, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(tmp_path / name)
-
-
-def test_devices_are_checked() -> None:
-    with pytest.raises(ValueError, match="device: abc cannot be used"):
-        _ = Loading(device="abc").place
-    assert isinstance(PixelFeatures(1), ImageFeatures)

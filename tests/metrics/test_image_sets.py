@@ -103,7 +103,7 @@ def test_the_numbers_are_those_of_the_formulas() -> None:
     assert float(whole(InceptionScore(3, None))) == distances.inception_score(FAKE, 3, None).mean
     found = whole(PrecisionRecall(k=2, k_coverage=4))
     slow = precision_recall_density_coverage(REAL.numpy(), FAKE.numpy(), 2, 4)
-    assert {name: float(value) for name, value in found.items()} == vars(slow)
+    assert {name: float(value) for name, value in found.items()} == slow.by_name()
     for metric in (FrechetDistance(D), KernelDistance(5, 40), ClipDistance(), InceptionScore(3)):
         assert whole(metric).dtype == torch.float64
 

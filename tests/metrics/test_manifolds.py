@@ -13,7 +13,6 @@ from unimodal.metrics.manifolds import (
     ball_radii,
     copy_share,
     copy_threshold,
-    inside_manifold,
     nearest_distances,
     pairwise,
     precision_recall,
@@ -100,10 +99,10 @@ def test_density_may_exceed_one_and_coverage_sees_a_collapse() -> None:
 
 def test_inside_the_manifold_one_by_one() -> None:
     real, fake = gaussian(5, 40), gaussian(6, 30, 0.5, 0.7)
-    radii = ball_radii(real, (3,))[:, 0]
-    found = inside_manifold(fake, real, radii)
+    found = precision_recall_density_coverage(real, fake).inside
+    radii = np.sort(np.linalg.norm(real[:, None] - real[None], axis=-1), axis=1)[:, 3]
+    assert found.tolist() == [bool((np.linalg.norm(real - point, axis=1) <= radii).any()) for point in fake]
     assert found.mean() == precision_recall(real, fake).precision
-    assert [bool(inside_manifold(point[None], real, radii)[0]) for point in fake] == found.tolist()
 
 
 def test_equal_points_are_exactly_zero_apart_however_far_from_the_origin() -> None:
@@ -113,9 +112,9 @@ def test_equal_points_are_exactly_zero_apart_however_far_from_the_origin() -> No
         20, 30, width=64
     )  # a copy but for rounding: squares of 1e-13 beside lengths of 1e8
     assert (ball_radii(points, (3,))[10:15] == 0).all()
-    assert inside_manifold(points, points, np.zeros(30)).all()
-    assert not inside_manifold(other, points, np.zeros(30)).any()
-    assert inside_manifold(other, points, np.full(30, 1e-11)).all()
+    same, near = (precision_recall_density_coverage(points[10:15].repeat(2, axis=0), p) for p in (points, other))
+    assert same.inside.tolist() == [10 <= i < 15 for i in range(30)]
+    assert not near.inside.any()
 
 
 def test_pairwise_is_exactly_zero_for_equal_rows_and_right_in_pieces() -> None:

@@ -231,7 +231,8 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
         raise ValueError(f"--images: {folder.root} holds no answer to {benchmark.name}")
     measures = None
     if isinstance(benchmark, ImageSets) and len(rows) == len(benchmark.items()) * benchmark.samples:
-        measures = benchmark.set_measures([folder.root / row["files"][0] for row in rows])
+        measures = benchmark.set_measures([folder.root / row["files"][0] for row in rows], folder.root)
+        rows = benchmark.verdicts(rows)
     return report(benchmark, rows, options.out, folder.root, provenance(folder.root), measures)
 
 

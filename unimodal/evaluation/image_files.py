@@ -98,10 +98,13 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def listing_sha256(paths: Sequence[Path], root: Path) -> str:
-    """SHA-256 of names and sizes of files, which tells sets apart without reading them."""
+    """SHA-256 of names and sizes of files, which tells sets apart without reading them.
+
+    Names are relative to `root`, however it and the files are spelt.
+    """
     digest = hashlib.sha256()
     for path in paths:
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+        name = Path(os.path.relpath(path, root)).as_posix()
         digest.update(f"{name} {path.stat().st_size}\n".encode())
     return digest.hexdigest()
 

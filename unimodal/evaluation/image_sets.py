@@ -1,28 +1,21 @@
 """FID, KID, precision, recall, Inception score, FD-DINOv2, CMMD and CLIPScore of a set of images.
 
 The numbers are of the set as a whole. A verdict on one image says whether it lies among the real ones (where precision is
-asked for), or else that it counts.
+asked for), or else that it counts; it comes from the one pass over the images that the numbers take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from unimodal.documents import Document, Part
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row, Verdict
 from unimodal.evaluation.image_files import (
-    ImageFiles,
     Loading,
     Prompt,
-    by_shape,
-    feature_batches,
     image_paths,
     read_prompts,
 )
@@ -31,13 +24,11 @@ from unimodal.evaluation.set_scores import (
     Family,
     SetOptions,
     SetScores,
-    read_reference,
     score_folder,
     write_statistics,
 )
 from unimodal.files import file_sha256
 from unimodal.metrics.features import ImageFeatures, PixelFeatures
-from unimodal.metrics.manifolds import ball_radii, inside_manifold
 from unimodal.metrics.moments import Moments
 
 if TYPE_CHECKING:
@@ -150,33 +141,32 @@ class ImageSets(Benchmark):
         return [Item(p.id, p.category, Document((Part(p.text, learn=False),), "text_to_image")) for p in self.prompts]
 
     def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
-        """Whether each image lies among the real ones, where precision is asked for; else every image counts."""
-        if not self._looks_for_neighbours:
-            return [Verdict(1.0) for _ in answers]
-        features = self._manifold[0]
-        pieces = by_shape([features.prepare(answer.parts[0].image) for answer in answers])
-        with torch.no_grad():
-            return self._verdicts(
-                features(piece.to(self.loading.place)) for piece in pieces if isinstance(piece, Tensor)
-            )
+        """Every image counts; which ones lie among the real ones comes with the numbers of the set, see `verdicts`."""
+        return [Verdict(1.0) for _ in answers]
 
-    @property
-    def _looks_for_neighbours(self) -> bool:
-        return not {"precision_recall", "pixels"}.isdisjoint(self.metrics)
+    def verdicts(self, rows: Sequence[Row]) -> list[Row]:
+        """Rows of the images that `set_measures` was given, with the verdicts that it found where precision is asked for."""
+        inside = None if self.scores is None else self.scores.inside
+        if inside is None:
+            return list(rows)
+        return [
+            row | {"score": float(one), "reason": "" if one else "no real image is near it"}
+            for row, one in zip(rows, inside, strict=True)
+        ]
 
-    def _verdicts(self, batches: Iterable[Tensor]) -> list[Verdict]:
-        """Of images by their features."""
-        _, real, radii = self._manifold
-        inside = [inside_manifold(batch.cpu().double().numpy(), real, radii) for batch in batches]
-        return [Verdict(float(one), "" if one else "no real image is near it") for one in np.concatenate(inside)]
+    def set_measures(self, paths: Sequence[Path], root: Path) -> dict[str, float]:
+        """The numbers of the set; which image is whose is told by the folders' names, else by the order of files.
 
-    def set_measures(self, paths: Sequence[Path]) -> dict[str, float]:
-        """The numbers of the set; which image is whose is told by the folders' names, else by the order of files."""
+        Args:
+            paths: the images.
+            root: the folder that holds them all.
+        """
         prompts = self._prompts_of(paths)
         self.scores = score_folder(
             list(paths),
             self.families,
             self.reference,
+            root=root,
             protocol=self.protocol,
             captions=None if prompts is None else [prompt.text for prompt in prompts],
             categories=self._categories_of(paths, prompts),
@@ -213,14 +203,6 @@ class ImageSets(Benchmark):
                 found.append(Family(make_features(network, weights, self.resize, self.pixel_size), wanted))
         return found
 
-    @cached_property
-    def _manifold(self) -> tuple[ImageFeatures, np.ndarray, np.ndarray]:
-        family = next(family for family in self.families if "manifold" in family.kinds)
-        read = read_reference(self.reference, Family(family.features, ("manifold",)), self.protocol, self.loading)
-        assert read.features is not None
-        real = read.features.double().numpy()
-        return family.features, real, ball_radii(real, (self.options.k,))[:, 0]
-
     # ---- a folder in any layout
 
     def take_folder(self, images: Path) -> tuple[list[Row], list[Path]]:
@@ -233,17 +215,11 @@ class ImageSets(Benchmark):
         names = [path.relative_to(images).as_posix() for path in paths]
         tasks = [category_of(path, images) if self.protocol.categories else "images" for path in paths]
         self._folder = [Item(name, task or "images", Document(())) for name, task in zip(names, tasks, strict=True)]
-        verdicts = [Verdict(1.0) for _ in paths]
-        if self._looks_for_neighbours:
-            features = self._manifold[0]
-            images_of = ImageFiles(paths, features.preparation)
-            verdicts = self._verdicts(feature_batches(images_of, features, self.loading, "verdicts"))
         rows: list[Row] = [
             {
-                "id": item.id, "sample": 0, "task": item.task, "score": verdict.score, "reason": verdict.reason,
-                "asked": "", "files": [item.id],
+                "id": item.id, "sample": 0, "task": item.task, "score": 1.0, "reason": "", "asked": "", "files": [item.id],
             }
-            for item, verdict in zip(self._folder, verdicts, strict=True)
+            for item in self._folder
         ]  # fmt: skip
         return rows, paths
 
@@ -277,8 +253,10 @@ def evaluate_folder(benchmark: ImageSets, images: Path, out: Path) -> Summary:
     from unimodal.evaluation.harness import report
 
     rows, paths = benchmark.take_folder(images)
-    measures = benchmark.set_measures(paths)
-    return report(benchmark, rows, out, images, {"model": None, "sampling": None, "seed": None}, measures)
+    measures = benchmark.set_measures(paths, images)
+    return report(
+        benchmark, benchmark.verdicts(rows), out, images, {"model": None, "sampling": None, "seed": None}, measures
+    )
 
 
 def make_features(network: str, weights: str | None, resize: str = "clean", pixel_size: int = 8) -> ImageFeatures:

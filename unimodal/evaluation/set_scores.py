@@ -5,6 +5,7 @@ Letters: D the width of the features, N images.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,12 +118,14 @@ class SetScores:
         samples: how many images.
         label: "complete", or why the numbers compare with no others.
         spec: what they depend on.
+        inside: (N,) bool, which images lie among the real ones, where precision was asked for.
     """
 
     measures: Mapping[str, float]
     samples: int
     label: str
     spec: Mapping[str, Any]
+    inside: np.ndarray | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a record."""
@@ -136,6 +139,7 @@ def score_folder(
     families: Sequence[Family],
     reference: Path | None = None,
     *,
+    root: Path | None = None,
     protocol: Protocol = PROTOCOLS["custom"],
     captions: Sequence[str] | None = None,
     categories: Sequence[str] | None = None,
@@ -148,6 +152,7 @@ def score_folder(
         images: a folder, read with everything below it, or the files.
         families: networks and what is computed of each; none of them is loaded here.
         reference: a folder of images, an .npz of statistics, images or features, or ADM's file.
+        root: the folder that files are named from in the fingerprint; None: `images`, or the one that holds all files.
         protocol: what must be kept.
         captions: the text of each image, for CLIPScore.
         categories: the category of each image; None: the folders right below `images`, where the protocol has categories.
@@ -158,10 +163,13 @@ def score_folder(
         ValueError: a protocol that is not kept, too few images, a reference of another kind or made with other features,
             an image that cannot be read.
     """
-    root = images if isinstance(images, Path) else Path()
     paths = image_paths(images) if isinstance(images, Path) else list(images)
     if not paths:
         raise ValueError("images: expected at least one, got none")
+    if root is None:
+        root = (
+            images if isinstance(images, Path) else Path(os.path.commonpath([path.absolute().parent for path in paths]))
+        )
     protocol.check_images(paths)
     if any(_COMPARED & set(family.kinds) for family in families):
         if reference is None:
@@ -175,13 +183,14 @@ def score_folder(
     if categories is not None and protocol.categories:
         protocol.check_categories(categories, "images")
     measures: dict[str, float] = {}
-    records = []
+    records, inside = [], None
     for family in families:
         check_count(family, len(paths), options)
         read = read_reference(reference, family, protocol, loading) if _COMPARED & set(family.kinds) else None
-        found_measures = _score(
+        found_measures, among = _score(
             paths, family, read, captions, categories if protocol.categories else None, options, loading
         )
+        inside = among if inside is None else inside
         _put(measures, found_measures, family, len(paths), read, options.subset_size)
         records.append(
             {**family.features.spec(), "measures": list(found_measures), "reference": read and dict(read.record)}
@@ -191,7 +200,7 @@ def score_folder(
         "protocol": protocol.name, "images": len(paths), "images_sha256": listing_sha256(paths, root), "label": label,
         "features": records, "settings": {k: v for k, v in vars(options).items() if k != "allow_few"},
     }  # fmt: skip
-    return SetScores(measures, len(paths), label, spec)
+    return SetScores(measures, len(paths), label, spec, inside)
 
 
 def check_count(family: Family, count: int, options: SetOptions) -> None:
@@ -281,8 +290,8 @@ def _computed(
 def _score(
     paths: Sequence[Path], family: Family, reference: Reference | None, captions: Sequence[str] | None,
     groups: Sequence[str] | None, options: SetOptions, loading: Loading,
-) -> dict[str, float]:  # fmt: skip
-    """One pass over the images."""
+) -> tuple[dict[str, float], np.ndarray | None]:  # fmt: skip
+    """One pass over the images; also which of them lie among the real ones, where precision is asked for."""
     features = family.features
     metrics = {kind: _metric(kind, features, reference, len(paths), options) for kind in family.kinds}
     if "clip_score" in metrics and captions is None:
@@ -306,16 +315,20 @@ def _score(
             else:
                 metric.update(batch, real=False)
     found: dict[str, float] = {}
+    inside = None
     for kind, metric in metrics.items():
-        value = metric.compute()
-        found |= {name: float(v) for name, v in value.items()} if isinstance(value, dict) else {kind: float(value)}
+        if isinstance(metric, image_sets.PrecisionRecall):
+            scores = metric.scores()
+            found, inside = found | scores.by_name(), scores.inside
+        else:
+            found[kind] = float(metric.compute())
     if reference is not None and "frechet" in metrics:
         for name, part in parts.items():
             moments, real = part.moments(), reference.categories[name]
             for count in (moments.n, real.n):
                 _check_count(f"{name}: images", count, features.width, features.measure("frechet"), options)
             found[f"frechet/{name}"] = frechet_distance(real, moments)
-    return found
+    return found, inside
 
 
 def _metric(kind: str, features: ImageFeatures, reference: Reference | None, count: int, options: SetOptions) -> Metric:

@@ -20,7 +20,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from unimodal.metrics import distances
 from unimodal.metrics.features import ImageFeatures, LogitFeatures, TextImageFeatures
-from unimodal.metrics.manifolds import precision_recall_density_coverage
+from unimodal.metrics.manifolds import ManifoldScores, precision_recall_density_coverage
 from unimodal.metrics.moments import Moments, moments_of_sums
 
 
@@ -203,13 +203,16 @@ class PrecisionRecall(_StoredFeatures):
         super().__init__(reference, features, settings)
         self.k, self.k_coverage = k, k_coverage
 
-    def compute(self) -> dict[str, Tensor]:
-        """The four by name."""
+    def scores(self) -> ManifoldScores:
+        """The four, and which generated images lie among the real ones."""
         real, fake = self._sets()
-        found = precision_recall_density_coverage(
+        return precision_recall_density_coverage(
             real.numpy(force=True), fake.numpy(force=True), self.k, self.k_coverage
         )
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in vars(found).items()}
+
+    def compute(self) -> dict[str, Tensor]:
+        """The four by name."""
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.scores().by_name().items()}
 
 
 class ClipDistance(_StoredFeatures):

@@ -5,7 +5,7 @@ Letters: N real features or scans, M generated ones, D their width, k the neighb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,12 +26,25 @@ class PrecisionRecall:
 
 @dataclass(frozen=True)
 class ManifoldScores:
-    """Precision and recall, and density and coverage, which outliers disturb less."""
+    """Precision and recall, and density and coverage, which outliers disturb less.
+
+    Attributes:
+        precision: share of the generated ones among the reals.
+        recall: share of the reals among the generated ones.
+        density: in how many balls of reals a generated one lies, over k.
+        coverage: share of reals whose ball holds a generated one.
+        inside: (M,) bool, which of the generated ones precision counts.
+    """
 
     precision: float
     recall: float
     density: float
     coverage: float
+    inside: np.ndarray = field(repr=False, compare=False)
+
+    def by_name(self) -> dict[str, float]:
+        """The four numbers."""
+        return {name: getattr(self, name) for name in ("precision", "recall", "density", "coverage")}
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> PrecisionRecall:
@@ -105,6 +118,7 @@ def precision_recall_density_coverage(
         recall=float(recalled.mean()),
         density=balls / (k_coverage * len(fake)),
         coverage=float(covered.mean()),
+        inside=inside,
     )
 
 
@@ -115,14 +129,6 @@ def ball_radii(points: np.ndarray, neighbours: tuple[int, ...]) -> np.ndarray:
         for rows in _pieces(len(points), len(points))
     ]
     return np.concatenate(found)
-
-
-def inside_manifold(points: np.ndarray, real: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """Whether each point (M, D) lies in a ball of the reals (N, D) with squared radii (N,); (M,) bool."""
-    inside = np.zeros(len(points), dtype=bool)
-    for rows in _pieces(len(real), len(points)):
-        inside |= (_squares(real[rows], points) <= radii[rows, None]).any(axis=0)
-    return inside
 
 
 def _pieces(rows: int, columns: int) -> list[slice]:
