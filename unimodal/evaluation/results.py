@@ -101,7 +101,7 @@ def summarise(
         set_measures: numbers of the set as a whole, which have no interval.
     """
     values = item_values(rows) if benchmark.overall != "none" else {}
-    together = {row["id"]: row.get("cluster", row["id"]) for row in rows}
+    together = {row["id"]: str(row.get("cluster", row["id"])) for row in rows}
     clusters = {task: [together[item] for item in items] for task, items in values.items()}
     tasks = {}
     for name in [task for task in order if task in values]:

@@ -241,8 +241,8 @@ def _strata(
         numbers = _numbers([cluster for name in values for cluster in clusters[name]])
     group = np.repeat(np.arange(len(values)), [len(found) for found in values.values()])
     table = np.zeros((numbers.max() + 1, 2, len(values)))
-    np.add.at(table, (numbers, 0, group), np.concatenate(list(values.values())))
-    np.add.at(table, (numbers, 1, group), 1)
+    np.add.at(table[:, 0], (numbers, group), np.concatenate(list(values.values())))
+    np.add.at(table[:, 1], (numbers, group), 1)
     kinds, kind = np.unique(table[:, 1] > 0, axis=0, return_inverse=True)
     return [table[kind.reshape(-1) == i] for i in reversed(range(len(kinds)))]  # those of the first group first
 
