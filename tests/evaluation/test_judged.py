@@ -10,6 +10,7 @@ from PIL import Image
 
 from unimodal.documents import Part, png_bytes
 from unimodal.evaluation.benchmark import Answer, Verdict
+from unimodal.evaluation.command import parse
 from unimodal.evaluation.interleaved import kinds
 from unimodal.evaluation.isg import ISG
 from unimodal.evaluation.judge import Endpoint, Opinion, Question
@@ -25,7 +26,7 @@ class FakeJudge:
     calls: ClassVar[list[list[Question]]] = []
 
     def __init__(self, endpoint: Endpoint, cache: Path) -> None:
-        self.endpoint = endpoint
+        self.endpoint, self.cache = endpoint, cache
 
     def ask(self, questions: Sequence[Question]) -> list[Opinion]:
         FakeJudge.calls.append(list(questions))
@@ -72,7 +73,7 @@ def rows_of(answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> list[dict
     return json.loads(json.dumps(rows))
 
 
-AT: dict[str, Any] = {"base_url": "http://localhost:1/v1", "judge_model": "m"}
+AT: dict[str, Any] = {"base_url": "http://localhost:1/v1", "judge_model": "m", "cache": Path("said.jsonl")}
 
 
 # ---- InterleavedBench
@@ -415,3 +416,27 @@ def test_isg_without_questions_has_no_such_measures(folder: Path) -> None:
     assert "images" not in measures
     assert "blocks (1 to 10)" not in measures
     assert len(benchmark.spec()["judge"]["wordings"]) == 7
+
+
+def test_what_the_judge_said_is_kept_beside_the_results(folder: Path) -> None:
+    (folder / "bench.json").write_text(json.dumps(BENCH))
+    words = [
+        "--data",
+        folder / "bench.json",
+        "--base-url",
+        AT["base_url"],
+        "--judge-model",
+        "m",
+        "--without-text",
+        "[]",
+    ]
+    command = [str(word) for word in words]
+    for options, expected in (
+        (["--out", "results"], Path("results/judge_cache.jsonl")),
+        (["--out", "results", "--cache", "shared.jsonl"], Path("shared.jsonl")),
+    ):
+        benchmark, _ = parse("interleavedbench-aspects", [*command, *options])
+        assert isinstance(benchmark, InterleavedBench)
+        assert benchmark._judge.cache == expected  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="cache: expected a file for all that the judge says"):
+        parse("interleavedbench-aspects", command)

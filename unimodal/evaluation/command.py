@@ -123,6 +123,8 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Benchmark, Options]:
     options = Options(**{key: values.pop(key) for key in Options.__dataclass_fields__})
     if "device" in cls.__init__.__annotations__:
         values["device"] = options.device
+    if "cache" in values and values["cache"] is None and options.out is not None:
+        values["cache"] = options.out / "judge_cache.jsonl"  # beside the scores that it belongs to
     return cls(**values), options
 
 

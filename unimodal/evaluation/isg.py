@@ -44,7 +44,7 @@ class ISG(JudgedSet):
         base_url: address of the judge, up to and with the version, such as http://localhost:8000/v1.
         judge_model: name that the endpoint knows the judge by.
         key_variable: environment variable that holds the API key; "" for an endpoint without one.
-        cache: file of all that the judge said, so that scoring goes on where it stopped.
+        cache: file of all the judge said, so that scoring goes on where it stopped; default: judge_cache.jsonl in --out.
         folder: what the file's image paths are relative to; default: the file's own folder.
         max_tokens: most text tokens of an answer.
         max_images: most images of an answer.

@@ -70,7 +70,7 @@ class JudgedSet(Benchmark):
         base_url: address of the judge, up to and with the version, such as http://localhost:8000/v1.
         judge_model: name that the endpoint knows the judge by.
         key_variable: environment variable that holds the API key; "" for an endpoint without one.
-        cache: file of all that the judge said, so that scoring goes on where it stopped.
+        cache: file of all the judge said, so that scoring goes on where it stopped; default: judge_cache.jsonl in --out.
         folder: what the file's image paths are relative to; default: the file's own folder.
         max_tokens: most text tokens of an answer.
         max_images: most images of an answer.
@@ -86,7 +86,7 @@ class JudgedSet(Benchmark):
         base_url: str,
         judge_model: str,
         key_variable: str = "OPENAI_API_KEY",
-        cache: Path = Path("judge_cache.jsonl"),
+        cache: Path | None = None,
         folder: Path | None = None,
         max_tokens: int = 1024,
         max_images: int = 10,
@@ -95,6 +95,8 @@ class JudgedSet(Benchmark):
             raise ValueError(f"max_tokens and max_images: expected 1 or more, got {max_tokens} and {max_images}")
         if not data.is_file():
             raise ValueError(f"data: expected a file, got {data}, which is missing")
+        if cache is None:
+            raise ValueError("cache: expected a file for all that the judge says (or --out, a folder for it), got none")
         self.data, self.folder = data, folder or data.parent
         self.max_tokens, self.max_images = max_tokens, max_images
         self._judge = OpenAIJudge(Endpoint(base_url, judge_model, key_variable), cache)
@@ -191,7 +193,7 @@ class InterleavedBench(JudgedSet):
         without_text: tasks of the file whose answers are images alone (its authors name image editing and subject-driven
             generation): they are judged without the aspects of text.
         key_variable: environment variable that holds the API key; "" for an endpoint without one.
-        cache: file of all that the judge said, so that scoring goes on where it stopped.
+        cache: file of all the judge said, so that scoring goes on where it stopped; default: judge_cache.jsonl in --out.
         folder: what the file's image paths are relative to, zipped_images unpacked; default: the file's own folder.
         max_tokens: most text tokens of an answer.
         max_images: most images of an answer.
@@ -214,7 +216,7 @@ class InterleavedBench(JudgedSet):
         judge_model: str,
         without_text: list[str],
         key_variable: str = "OPENAI_API_KEY",
-        cache: Path = Path("judge_cache.jsonl"),
+        cache: Path | None = None,
         folder: Path | None = None,
         max_tokens: int = 1024,
         max_images: int = 10,
@@ -254,7 +256,7 @@ class OpenING(JudgedSet):
         base_url: address of the judge, up to and with the version, such as http://localhost:8000/v1.
         judge_model: name that the endpoint knows the judge by.
         key_variable: environment variable that holds the API key; "" for an endpoint without one.
-        cache: file of all that the judge said, so that scoring goes on where it stopped.
+        cache: file of all the judge said, so that scoring goes on where it stopped; default: judge_cache.jsonl in --out.
         folder: what the file's image paths are relative to; default: the file's own folder.
         max_tokens: most text tokens of an answer.
         max_images: most images of an answer.
