@@ -392,6 +392,38 @@ def test_karpathy_split(tmp_path: Path) -> None:
 # ---- images that are not held
 
 
+@pytest.mark.parametrize("name", ["../secret.jpg", "sub/../../secret.jpg", "/secret.jpg", "{root}/secret.jpg"])
+def test_a_file_of_questions_cannot_choose_images_elsewhere(tmp_path: Path, name: str) -> None:
+    """The image is there and would be read; each file in turn names it."""
+    draw(tmp_path / "secret.jpg")
+    folder = draw(tmp_path / "images" / "sub" / "x.jpg").parents[1]
+    name = name.format(root=tmp_path)
+    pope = {"question_id": 1, "image": name, "text": "Is there a dog?", "label": "yes"}
+    coco = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    named = {"filename": name, "imgid": 1, "split": "test", "sentences": [{"raw": "a"}]}
+    below = named | {"filename": Path(name).name, "filepath": str(Path(name).parent)}
+    readings: list[Callable[[], object]] = [
+        lambda: read_pope([write(tmp_path / "pope.json", json.dumps(pope))], folder),
+        lambda: read_seed_bench(seed_file(tmp_path, data_id=name), folder),
+        lambda: read_captions(write(tmp_path / "captions.json", coco), folder, "test"),
+        lambda: read_captions(write(tmp_path / "named.json", {"images": [named]}), folder, "test"),
+        lambda: read_captions(write(tmp_path / "below.json", {"images": [below]}), folder, "test"),
+    ]
+    for reading in readings:
+        with pytest.raises(
+            ValueError, match=r"json: ?.*expected the name of an image inside .*images, got '"
+        ) as caught:
+            reading()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_may_hold_its_users_links(tmp_path: Path) -> None:
+    draw(tmp_path / "elsewhere" / "x.jpg", "blue")
+    (tmp_path / "images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "y.jpg").symlink_to("x.jpg")
+    assert lazy_images.image_file(tmp_path / "images", "y.jpg", "here").image.size == (6, 4)
+
+
 def test_an_image_is_read_when_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
 
@@ -401,7 +433,7 @@ def test_an_image_is_read_when_it_is_looked_at(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(lazy_images, "_load", load)
     path = draw(tmp_path / "x.jpg")
-    image = lazy_images.image_file(path, "here")
+    image = lazy_images.image_file(tmp_path, "x.jpg", "here")
     document = Document((image, Part("a", learn=False)))
     assert [part.is_image for part in document.parts] == [True, False]
     assert [part.is_text for part in document.parts] == [False, True]
@@ -409,15 +441,15 @@ def test_an_image_is_read_when_it_is_looked_at(tmp_path: Path, monkeypatch: pyte
     assert seen == []
     assert image.image.size == document.images[0].size == (6, 4)
     assert seen == [path] * 2
-    assert image == lazy_images.image_file(path, "there")
-    assert {image: 1}[lazy_images.image_file(path, "there")] == 1
-    assert image != lazy_images.image_file(draw(tmp_path / "y.jpg"), "here")
+    assert image == lazy_images.image_file(tmp_path, "x.jpg", "there")
+    assert {image: 1}[lazy_images.image_file(tmp_path, "x.jpg", "there")] == 1
+    assert image != lazy_images.image_file(draw(tmp_path / "y.jpg").parent, "y.jpg", "here")
     assert image != Part("x")
     assert repr(image) == f"LazyImage('x.jpg:{path.stat().st_size}')"
 
 
 def test_a_lazy_image_cannot_change(tmp_path: Path) -> None:
-    image = lazy_images.image_file(draw(tmp_path / "x.jpg"), "here")
+    image = lazy_images.image_file(draw(tmp_path / "x.jpg").parent, "x.jpg", "here")
     with pytest.raises(AttributeError):
         image.learn = True  # type: ignore[misc]
 

@@ -63,12 +63,23 @@ class LazyImage(Part):
 _load = lru_cache(maxsize=64)(load_image)  # several questions are about one image, and it is looked at more than once
 
 
-def image_file(path: Path, where: str) -> LazyImage:
-    """An image file; its name and size stand for it.
+def image_path(folder: Path, name: str, where: str) -> Path:
+    """Where an image lies that a benchmark's file names; ValueError, beginning with `where`, for a name that leads out.
+
+    The name alone decides: a folder may hold its user's own links to where the images are, unlike `contained_path`'s.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where}: expected the name of an image inside {folder}, got {name!r}")
+    return folder / name
+
+
+def image_file(folder: Path, name: str, where: str) -> LazyImage:
+    """An image file below a folder, by the name that a benchmark's file has for it; its name and size stand for it.
 
     Raises:
-        ValueError: there is none; `where` says who wants it.
+        ValueError: a name that leads out of the folder, or no such file; `where` says who wants it.
     """
+    path = image_path(folder, name, where)
     if not path.is_file():
         raise ValueError(f"{where}: expected the image {path}, got no such file")
     return LazyImage(partial(_load, path), f"{path.name}:{path.stat().st_size}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unimodal.documents import read_json_lines
-from unimodal.evaluation.lazy_images import LazyImage, image_base64, image_file
+from unimodal.evaluation.lazy_images import LazyImage, image_base64, image_file, image_path
 from unimodal.metrics.vqa import MME_COGNITION, MME_PERCEPTION, rotations
 
 _ENDINGS = (".jpg", ".jpeg", ".png")
@@ -163,7 +163,7 @@ def read_vqav2(questions: Path, annotations: Path, image_folder: Path) -> list[Q
         number = entry.number("question_id")
         if number not in told:
             raise ValueError(f"{entry.where}: question_id: expected one of {annotations}, got {number}")
-        image = image_folder / f"COCO_{folder}_{entry.number('image_id'):012d}.jpg"
+        image = image_file(image_folder, f"COCO_{folder}_{entry.number('image_id'):012d}.jpg", entry.where)
         answers = told[number].entries("answers")
         if len(answers) != 10:
             raise ValueError(f"{told[number].where}: answers: expected 10 annotators, got {len(answers)}")
@@ -172,7 +172,7 @@ def read_vqav2(questions: Path, annotations: Path, image_folder: Path) -> list[Q
                 raise ValueError(f"{answer.where}: answer: expected text, got {_brief(answer.record.get('answer'))}")
         humans = tuple(answer.record["answer"] for answer in answers)
         task = told[number].text("answer_type")
-        found.append(Question(str(number), task, image_file(image, entry.where), entry.text("question"), humans))
+        found.append(Question(str(number), task, image, entry.text("question"), humans))
     check_unique([question.id for question in found], questions)
     return found
 
@@ -186,7 +186,7 @@ def read_gqa(questions: Path, image_folder: Path) -> list[Question]:
         kind = types.get("structural") if isinstance(types, dict) else None
         if not isinstance(kind, str):
             raise ValueError(f"{entry.where}: types.structural: expected text, got {_brief(kind)}")
-        image = image_file(image_folder / f"{entry.name('imageId')}.jpg", entry.where)
+        image = image_file(image_folder, f"{entry.name('imageId')}.jpg", entry.where)
         task = "open" if kind == "query" else "binary"
         found.append(Question(safe_name(number), task, image, entry.text("question"), (entry.text("answer"),)))
     check_unique([question.id for question in found], questions)
@@ -204,7 +204,7 @@ def read_pope(questions: Sequence[Path], image_folder: Path) -> list[Question]:
         if not entries:
             raise ValueError(f"{path}: expected at least one question, got none")
         for entry in entries:
-            image = image_file(image_folder / entry.text("image"), entry.where)
+            image = image_file(image_folder, entry.text("image"), entry.where)
             name = f"{safe_name(path.stem)}-{entry.name('question_id')}"
             answer = entry.one_of("label", ("yes", "no"))
             found.append(Question(name, path.stem, image, entry.text("text"), (answer,)))
@@ -260,9 +260,9 @@ def _mme_image(task: str, path: Path, images: Path) -> MMEImage:
             raise ValueError(f"{path}:{number}: expected a question, a tab and Yes or No, got {_brief(line)}")
         questions.append(question.strip())
         answers.append(answer)
-    image = next((p for end in _ENDINGS if (p := images / f"{path.stem}{end}").is_file()), images / f"{path.stem}.jpg")
+    name = next((n for end in _ENDINGS if (images / (n := f"{path.stem}{end}")).is_file()), f"{path.stem}.jpg")
     return MMEImage(
-        f"{task}-{safe_name(path.stem)}", task, image_file(image, str(path)), (questions[0], questions[1]),
+        f"{task}-{safe_name(path.stem)}", task, image_file(images, name, str(path)), (questions[0], questions[1]),
         (answers[0], answers[1]),
     )  # fmt: skip
 
@@ -278,7 +278,7 @@ def read_seed_bench(questions: Path, image_folder: Path) -> list[ChoiceQuestion]
             continue
         number = entry.number("question_type_id")
         options = tuple(entry.text(f"choice_{letter}") for letter in "abcd")
-        image = image_file(image_folder / entry.text("data_id"), entry.where)
+        image = image_file(image_folder, entry.text("data_id"), entry.where)
         answer = entry.one_of("answer", tuple("ABCD"))
         task = str(names.get(number, f"type {number}"))
         found.append(
@@ -404,7 +404,7 @@ def _coco_captions(top: _Entry, image_folder: Path) -> list[Question]:
         name = entry.name("id")
         if name not in captions:
             raise ValueError(f"{entry.where}: id: expected captions of image {name}, got none")
-        image = image_file(image_folder / entry.text("file_name"), entry.where)
+        image = image_file(image_folder, entry.text("file_name"), entry.where)
         found.append(Question(name, "captions", image, "", tuple(captions[name])))
     return found
 
@@ -415,12 +415,13 @@ def _karpathy(top: _Entry, image_folder: Path, split: str) -> list[Question]:
         splits.add(entry.text("split"))
         if entry.record["split"] != split:
             continue
-        file = image_folder / str(entry.record.get("filepath", "")) / entry.text("filename")
-        if not file.is_file():
-            file = image_folder / entry.text("filename")
+        file = entry.text("filename")
+        nested = str(Path(str(entry.record.get("filepath", ""))) / file)
+        lies = image_path(image_folder, nested, entry.where).is_file()
+        image = image_file(image_folder, nested if lies else file, entry.where)
         captions = tuple(sentence.text("raw") for sentence in entry.entries("sentences"))
         name = entry.name("cocoid" if "cocoid" in entry.record else "imgid")
-        found.append(Question(name, "captions", image_file(file, entry.where), "", captions))
+        found.append(Question(name, "captions", image, "", captions))
     if not found:
         raise ValueError(f"{top.where}: split: expected one of {', '.join(sorted(splits))}, got {split}")
     return found
