@@ -457,6 +457,12 @@ def test_settings_that_the_recipe_does_not_have(
     refused(*draw(run, out, "--steps", "0"), names="steps", absent=out)
     refused(*draw(run, out, "--solver", "heun", "--steps", "20"), names="steps", absent=out)
     refused(*draw(run, out, "--shift", "-1"), names="shift", absent=out)
+    refused(*draw(run, out, "--set", "renorm"), names=("--set", "NAME=VALUE", "renorm"), absent=out)
+    refused(*draw(run, out, "--set", "renorm=some"), names=("renorm", "none or channel or global", "some"), absent=out)
+    refused(*draw(run, out, "--set", "interval=[0, x]"), names=("interval", "float", "x"), absent=out)
+    refused(*draw(run, out, "--set", "steps=2.5"), names=("steps", "int", "2.5"), absent=out)
+    refused(*draw(run, out, "--set", "colour=red"), names=("colour", "renorm"), absent=out)
+    refused(*draw(run, out, "--image-guidance", "2"), names=("image_guidance", "drop_images"), absent=out)
     refused(*draw(run, out, "-n", "0"), names="-n", absent=out)
     refused(*draw(run, out, "--batch", "0"), names="--batch", absent=out)
     refused(*draw(run, out, "--device", "abacus"), names="abacus", absent=out)
@@ -466,6 +472,21 @@ def test_settings_that_the_recipe_does_not_have(
     refused(*draw(autoregressive, out, "--guidance", "2"), names=("guidance", "drop_text"), absent=out)
     refused(*draw(autoregressive, out, "--temperature", "-1"), names="temperature", absent=out)
     refused("evaluate", "digits", "--run", run, "--out", out, "--size", "8x8", names="--size", absent=out)
+
+
+def test_what_cannot_be_inpainted(run: Path, tmp_path: Path, refused: Refused) -> None:
+    out = tmp_path / "out"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("L", (8, 16)).save(tmp_path / "tall.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "big.png")
+    a, tall, big = (str(tmp_path / name) for name in ("a.png", "tall.png", "big.png"))
+    refused(*draw(run, out, "--inpaint", a), names="--redraw", absent=out)
+    refused(*draw(run, out, "--redraw", a), names="--inpaint", absent=out)
+    refused(*draw(run, out, "--inpaint", a, "--redraw", tall), names=("redraw", "8x8", "8x16"), absent=out)
+    refused(*draw(run, out, "--inpaint", big, "--redraw", big), names=("inpaint", "8x8", "16x16"), absent=out)
+    refused(
+        "generate", "document", "--run", run, "--prompt", "six", "--out", out, "--stop", "", names="stop", absent=out
+    )
 
 
 def test_out_must_be_a_folder(run: Path, tmp_path: Path, refused: Refused) -> None:

@@ -184,6 +184,30 @@ def test_each_setting_reaches_the_sampler(draw: Draw) -> None:
         assert (changed["00000.png"] != plain["00000.png"]).any(), options
 
 
+def test_settings_without_an_option_reach_the_sampler_too(draw: Draw) -> None:
+    (plain, _), (shorter, records) = draw("--guidance", 300), draw("--guidance", 300, "--set", "renorm=channel")
+    assert records[0]["renorm"] == "channel"
+    assert any(not np.array_equal(plain[name], shorter[name]) for name in plain)
+    (late, records) = draw("--guidance", 300, "--set", "interval=[0.9, 1]")
+    assert records[0]["interval"] == [0.9, 1.0]
+    (alone, _) = draw("--guidance", 1)
+    assert all(np.array_equal(late[name], alone[name]) for name in late)  # no step lies in it
+
+
+def test_inpainting_keeps_what_is_given(draw: Draw, tmp_path: Path) -> None:
+    pixels = (
+        np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8).repeat(3, axis=2)
+    )  # gray, as the recipe
+    redraw = np.zeros((8, 8), dtype=np.uint8)
+    redraw[:, 4:] = 255
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    Image.fromarray(redraw).save(tmp_path / "mask.png")
+    images, _ = draw("-n", 2, "--inpaint", tmp_path / "image.png", "--redraw", tmp_path / "mask.png")
+    for drawn in images.values():
+        assert np.abs(drawn[:, :4].astype(int) - pixels[:, :4]).max() <= 1  # rounding
+        assert np.abs(drawn[:, 4:].astype(int) - pixels[:, 4:]).max() > 30
+
+
 def test_sizes_the_recipe_allows(draw: Draw) -> None:
     images, _ = draw("--size", "16x8")
     assert images["00000.png"].shape == (8, 16, 3)
@@ -210,20 +234,15 @@ def test_an_output_folder_is_added_to(run: Path, tmp_path: Path) -> None:
 # ---- documents and descriptions
 
 
-def test_a_document_goes_on_in_markdown_and_html(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # Six steps teach nothing about where images begin: have the model begin one at once.
-    from unimodal import commands
-
-    monkeypatch.setattr(commands, "DecodingSettings", lambda **settings: DecodingSettings(start="image", **settings))
+def test_a_document_goes_on_in_markdown_and_html(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scans = digit_images("test").images()
     for i in range(2):
         scans[i].save(tmp_path / f"{i}.png")
     (tmp_path / "prompt.md").write_text("![](0.png) plus ![](1.png) equals")
     out = tmp_path / "out"
     command = ["generate", "document", "--run", str(run), "--prompt", str(tmp_path / "prompt.md"), "--out", str(out)]
-    assert main([*command, "--max-tokens", "5", "--max-images", "1", "--seed", "4"]) == 0
+    # Six steps teach nothing about where images begin: have the model begin one at once.
+    assert main([*command, "--start", "image", "--max-tokens", "5", "--max-images", "1", "--seed", "4"]) == 0
     printed = capsys.readouterr().out
     assert "[image]" in printed
     assert str(out / "document.html") in printed

@@ -92,12 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     image.add_argument("-n", type=int, default=1, help="images a prompt (1)")
     image.add_argument("--out", type=Path, required=True, help="folder for PNGs and images.jsonl")
     image.add_argument("--batch", type=int, default=64, help="images drawn at once (64); changes no image")
+    image.add_argument("--inpaint", metavar="IMAGE", type=Path, help="an image that is given in part ...")
+    image.add_argument("--redraw", metavar="MASK", type=Path, help="... and where it is drawn: what is not black")
     _add_image_sampling(image)
     image.set_defaults(run="generate_image")
     document = kinds.add_parser("document", help="a document of text and images, continued")
     _add_model(document)
     document.add_argument("--prompt", required=True, metavar="FILE.md|TEXT", help="Markdown with image links, or text")
     document.add_argument("--out", type=Path, required=True, help="folder for document.md, its images, document.html")
+    document.add_argument("--start", choices=("text", "image"), default="text", help="what comes first (text)")
+    document.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before it; repeatable")
     document.add_argument("--max-tokens", type=int, default=128, help="most text tokens (128)")
     document.add_argument("--max-images", type=int, default=4, help="most images (4)")
     document.add_argument("--text-temperature", type=float, default=0.0, help="0: the likeliest word (0)")
@@ -158,12 +162,14 @@ def _add_image_sampling(parser: argparse.ArgumentParser) -> None:
         "image sampling", "the recipe's own where not given; each as its generator has it"
     )
     group.add_argument("--guidance", type=float, help="1: conditional")
+    group.add_argument("--image-guidance", type=float, help="the same of the prompt's images")
     group.add_argument("--steps", type=int, help="network evaluations")
     group.add_argument("--solver", help="euler or heun")
     group.add_argument("--shift", type=float, help="above 1: more steps near the noise")
     group.add_argument("--temperature", type=float, help="of image tokens")
     group.add_argument("--top-k", type=int, help="of image tokens")
     group.add_argument("--top-p", type=float, help="of image tokens")
+    group.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="any other; repeatable")
 
 
 def _seed(text: str) -> int:

@@ -5,20 +5,35 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
 
-from unimodal.decoding import DecodingSettings, decode
-from unimodal.documents import Document, Part, load_image, read_markdown, write_html, write_markdown
+from unimodal.decoding import DecodingSettings, Inpaint, decode, stream
+from unimodal.documents import GENERATED, Document, Part, load_image, read_markdown, write_html, write_markdown
 from unimodal.export import load_run, open_model
 from unimodal.model import UnifiedModel
 from unimodal.text import SPECIAL_TOKENS, TextTokenizer
 from unimodal_generators.base import SamplingSettings
+
+SAMPLING_FLAGS = ("guidance", "image_guidance", "steps", "solver", "shift", "temperature", "top_k", "top_p")
+"""Settings of samplers that have an option of their own; `--set NAME=VALUE` reaches every other."""
+
+
+def settings_of(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE, the value as YAML has it."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--set: expected NAME=VALUE, got {text}")
+        found[name] = yaml.safe_load(value)
+    return found
 
 
 def generate_image(args: argparse.Namespace) -> int:
@@ -33,6 +48,7 @@ def generate_image(args: argparse.Namespace) -> int:
     model = _model(args)
     image = _image_settings(args, model)
     settings = DecodingSettings("image", max_tokens=0, max_images=1, image=image, size=_size(args.size))
+    given = _inpaint(args.inpaint, args.redraw)
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
     with _folder(args.out) as out, tqdm(total=len(jobs), unit="image", leave=False, disable=None) as bar:
         log = (out / "images.jsonl").open("w")
@@ -40,7 +56,7 @@ def generate_image(args: argparse.Namespace) -> int:
             for first in range(0, len(jobs), args.batch):
                 batch = jobs[first : first + args.batch]
                 documents = [Document((Part(prompt, learn=False),)) for prompt, _ in batch]
-                drawn = decode(model, documents, settings, [seed for _, seed in batch])
+                drawn = decode(model, documents, settings, [seed for _, seed in batch], [given] * len(batch))
                 for number, ((prompt, seed), document) in enumerate(zip(batch, drawn, strict=True), start=first):
                     name = f"{number:05d}.png"
                     document.parts[-1].image.save(out / name)
@@ -56,17 +72,25 @@ def generate_document(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args.prompt)
     model = _model(args)
     settings = DecodingSettings(
-        max_tokens=args.max_tokens, max_images=args.max_images, temperature=args.text_temperature,
-        image=_image_settings(args, model), size=_size(args.size),
+        args.start, max_tokens=args.max_tokens, max_images=args.max_images, temperature=args.text_temperature,
+        image=_image_settings(args, model), size=_size(args.size), stop=tuple(args.stop),
     )  # fmt: skip
-    (document,) = decode(model, [prompt], settings, [args.seed])
+    parts: list[Part] = []
+    for piece in stream(model, [prompt], settings, [args.seed]):
+        print(piece.text or "[image]", end="", flush=True)
+        if piece.image is not None:
+            parts.append(Part(piece.image, role=GENERATED))
+        elif parts and parts[-1].is_text:
+            parts[-1] = Part(parts[-1].text + piece.text, role=GENERATED)
+        else:
+            parts.append(Part(piece.text, role=GENERATED))
+    document = Document((*prompt.parts, *parts), prompt.kind)
     with _folder(args.out) as out:
         write_markdown(document, out / "document.md")
         write_html([document], out / "document.html", "Generated document")
         record = {"seed": args.seed, "weights": args.weights, **asdict(settings)}
         (out / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
-    written = "".join(p.text if p.is_text else "[image]" for p in document.parts[len(prompt.parts) :])
-    print(f"{written}\n{args.out / 'document.html'} ({args.weights} weights)")
+    print(f"\n{args.out / 'document.html'} ({args.weights} weights)")
     return 0
 
 
@@ -148,8 +172,14 @@ def _model(args: argparse.Namespace) -> UnifiedModel:
 
 
 def _image_settings(args: argparse.Namespace, model: UnifiedModel) -> SamplingSettings:
-    names = ("guidance", "steps", "solver", "shift", "temperature", "top_k", "top_p")
-    return model.generator.sampling.override(**{name: getattr(args, name) for name in names})
+    named = {name: getattr(args, name) for name in SAMPLING_FLAGS}
+    return model.generator.sampling.override(**named | settings_of(args.set))
+
+
+def _inpaint(image: Path | None, redraw: Path | None) -> Inpaint | None:
+    if (image is None) != (redraw is None):
+        raise ValueError(f"--{'redraw' if redraw is None else 'inpaint'}: expected one beside the other, got none")
+    return None if image is None or redraw is None else Inpaint(load_image(image), load_image(redraw))
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

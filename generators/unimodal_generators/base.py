@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 import numpy as np
 import torch
@@ -139,15 +139,33 @@ class SamplingSettings:
         return guide(outputs, scales)
 
     def override(self, **settings: Any) -> "SamplingSettings":
-        """A copy with those `settings` that are not None, each of which must exist here."""
+        """A copy with those `settings` that are not None, each of which must exist here and have its type.
+
+        Lists are taken for tuples and whole numbers for floats, as command lines and YAML give them.
+        """
         asked = {name: value for name, value in settings.items() if value is not None}
-        known = list(self.__dataclass_fields__)
-        for name in asked:
-            if name not in known:
-                raise ValueError(
-                    f"{name}: this recipe's generator has no such sampling setting; it has {', '.join(known)}"
-                )
+        known = get_type_hints(type(self))
+        for name, value in asked.items():
+            if name not in self.__dataclass_fields__:
+                listed = ", ".join(self.__dataclass_fields__)
+                raise ValueError(f"{name}: this recipe's generator has no such sampling setting; it has {listed}")
+            asked[name] = _typed(name, value, known[name])
         return replace(self, **asked)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """A setting's value as its type has it."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{name}: expected {' or '.join(map(str, get_args(hint)))}, got {value!r}")
+        return value
+    if get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
+        return tuple(_typed(name, one, kind) for one, kind in zip(value, get_args(hint), strict=True))
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ValueError(f"{name}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
 @dataclass(frozen=True)
