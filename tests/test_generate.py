@@ -185,8 +185,8 @@ def test_each_setting_reaches_the_sampler(draw: Draw) -> None:
 
 
 def test_settings_without_an_option_reach_the_sampler_too(draw: Draw) -> None:
-    (plain, _), (shorter, records) = draw("--guidance", 300), draw("--guidance", 300, "--set", "renorm=channel")
-    assert records[0]["renorm"] == "channel"
+    (plain, _), (shorter, records) = draw("--guidance", 300), draw("--guidance", 300, "--set", "rescale=1")
+    assert records[0]["rescale"] == 1.0
     assert any(not np.array_equal(plain[name], shorter[name]) for name in plain)
     (late, records) = draw("--guidance", 300, "--set", "interval=[0.9, 1]")
     assert records[0]["interval"] == [0.9, 1.0]
