@@ -3,16 +3,21 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unimodal.decoding import DecodingSettings, decode
+    from unimodal.decoding import DecodingSettings, Inpaint, Piece, decode, stream
     from unimodal.documents import Document, Part
     from unimodal.model import UnifiedModel
+    from unimodal.refine import best_of, look_again, reads_back
 
 __version__ = "0.1.0"
-__all__ = ["DecodingSettings", "Document", "Part", "UnifiedModel", "__version__", "decode"]
+__all__ = [
+    "DecodingSettings", "Document", "Inpaint", "Part", "Piece", "UnifiedModel", "__version__", "best_of", "decode",
+    "look_again", "reads_back", "stream",
+]  # fmt: skip
 
 _HOMES = {
-    "DecodingSettings": "decoding", "Document": "documents", "Part": "documents", "UnifiedModel": "model",
-    "decode": "decoding",
+    "DecodingSettings": "decoding", "Document": "documents", "Inpaint": "decoding", "Part": "documents",
+    "Piece": "decoding", "UnifiedModel": "model", "best_of": "refine", "decode": "decoding", "look_again": "refine",
+    "reads_back": "refine", "stream": "decoding",
 }  # fmt: skip
 
 
