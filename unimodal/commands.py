@@ -5,11 +5,10 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -18,22 +17,8 @@ from unimodal.decoding import DecodingSettings, Inpaint, decode, stream
 from unimodal.documents import GENERATED, Document, Part, load_image, read_markdown, write_html, write_markdown
 from unimodal.export import load_run, open_model
 from unimodal.model import UnifiedModel
+from unimodal.sampling import overridden
 from unimodal.text import SPECIAL_TOKENS, TextTokenizer
-from unimodal_generators.base import SamplingSettings
-
-SAMPLING_FLAGS = ("guidance", "image_guidance", "steps", "solver", "shift", "temperature", "top_k", "top_p")
-"""Settings of samplers that have an option of their own; `--set NAME=VALUE` reaches every other."""
-
-
-def settings_of(texts: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE, the value as YAML has it."""
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value):
-            raise ValueError(f"--set: expected NAME=VALUE, got {text}")
-        found[name] = yaml.safe_load(value)
-    return found
 
 
 def generate_image(args: argparse.Namespace) -> int:
@@ -46,7 +31,7 @@ def generate_image(args: argparse.Namespace) -> int:
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     model = _model(args)
-    image = _image_settings(args, model)
+    image = overridden(model.generator.sampling, vars(args))
     settings = DecodingSettings("image", max_tokens=0, max_images=1, image=image, size=_size(args.size))
     given = _inpaint(args.inpaint, args.redraw)
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
@@ -73,7 +58,7 @@ def generate_document(args: argparse.Namespace) -> int:
     model = _model(args)
     settings = DecodingSettings(
         args.start, max_tokens=args.max_tokens, max_images=args.max_images, temperature=args.text_temperature,
-        image=_image_settings(args, model), size=_size(args.size), stop=tuple(args.stop),
+        image=overridden(model.generator.sampling, vars(args)), size=_size(args.size), stop=tuple(args.stop),
     )  # fmt: skip
     parts: list[Part] = []
     for piece in stream(model, [prompt], settings, [args.seed]):
@@ -115,7 +100,8 @@ def evaluate_digits(args: argparse.Namespace) -> int:
     model = _model(args)
     description, seconds = describe_run(args.folder, model)
     evaluate(
-        model, args.out, seed=args.seed, batch=args.batch, sampling=_image_settings(args, model), weights=args.weights,
+        model, args.out, seed=args.seed, batch=args.batch, weights=args.weights,
+        sampling=overridden(model.generator.sampling, vars(args)),
         train_seconds=seconds, metrics=merged_metrics(args.folder, args.out / "metrics.csv"), description=description,
     )  # fmt: skip
     return 0
@@ -169,11 +155,6 @@ def export_hf(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace) -> UnifiedModel:
     return open_model(args.folder, args.weights, args.device, args.compile)
-
-
-def _image_settings(args: argparse.Namespace, model: UnifiedModel) -> SamplingSettings:
-    named = {name: getattr(args, name) for name in SAMPLING_FLAGS}
-    return model.generator.sampling.override(**named | settings_of(args.set))
 
 
 def _inpaint(image: Path | None, redraw: Path | None) -> Inpaint | None:

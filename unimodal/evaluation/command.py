@@ -20,6 +20,7 @@ from unimodal.evaluation.results import Summary, print_summary
 from unimodal.export import one_line, open_model
 from unimodal.files import write_atomically
 from unimodal.model import UnifiedModel
+from unimodal.sampling import overridden
 from unimodal_generators.base import SamplingSettings
 
 
@@ -42,12 +43,14 @@ class Options:
         score: whether answers are scored when they are there.
         self_test: whether the judge is tested on known images, and nothing else done.
         guidance: of images; 1 is conditional.
+        image_guidance: the same of the prompt's images.
         steps: network evaluations an image.
         solver: euler or heun.
         shift: of the sampler's times.
         temperature: of image tokens.
         top_k: of image tokens.
         top_p: of image tokens.
+        set: NAME=VALUE, any other setting of the recipe's image sampler.
     """
 
     out: Path | None = None
@@ -64,12 +67,14 @@ class Options:
     score: bool = True
     self_test: bool = False
     guidance: float | None = None
+    image_guidance: float | None = None
     steps: int | None = None
     solver: str | None = None
     shift: float | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    set: list[str] | None = None
 
     def choice(self) -> Choice:
         """Which items."""
@@ -80,8 +85,7 @@ class Options:
 
     def sampling(self, model: UnifiedModel) -> SamplingSettings:
         """The recipe's image sampler, changed where asked."""
-        names = ("guidance", "steps", "solver", "shift", "temperature", "top_k", "top_p")
-        return model.generator.sampling.override(**{name: getattr(self, name) for name in names})
+        return overridden(model.generator.sampling, vars(self))
 
 
 class _Parser(ArgumentParser):
