@@ -419,8 +419,8 @@ def test_a_file_of_questions_cannot_choose_images_elsewhere(tmp_path: Path, name
 
 def test_a_folder_may_hold_its_users_links(tmp_path: Path) -> None:
     draw(tmp_path / "elsewhere" / "x.jpg", "blue")
-    (tmp_path / "images").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "y.jpg").symlink_to("x.jpg")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "y.jpg").symlink_to(tmp_path / "elsewhere" / "x.jpg")
     assert lazy_images.image_file(tmp_path / "images", "y.jpg", "here").image.size == (6, 4)
 
 

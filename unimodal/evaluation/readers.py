@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -381,36 +382,36 @@ def _mmbench_row(record: Mapping[str, str | None], where: str) -> _Row:
     )  # fmt: skip
 
 
-def read_captions(annotations: Path, image_folder: Path, split: str) -> list[Question]:
+def read_captions(annotations: Path, image_folder: Path, split: str, first: int | None = None) -> list[Question]:
     """captions_val2014.json of COCO, or a Karpathy split (dataset_coco.json, dataset_flickr30k.json).
 
     Args:
         annotations: the file.
         image_folder: its images; where a Karpathy file names a subfolder, that is looked into as well.
         split: of a Karpathy file; COCO's own have one.
+        first: so many images, or as many as there are; None: all.
     """
     top = _read_object(annotations)
-    found = _coco_captions(top, image_folder) if "annotations" in top.record else _karpathy(top, image_folder, split)
+    images = _coco_captions(top, image_folder) if "annotations" in top.record else _karpathy(top, image_folder, split)
+    found = list(islice(images, first))
     check_unique([question.id for question in found], annotations)
     return found
 
 
-def _coco_captions(top: _Entry, image_folder: Path) -> list[Question]:
+def _coco_captions(top: _Entry, image_folder: Path) -> Iterator[Question]:
     captions: dict[str, list[str]] = {}
     for entry in top.entries("annotations"):
         captions.setdefault(entry.name("image_id"), []).append(entry.text("caption"))
-    found = []
     for entry in top.entries("images"):
         name = entry.name("id")
         if name not in captions:
             raise ValueError(f"{entry.where}: id: expected captions of image {name}, got none")
         image = image_file(image_folder, entry.text("file_name"), entry.where)
-        found.append(Question(name, "captions", image, "", tuple(captions[name])))
-    return found
+        yield Question(name, "captions", image, "", tuple(captions[name]))
 
 
-def _karpathy(top: _Entry, image_folder: Path, split: str) -> list[Question]:
-    found, splits = [], set()
+def _karpathy(top: _Entry, image_folder: Path, split: str) -> Iterator[Question]:
+    splits = set()
     for entry in top.entries("images"):
         splits.add(entry.text("split"))
         if entry.record["split"] != split:
@@ -421,7 +422,6 @@ def _karpathy(top: _Entry, image_folder: Path, split: str) -> list[Question]:
         image = image_file(image_folder, nested if lies else file, entry.where)
         captions = tuple(sentence.text("raw") for sentence in entry.entries("sentences"))
         name = entry.name("cocoid" if "cocoid" in entry.record else "imgid")
-        found.append(Question(name, "captions", image, "", captions))
-    if not found:
+        yield Question(name, "captions", image, "", captions)
+    if split not in splits:
         raise ValueError(f"{top.where}: split: expected one of {', '.join(sorted(splits))}, got {split}")
-    return found

@@ -38,6 +38,10 @@ BENCHMARKS = {
     "seed-bench": ("unimodal.evaluation.understanding.SEEDBench", "SEED-Bench, images"),
     "mmbench": ("unimodal.evaluation.understanding.MMBench", "MMBench, every rotation of the options"),
     "captions": ("unimodal.evaluation.understanding.Captions", "CIDEr, BLEU and ROUGE-L of captions"),
+    "retrieval": (
+        "unimodal.evaluation.retrieval.Retrieval",
+        "captions for images and images for captions, by likelihood",
+    ),
 }
 """Name -> class and what it scores."""
 

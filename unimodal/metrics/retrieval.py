@@ -1,6 +1,6 @@
-"""Retrieval between images and texts, from embeddings.
+"""Retrieval between images and texts, from embeddings or any other similarity.
 
-Letters: I images, M texts, D features (E and N are checked to be D and M).
+Letters: I images, M texts, D features (E and N are checked to be D and M), Q queries, K items.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _ROWS = 512  # queries compared at once, so that I x M similarities are never all held
@@ -58,11 +58,14 @@ def retrieval_recall(
 
 
 def _ranks(queries: Tensor, items: Tensor, wanted: Tensor, owner: Tensor) -> Tensor:
-    """How many wrong items come before the best right one, a query."""
-    ranks = []
+    """`ranks` of queries and items by their embeddings, some queries at once."""
+    found = []
     for rows, want in zip(queries.split(_ROWS), wanted.split(_ROWS), strict=True):
-        similarity = rows @ items.T  # (n, items)
-        right = owner[None] == want[:, None]
-        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        ranks.append(((similarity >= best) & ~right).sum(1))
-    return torch.cat(ranks)
+        found.append(ranks(rows @ items.T, owner[None] == want[:, None]))
+    return torch.cat(found)
+
+
+def ranks(similarity: Float[Tensor, "Q K"], right: Bool[Tensor, "Q K"]) -> Int[Tensor, " Q"]:
+    """How many wrong items come before the best right one, a query; one that is as similar comes before it."""
+    best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return ((similarity >= best) & ~right).sum(1)
