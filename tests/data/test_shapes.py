@@ -422,6 +422,7 @@ def test_counts_and_steps():
     for draft in drafts("steps", "test", 100):
         contents = [content for content, _ in draft]
         assert [learn for _, learn in draft] == [False] + [True] * (len(draft) - 1)
+        assert contents.pop() == " done"
         scenes = contents[1::2]
         longest = max(longest, len(scenes))
         ((_, colour, shape),) = told(contents[0])

@@ -283,7 +283,7 @@ def perfect(texts: list[str], scenes: list[Scene]) -> list[Content]:
     contents: list[Content] = [render(scenes[0])]
     for text, scene in zip(texts[1:], scenes[1:], strict=True):
         contents += [text, render(scene)]
-    return contents
+    return [*contents, " done"]
 
 
 def three_things() -> tuple[Item, list[str], list[Scene]]:
@@ -347,13 +347,14 @@ def test_cheats_at_structure_are_seen() -> None:
     item, texts, scenes = three_things()
     whole = perfect(texts, scenes)
     assert wrong(item, *whole) == set()
-    assert wrong(item, *whole[:3]) == set()  # two things are a document too
-    assert wrong(item, whole[0]) == {"structure"}  # one is not
-    assert wrong(item, *whole, "then a red star above it", whole[-1]) >= {"structure", "things"}
-    assert wrong(item, *whole, whole[-1]) == {"structure", "things"}  # an image without a step
-    assert "structure" in wrong(item, *whole[:4])
+    assert wrong(item, *whole[:3], " done") == set()  # two things are a document too
+    assert wrong(item, whole[0], "done") == {"structure", "texts"}  # one is not
+    assert wrong(item, *whole[:-1], "then a red star above it", whole[4], "done") >= {"structure", "things"}
+    assert wrong(item, *whole[:-1], whole[4], "done") >= {"structure", "things"}  # an image without a step
+    assert wrong(item, *whole[:-1]) == {"structure"}  # no end
+    assert wrong(item, *whole[:4]) == {"texts"}  # ends in a step
     assert "structure" in wrong(item, texts[1], *whole)
-    assert wrong(item, whole[0], whole[2]) >= {"structure", "things"}  # no text between
+    assert wrong(item, whole[0], whole[2], "done") >= {"structure", "things"}  # no text between
     assert wrong(item) == {"structure"}
     # A text in two parts is one text.
     assert wrong(item, whole[0], texts[1][:9], texts[1][9:], *whole[2:]) == set()
@@ -364,8 +365,9 @@ def test_cheats_at_texts_and_things_are_seen() -> None:
     whole = perfect(texts, scenes)
     assert wrong(item, whole[0], "then something else", *whole[2:]) == {"texts", "things"}
     assert wrong(item, whole[0], texts[0], *whole[2:]) >= {"texts"}  # a first step again
-    assert wrong(item, whole[0], whole[1], whole[0], whole[3], whole[4]) == {"things"}  # nothing put in
-    assert wrong(item, whole[2], whole[1], whole[2], whole[3], whole[4]) == {"things"}  # put in too early
+    assert wrong(item, *whole[:-1], " done and gone") == {"texts"}
+    assert wrong(item, whole[0], whole[1], whole[0], *whole[3:]) == {"things"}  # nothing put in
+    assert wrong(item, whole[2], whole[1], whole[2], *whole[3:]) == {"things"}  # put in too early
     thing = scenes[0].things[0]
     other = render(scenes[0].swapped(thing, replace(thing, colour="white" if thing.colour != "white" else "black")))
     assert wrong(item, other, *whole[1:]) == {"things"}
@@ -394,7 +396,7 @@ def test_things_have_to_stay_and_to_stand_where_told() -> None:
     assert wrong(item, whole[0], texts[1].replace(str(step[1]), opposite), *whole[2:]) == {"places"}
     # The same things turned by 180 degrees: everything moves, relations turn too.
     turned = Scene(tuple(replace(t, x=32 - t.x - t.size, y=32 - t.y - t.size) for t in scenes[-1].things), 32)
-    assert wrong(item, *whole[:4], render(turned)) >= {"kept", "places"}
+    assert wrong(item, *whole[:4], render(turned), "done") >= {"kept", "places"}
     # A shift that keeps every relation.
     thing = scenes[0].things[0]
     away = replace(thing, x=(0 if thing.x > 10 else 32 - thing.size), y=(0 if thing.y > 10 else 32 - thing.size))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unimodal.data.digits import DigitsSource, digits_of, sum_answer
 from unimodal.data.shapes import COLOURS, RELATIONS, SHAPES, built
+from unimodal.data.shapes.edits import END
 from unimodal.data.shapes.recognise import recognise
 from unimodal.data.shapes.words import a, phrase
 from unimodal.data.shapes.world import CANVAS
@@ -335,8 +336,8 @@ def read_step(text: str) -> tuple[Kind, str | None] | None:
 class ShapesSteps(ShapesBenchmark):
     """Step by step: told the first thing, a model draws it, writes the next step, draws the scene with both, and so on.
 
-    Right is an answer of image, text, image (once more text, image, or not) whose texts all read as steps, whose images hold
-    exactly the things said so far, each where it was said to be, and where things that were there have stayed.
+    Right is an answer of image, text, image (once more text, image, or not) and "done", whose texts all read as steps, whose
+    images hold exactly the things said so far, each where it was said to be, and where things that were there have stayed.
 
     Args:
         count: documents.
@@ -370,14 +371,17 @@ class ShapesSteps(ShapesBenchmark):
 
 def _judge_steps(answer: Answer) -> Verdict:
     made = kinds(answer.parts)
-    asked = min(([IMAGE] + [TEXT, IMAGE] * n for n in _STEPS), key=lambda order: structure_match(order, made).distance)
+    orders = [[IMAGE] + [TEXT, IMAGE] * n + [TEXT] for n in _STEPS]
+    asked = min(orders, key=lambda order: structure_match(order, made).distance)
     match = structure_match(asked, made)
     texts = [answer.item.truth["first"]]
     for images, group in groupby(answer.parts, key=lambda part: part.is_image):
         joined = "" if images else "".join(part.text for part in group)
         texts += [joined] if joined.strip() else []
-    steps = [read_step(text) for text in texts]
     causes: dict[str, list[str]] = {name: [] for name in _STEP_RULES}
+    if match.exact and (end := texts.pop()).strip() != END.strip():
+        causes["texts"].append(f"expected{END}, wrote {end.strip()[:60]}")
+    steps = [read_step(text) for text in texts]
     if not match.exact:
         causes["structure"].append(structure_cause(match, asked, made))
     for i, (text, step) in enumerate(zip(texts, steps, strict=True)):

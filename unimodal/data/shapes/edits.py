@@ -32,6 +32,8 @@ from unimodal.data.shapes.world import (
 
 EditOperation = Literal["recolour", "reshape", "remove", "add", "move"]
 EDIT_OPERATIONS: tuple[EditOperation, ...] = get_args(EditOperation)
+END = " done"
+"""What follows the last image of a scene that is built up."""
 _TRIES = 200
 
 
@@ -119,7 +121,7 @@ def built(split: Split, size: int, rng: np.random.Generator) -> tuple[list[str],
 
     Returns:
         Texts ("first a red circle", " then a blue square below it", ...), where "it" is the thing before; and the
-        scene after each. "first" says that more will come: a caption alone asks for one image.
+        scene after each. "first" says that more will come: a caption alone asks for one image. `END` follows the last.
 
     Raises:
         ValueError: a bounded number of tries found no room.

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from unimodal.data.shapes.captions import CAPTION_TASKS, CaptionTask, captioned, described, random_scene, vocabulary
-from unimodal.data.shapes.edits import built, edited
+from unimodal.data.shapes.edits import END, built, edited
 from unimodal.data.shapes.questions import asked
 from unimodal.data.shapes.render import render
 from unimodal.data.shapes.words import census
@@ -37,7 +37,7 @@ class ShapesSource:
     - `edit`: a scene, " make the red circle blue", then the changed scene (learned).
     - `count`: a scene, then "three circles and one square" (learned).
     - `steps`: "first a red circle", its scene (learned), " then a blue square below it" (learned), the scene with both
-      (learned), and perhaps a third.
+      (learned), perhaps a third, and " done" (learned).
 
     Args:
         kind: one of the six.
@@ -120,7 +120,7 @@ def draft(kind: ShapesKind, split: Split, size: int, rng: np.random.Generator) -
         return [(scene, False), (census(scene), True)]
     texts, scenes = built(split, size, rng)
     pieces = [piece for pair in zip(texts, scenes, strict=True) for piece in pair]
-    return [(piece, i > 0) for i, piece in enumerate(pieces)]
+    return [(piece, i > 0) for i, piece in enumerate([*pieces, END])]
 
 
 def _content(content: str | Scene) -> str | Image.Image:
