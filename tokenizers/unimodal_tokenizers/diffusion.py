@@ -140,7 +140,7 @@ SOLVERS = {"euler": euler, "heun": heun}
 NoiseSchedule = Literal["linear", "scaled_linear", "cosine"]
 
 
-def alpha_bars(schedule: NoiseSchedule, steps: int = 1000) -> Float[np.ndarray, "steps+1"]:
+def alpha_bars(schedule: NoiseSchedule, steps: int = 1000) -> Float[np.ndarray, "{steps}+1"]:
     """abar_n = prod (1 - beta_i), i = 1 .. n; abar_0 = 1 is the data, and the last is nearly noise.
 
     "linear": beta from 1e-4 to 0.02 (DDPM, section 4). "scaled_linear": squares of what is linear from sqrt(0.00085) to
