@@ -14,7 +14,7 @@ from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.text import TextTokenizer
-from unimodal_generators import Autoregressive, Flow
+from unimodal_generators import Autoregressive, ConvNeXtCoder, Diffusion, DiffusionSettings, Flow, UNetCoder
 from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
 
@@ -42,6 +42,14 @@ class GrayLevels(ImageTokenizer):
 
 CORPUS = ["a handwritten seven", "a handwritten three", "three plus seven equals ten", "grün, 数字 and \U0001f600"]
 FULL = Experts(attention=True, mlp=True, norms=True)
+GENERATORS: dict[str, Callable[..., Any]] = {
+    "flow": Flow,
+    "unet": functools.partial(Flow, coder=functools.partial(UNetCoder, patch=2, channels=8)),
+    "convnext": functools.partial(Flow, coder=functools.partial(ConvNeXtCoder, channels=8)),
+    "diffusion": functools.partial(Diffusion, sampling=DiffusionSettings(steps=8, eta=1.0)),
+    "autoregressive": Autoregressive,
+    "codes": functools.partial(Autoregressive, inputs="codes", token_noise=0.2),
+}
 
 
 def build(
@@ -54,10 +62,9 @@ def build(
     shape |= {"positions": "block" if generator == "flow" else "sequential", "adaln": time == "adaln"}
     config = BackboneConfig(experts=experts, **shape | (backbone or {}))
     settings = {"image_sizes": [(8, 8), (4, 8)], "context_length": 192, "drop_text": 0.1, **rules}
-    tokenizer = PatchTokenizer(2) if generator == "flow" else GrayLevels()
-    codes = functools.partial(Autoregressive, inputs="codes", token_noise=0.2)
-    flow = functools.partial(Flow, time=time)
-    made = {"flow": flow, "autoregressive": Autoregressive, "codes": codes}[generator]
+    discrete = generator in ("autoregressive", "codes")
+    tokenizer = GrayLevels() if discrete else PatchTokenizer(2)
+    made = GENERATORS[generator] if discrete else functools.partial(GENERATORS[generator], time=time)
     model = UnifiedModel(tokenizer, made, config, SequenceRules(**settings))
     model.text = TextTokenizer.train(CORPUS, 300)
     with torch.no_grad():
@@ -104,7 +111,7 @@ def make() -> Callable[..., UnifiedModel]:
     return build
 
 
-@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes"])
+@pytest.fixture(scope="session", params=["flow", "unet", "diffusion", "autoregressive", "codes"])
 def model(request: pytest.FixtureRequest) -> UnifiedModel:
     """One model a generator."""
     return build(request.param)

@@ -105,6 +105,11 @@ VARIANTS |= {
     "crossed": {"experts": Experts(mlp=True, clean="text"), "time": "token"},
     "qwen2": {"backbone": {"qkv_bias": True, "qk_norm": False, "head_dim": 24, "tied_head": False, "added_tokens": 7}},
     **{
+        f"{name}-{time}": {"generator": name, "time": time}
+        for name in ("unet", "convnext", "diffusion")
+        for time in ("add", "token", "adaln")
+    },
+    **{
         f"next-{positions}": {"generator": "autoregressive", "backbone": {"positions": positions}}
         for positions in SCHEMES
     },

@@ -12,13 +12,23 @@ from unimodal.data import DigitImageData, DigitsData, FolderData, FolderImageDat
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.training import TokenizerTraining, UnifiedTraining
-from unimodal_generators import Autoregressive, AutoregressiveSettings, Flow, FlowSettings
+from unimodal_generators import (
+    Autoregressive,
+    AutoregressiveSettings,
+    ConvNeXtCoder,
+    Diffusion,
+    DiffusionSettings,
+    Flow,
+    FlowSettings,
+    LinearCoder,
+    UNetCoder,
+)  # fmt: skip
 from unimodal_tokenizers import PatchTokenizer, VQTokenizer
 
 PUBLIC = [
     BackboneConfig, Experts, DigitImageData, DigitsData, FolderData, FolderImageData, UnifiedModel, SequenceRules,
     TokenizerTraining, UnifiedTraining, Autoregressive, AutoregressiveSettings, Flow, FlowSettings, PatchTokenizer,
-    VQTokenizer,
+    VQTokenizer, ConvNeXtCoder, Diffusion, DiffusionSettings, LinearCoder, UNetCoder,
 ]  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def _add_image_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance", type=float, help="1: conditional")
     group.add_argument("--image-guidance", type=float, help="the same of the prompt's images")
     group.add_argument("--steps", type=int, help="network evaluations")
-    group.add_argument("--solver", help="euler or heun")
+    group.add_argument("--solver", help="euler, heun, ddim, or a scheduler of diffusers by class name")
     group.add_argument("--shift", type=float, help="above 1: more steps near the noise")
     group.add_argument("--temperature", type=float, help="of image tokens")
     group.add_argument("--top-k", type=int, help="of image tokens")

@@ -2,15 +2,22 @@
 
 from unimodal_generators.autoregressive import Autoregressive, AutoregressiveSettings
 from unimodal_generators.base import Block, ImageGenerator, SamplingSettings, TokenKind
+from unimodal_generators.diffusion import Diffusion, DiffusionSettings
 from unimodal_generators.flow import Flow, FlowSettings
+from unimodal_generators.patch_coders import ConvNeXtCoder, LinearCoder, UNetCoder
 
 __all__ = [
     "Autoregressive",
     "AutoregressiveSettings",
     "Block",
+    "ConvNeXtCoder",
+    "Diffusion",
+    "DiffusionSettings",
     "Flow",
     "FlowSettings",
     "ImageGenerator",
+    "LinearCoder",
     "SamplingSettings",
     "TokenKind",
+    "UNetCoder",
 ]

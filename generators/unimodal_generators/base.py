@@ -1,7 +1,7 @@
 """The interface every image generator keeps: how image tokens are learned, and how they are sampled.
 
 Letters: N images, T tokens of all of them end to end, D channels of a token, C width of the backbone,
-R documents of a session, G guidance branches.
+S tokens without prefixes, K channels that skip the backbone, R documents of a session, G guidance branches.
 """
 
 from abc import ABC, abstractmethod
@@ -69,10 +69,14 @@ class Corrupted:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What enters the backbone: a vector a token, and a condition an image for backbones with `adaln`."""
+    """What enters the backbone: a vector a token, and a condition an image for backbones with `adaln`.
+
+    `skips` go round the backbone: what a patch coder remembers of each of the images' own tokens.
+    """
 
     values: Float[Tensor, "T C"]
     condition: Float[Tensor, "N C"] | None = None
+    skips: Float[Tensor, "S K"] | None = None
 
 
 @dataclass(frozen=True)
@@ -331,6 +335,12 @@ class ImageGenerator(nn.Module, ABC):
         """
 
 
+def per_token(values: Shaped[Tensor, "N *rest"], grids: Sequence[Grid]) -> Shaped[Tensor, "T *rest"]:
+    """What each image has, for each of its tokens."""
+    lengths = torch.tensor([g.length for g in grids], device=values.device, dtype=torch.long)
+    return values.repeat_interleave(lengths, 0, output_size=sum(g.length for g in grids))  # no waiting for a GPU
+
+
 def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[Tensor, "*rest"]:
     """Classifier-free guidance (arXiv 2207.12598), nested over any number of conditions as BAGEL does for two.
 
@@ -345,4 +355,5 @@ def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[T
 __all__ = [
     "Block", "Branch", "Corrupted", "DecodingSession", "DenoisingSettings", "Embeddings", "Grid", "ImageGenerator",
     "ImageTokens", "Known", "LossBreakdown", "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout", "guide",
+    "per_token",
 ]  # fmt: skip

@@ -1,36 +1,25 @@
-"""Flow matching inside the transformer: a noised image is a private bidirectional block whose velocity is read off.
+"""Flow matching inside the transformer: what is read off a noised image is its velocity.
 
-Transfusion (arXiv 2408.11039), BAGEL (arXiv 2505.14683), LlamaFusion (arXiv 2412.15188).
+BAGEL (arXiv 2505.14683), JanusFlow (arXiv 2411.07975), LlamaFusion (arXiv 2412.15188).
 
-Letters: N images, T tokens of all of them, D channels of a token, C width, G guidance branches, K solver steps.
+Letters: T tokens of all images, D channels of a token, C width, G guidance branches.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from unimodal_generators.base import (
-    Block,
-    Corrupted,
-    DecodingSession,
-    DenoisingSettings,
-    Embeddings,
-    ImageGenerator,
-    Known,
-    LossBreakdown,
-    LossTerm,
-    SamplingSettings,
-    TokenKind,
-)
+from unimodal_generators.base import DenoisingSettings, SamplingSettings
+from unimodal_generators.denoising import Denoiser, Estimate, TimeInput
+from unimodal_generators.patch_coders import LinearCoder, PatchCoder
+from unimodal_generators.schedulers import FLOW_SCHEDULERS, check_solver, run_flow_scheduler
 from unimodal_tokenizers import diffusion
-from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+from unimodal_tokenizers.base import Grid, TokenLayout
 
 NEAREST = 0.05
 """Least 1 - t that a difference from the data is divided by (JiT, arXiv 2511.13720)."""
@@ -38,172 +27,111 @@ NEAREST = 0.05
 
 @dataclass(frozen=True)
 class FlowSettings(DenoisingSettings):
-    """How a flow image is sampled."""
+    """How a flow image is sampled.
 
-    steps: int = 20  # network evaluations, exactly
-    solver: Literal["euler", "heun"] = "euler"
-    shift: float = 1.0  # above 1: more steps near the noise
+    Args:
+        steps: network evaluations, exactly.
+        solver: euler, heun, or a flow scheduler of diffusers by its class name (`FLOW_SCHEDULERS`).
+        shift: above 1, more steps near the noise; a number, or a rule of how many tokens an image has.
+    """
+
+    steps: int = 20
+    solver: str = "euler"
+    shift: diffusion.Shift = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_solver(self.solver, tuple(diffusion.SOLVERS), FLOW_SCHEDULERS, "flow")
+        self.times(1)  # refuses what cannot be
+
+    def times(self, tokens: int) -> list[float]:
+        """The ends of the solver's steps, from noise to data, for images of that many tokens."""
+        like = "heun" if "heun" in self.solver.lower() else "euler"  # twice as many evaluations a step, or one
+        return diffusion.sampling_times(self.steps, diffusion.shift_of(self.shift, tokens), like)
 
 
-class Flow(ImageGenerator):
+class Flow(Denoiser):
     """Learns v = data - noise of a noised copy (rectified flow, arXiv 2209.03003); samples by solving dx/dt = v.
 
     Args:
         layout: of the image tokenizer.
         width: of the backbone.
-        time_shift: training times are moved towards the noise by this factor (SD3, section 5.3.2).
-        time_mean: of the logit-normal the training times are drawn from.
+        time_shift: training times are moved towards the noise by this factor (SD3, section 5.3.2), a number or a rule of
+            how many tokens an image has.
+        time_draw: how training times are drawn before that: "logit_normal" (SD3, section 3.1) or "uniform" in [0, 1).
+        time_mean: of the normal of "logit_normal".
         time_std: likewise.
-        time: how the network is told an image's time: added to its patches (BAGEL), as a token before them (JanusFlow,
-            Show-o2), or as a condition that scales, shifts and gates them in every layer (DiT; needs backbone.adaln).
-        predicts: what the last layer gives: the velocity, or the data, whose velocity is (data - x_t) / (1 - t). The loss is
+        time: how the network is told the time: "add", "token" or "adaln"; see `Denoiser`.
+        predicts: what the network gives: the velocity, or the data, whose velocity is (data - x_t) / (1 - t). The loss is
             the velocity's in both cases (JiT, arXiv 2511.13720: data lie near few dimensions, noise does not).
+        coder: between token vectors and the backbone.
         sampling: defaults of the sampler.
     """
 
-    reads: ClassVar = "own"
-    accepts: ClassVar = ("continuous",)
-    repeats: ClassVar = True
-    inpaints: ClassVar = True
+    settings: ClassVar = FlowSettings
 
     def __init__(
         self,
         layout: TokenLayout,
         width: int,
-        time_shift: float = 1.0,
+        time_shift: diffusion.Shift = 1.0,
+        time_draw: Literal["logit_normal", "uniform"] = "logit_normal",
         time_mean: float = 0.0,
         time_std: float = 1.0,
-        time: Literal["add", "token", "adaln"] = "add",
+        time: TimeInput = "add",
         predicts: Literal["velocity", "data"] = "velocity",
+        coder: Callable[[TokenLayout, int], PatchCoder] = LinearCoder,
         sampling: FlowSettings = FlowSettings(),
     ) -> None:
-        super().__init__()
-        self.check(layout)
-        self.time, self.conditions, self.prefix = time, time == "adaln", int(time == "token")
-        self.layout, self.sampling, self.predicts = layout, sampling, predicts
+        super().__init__(layout, width, time, coder, sampling)
+        if time_draw == "uniform" and (time_mean, time_std) != (0.0, 1.0):
+            raise ValueError(f"time_mean, time_std: expected none with time_draw uniform, got {time_mean}, {time_std}")
+        self.predicts, self.time_draw = predicts, time_draw
         self.time_shift, self.time_mean, self.time_std = time_shift, time_mean, time_std
-        self.patch_in = nn.Linear(layout.dim, width)
-        self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.velocity_out = nn.Linear(width, layout.dim)
-        nn.init.zeros_(self.velocity_out.weight)
-        nn.init.zeros_(self.velocity_out.bias)
 
-    def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
-        """One private block: its time and the seed of its noise."""
-        t = diffusion.shift_time(diffusion.logit_normal_time(rng, self.time_mean, self.time_std), self.time_shift)
-        seed = int(rng.integers(2**63))
-        return [replace(self._block(grid), time=t, seed=seed, n_targets=grid.length)]
+    def draw_time(self, grid: Grid, rng: np.random.Generator) -> float:
+        """A training time, shifted."""
+        uniform = self.time_draw == "uniform"
+        t = rng.random() if uniform else diffusion.logit_normal_time(rng, self.time_mean, self.time_std)
+        return diffusion.shift_time(t, diffusion.shift_of(self.time_shift, grid.length))
 
-    def plan_context(self, grid: Grid) -> list[Block]:
-        """One bidirectional block."""
-        return [replace(self._block(grid), kind=TokenKind.CLEAN, private=False)]
+    def noised(
+        self, noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
+    ) -> Float[Tensor, "T D"]:
+        """x_t on the straight path."""
+        return diffusion.interpolate(noise, data, t)
 
-    def _block(self, grid: Grid) -> Block:
-        return Block(grid, TokenKind.LEARNED, bidirectional=True, private=True, prefix=self.prefix)
+    def target(
+        self, noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
+    ) -> Float[Tensor, "T D"]:
+        """The velocity; near the data as small as `convert` makes it, or the difference would be a bias."""
+        v = diffusion.velocity(noise, data)
+        return v if self.predicts == "velocity" else v * (1 - t) / (1 - t).clamp_min(NEAREST)
 
-    def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
-        """x_t of every image, and the velocity there."""
-        data = tokens.values
-        noise = torch.cat(
-            [data.new_empty(0, data.shape[1])] + [self._noise(b.grid, b.seed, data) for b in blocks]
-        )  # (T, D)
-        time = data.new_tensor([b.time for b in blocks])  # (N,)
-        x = diffusion.interpolate(noise, data, self._per_token(time, tokens.grids)[:, None])
-        return Corrupted(x, time, tokens.grids, diffusion.velocity(noise, data))
-
-    def context(self, tokens: ImageTokens) -> Corrupted:
-        """The data itself, at t = 1."""
-        return Corrupted(tokens.values, tokens.values.new_ones(len(tokens)), tokens.grids)
-
-    def embed(self, corrupted: Corrupted) -> Embeddings:
-        """Linear patches, and an embedding of the image's time: added, before them, or beside them."""
-        time = self.time_in(timestep_embedding(corrupted.time).to(self.patch_in.weight.dtype))  # (N, C)
-        patches = self.patch_in(corrupted.inputs.to(self.patch_in.weight.dtype))  # (T, C)
-        if self.time == "adaln":
-            return Embeddings(patches, time)
-        if self.time == "add":
-            return Embeddings(patches + self._per_token(time, corrupted.grids))
-        lengths = [g.length for g in corrupted.grids]
-        pairs = zip(time.split(1), patches.split(lengths))
-        return Embeddings(torch.cat([time[:0], patches[:0], *(x for pair in pairs for x in pair)]))
-
-    def velocity(
-        self, hidden: Float[Tensor, "*rest C"], x: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
-    ) -> Float[Tensor, "*rest D"]:
-        """v at x_t of hidden states, in fp32 or better."""
-        out = self.velocity_out(hidden)
-        out = out.to(torch.promote_types(out.dtype, torch.float32))
+    def convert(
+        self, out: Float[Tensor, "*G T D"], x: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
+    ) -> Float[Tensor, "*G T D"]:
+        """The velocity at x_t."""
         return out if self.predicts == "velocity" else (out - x) / (1 - t).clamp_min(NEAREST)
 
-    def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
-        """Squared error of v, a mean over a token's channels and a sum over tokens."""
-        assert corrupted.targets is not None
-        t = self._per_token(corrupted.time, corrupted.grids)[:, None]  # (T, 1)
-        v = corrupted.targets
-        if self.predicts == "data":  # near the data both are divided alike, or the difference would be a bias
-            v = v * (1 - t) / (1 - t).clamp_min(NEAREST)
-        error = F.mse_loss(self.velocity(hidden, corrupted.inputs, t), v, reduction="none").mean(-1)  # (T,)
-        return {"image": LossTerm(error.sum(), len(error))}
-
-    def sample(
+    def solve(
         self,
-        session: DecodingSession,
+        estimate: Estimate,
+        noise: Float[Tensor, "T D"],
         grids: Sequence[Grid],
         settings: SamplingSettings,
         rngs: Sequence[torch.Generator],
-        known: Known | None = None,
-    ) -> Iterator[ImageTokens]:
-        """Solve dx/dt = v from noise; one preview a solver step, the data last.
-
-        Given tokens are put on their own straight path before every evaluation (RePaint, arXiv 2201.09865, without its
-        resampling), and come out as they were given.
-        """
-        if not isinstance(settings, FlowSettings):
-            raise ValueError(f"sampling: expected FlowSettings, got {type(settings).__name__}")
-        weight = self.patch_in.weight
-        drawn = [
-            torch.randn(g.length, self.layout.dim, generator=rng, dtype=torch.float64) for g, rng in zip(grids, rngs)
-        ]
-        noise = torch.cat(drawn).to(weight.device, torch.promote_types(weight.dtype, torch.float32))  # (T, D)
-        blocks = [self._block(grid) for grid in grids]
-        own = self._own(grids).to(weight.device)
-        lengths = [grid.length for grid in grids]
-
-        def given(x: Tensor, t: float) -> Tensor:
-            if known is None:
-                return x
-            path = diffusion.interpolate(noise, known.tokens.values.to(noise), noise.new_full((len(noise), 1), t))
-            return torch.where(known.mask.to(x.device)[:, None], path, x)
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            x = given(x, t)
-            noised = Corrupted(x, x.new_full((len(grids),), t), tuple(grids))
-            hidden = session.peek(self.embed(noised), blocks, settings.active(t))  # (G, T and prefixes, C)
-            hidden = hidden[:, own] if self.prefix else hidden
-            return settings.guide_images(self.velocity(hidden, x, x.new_full((1, 1), t)), lengths)  # (T, D)
-
-        times = diffusion.sampling_times(settings.steps, settings.shift, settings.solver)
-        for s, x in zip(times[1:], diffusion.SOLVERS[settings.solver](velocity, noise, times), strict=True):
-            yield ImageTokens(given(x, s), tuple(grids))
-
-    def _noise(self, grid: Grid, seed: int, like: Tensor) -> Float[Tensor, "n D"]:
-        rng = torch.Generator().manual_seed(seed)
-        return torch.randn(grid.length, self.layout.dim, generator=rng).to(like)
-
-    def _own(self, grids: Sequence[Grid]) -> Int[Tensor, " T"]:
-        """Which tokens of blocks end to end are their images' own."""
-        images = self._per_token(torch.arange(1, len(grids) + 1), grids)  # (T,): of each token, counted from 1
-        return torch.arange(len(images)) + self.prefix * images
-
-    @staticmethod
-    def _per_token(values: Shaped[Tensor, "N *rest"], grids: Sequence[Grid]) -> Shaped[Tensor, "T *rest"]:
-        lengths = torch.tensor([g.length for g in grids], device=values.device, dtype=torch.long)
-        return values.repeat_interleave(lengths, 0, output_size=sum(g.length for g in grids))  # no waiting for a GPU
-
-
-def timestep_embedding(t: Float[Tensor, " N"], dim: int = 256) -> Float[Tensor, "N {dim}"]:
-    """Sines and cosines of 1000 t (DDPM, arXiv 2006.11239, whose times are counted to 1000)."""
-    half = dim // 2
-    frequency = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
-    angle = 1000.0 * t[:, None] * frequency  # (N, dim/2)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    ) -> Iterator[tuple[float, Float[Tensor, "T D"]]]:
+        """dx/dt = v."""
+        assert isinstance(settings, FlowSettings)
+        shifts = {diffusion.shift_of(settings.shift, grid.length) for grid in grids}
+        if len(shifts) != 1:
+            raise ValueError(
+                f"shift: by a rule, images of one call need one number of tokens, got {sorted(set(grids))}"
+            )
+        times = settings.times(grids[0].length)
+        if settings.solver in diffusion.SOLVERS:
+            states = diffusion.SOLVERS[settings.solver](estimate, noise, times)
+        else:
+            states = run_flow_scheduler(settings.solver, estimate, noise, times)
+        yield from zip(times[1:], states, strict=True)

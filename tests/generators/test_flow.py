@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,20 +14,33 @@ from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, SequenceRules, pack
-from unimodal_generators import Autoregressive, AutoregressiveSettings, Flow, FlowSettings
+from unimodal_generators import (
+    Autoregressive,
+    AutoregressiveSettings,
+    ConvNeXtCoder,
+    Flow,
+    FlowSettings,
+    LinearCoder,
+    UNetCoder,
+)
 from unimodal_generators.base import Block, Branch, Corrupted, Embeddings, Grid, ImageTokens, TokenKind
-from unimodal_generators.flow import timestep_embedding
+from unimodal_generators.denoising import timestep_embedding
 from unimodal_tokenizers.base import TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
 
 TIMES = ("add", "token", "adaln")
+CODERS = {
+    "linear": LinearCoder,
+    "unet": partial(UNetCoder, patch=2, channels=8),
+    "convnext": partial(ConvNeXtCoder, channels=8),
+}
 LAYOUT = TokenLayout("continuous", dim=12, stride=2)
 GRIDS = (Grid(4, 4), Grid(2, 4), Grid(1, 3))
 
 
-def flow(**settings: object) -> Flow:
+def flow(width: int = 32, **settings: object) -> Flow:
     torch.manual_seed(0)
-    made = Flow(LAYOUT, 32, **settings)
+    made = Flow(LAYOUT, width, **settings)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -116,7 +130,7 @@ def test_embeddings_are_patches_plus_their_image_s_time() -> None:
     rows = []
     for i, image in enumerate(corrupted.inputs.split([16, 8, 3])):
         time = made.time_in(timestep_embedding(corrupted.time[i : i + 1]))
-        rows += [made.patch_in(token) + time[0] for token in image]
+        rows += [made.coder.patch_in(token) + time[0] for token in image]
     torch.testing.assert_close(values, torch.stack(rows), atol=1e-5, rtol=1e-5)
 
 
@@ -127,7 +141,7 @@ def test_a_token_of_time_stands_before_its_image() -> None:
     assert embedded.condition is None
     rows = []
     for i, image in enumerate(corrupted.inputs.split([16, 8, 3])):
-        rows += [made.time_in(timestep_embedding(corrupted.time[i : i + 1]))[0], *map(made.patch_in, image)]
+        rows += [made.time_in(timestep_embedding(corrupted.time[i : i + 1]))[0], *map(made.coder.patch_in, image)]
     torch.testing.assert_close(embedded.values, torch.stack(rows), atol=1e-5, rtol=1e-5)
     blocks = [*made.plan(GRIDS[0], np.random.default_rng(0)), *made.plan_context(GRIDS[0])]
     assert [(b.prefix, b.length, b.n_targets, b.complete) for b in blocks] == [(1, 17, 16, True), (1, 17, 0, True)]
@@ -137,7 +151,7 @@ def test_a_condition_of_time_stands_beside_its_image() -> None:
     made = flow(time="adaln")
     corrupted = made.corrupt(tokens(), BLOCKS)
     embedded = made.embed(corrupted)
-    torch.testing.assert_close(embedded.values, made.patch_in(corrupted.inputs))
+    torch.testing.assert_close(embedded.values, made.coder.patch_in(corrupted.inputs))
     torch.testing.assert_close(embedded.condition, made.time_in(timestep_embedding(corrupted.time)))
     clean = made.embed(made.context(tokens())).condition  # t = 1, for every image
     torch.testing.assert_close(clean, made.time_in(timestep_embedding(torch.ones(3))))
@@ -198,7 +212,7 @@ def test_modulation_begins_as_nothing_and_learns(
             state[name] = torch.zeros_like(state[name])  # nothing is added
     off.load_state_dict(state)
     for model in (on, off):
-        torch.nn.init.ones_(model.generator.velocity_out.weight)
+        torch.nn.init.ones_(model.generator.coder.patch_out.weight)
     packed = pack([on.sequencer.document(mixed[2], (0, 0, 0))], experts, "own")
     losses, others = on(packed), off(packed)
     for name in ("text", "image"):
@@ -227,20 +241,21 @@ def test_the_loss_is_a_sum_over_tokens_of_channel_means() -> None:
     made = flow()
     corrupted = made.corrupt(tokens(), BLOCKS)
     hidden = torch.randn(27, 32, generator=torch.Generator().manual_seed(3))
-    losses = made.loss(hidden, Embeddings(hidden), corrupted)
+    losses = made.loss(hidden, made.embed(corrupted), corrupted)
     assert corrupted.targets is not None
     total = 0.0
     for state, target in zip(hidden, corrupted.targets, strict=True):
-        v = (made.velocity_out.weight @ state + made.velocity_out.bias).detach()
+        v = (made.coder.patch_out.weight @ state + made.coder.patch_out.bias).detach()
         total += sum(float(a - b) ** 2 for a, b in zip(v, target, strict=True)) / 12
     assert list(losses) == ["image"]
     assert losses["image"].count == 27
     assert float(losses["image"].sum.detach()) == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize("coder", CODERS)
 @pytest.mark.parametrize("time", TIMES)
-def test_no_images_are_an_exact_zero(time: str) -> None:
-    made, none = flow(time=time), ImageTokens(torch.empty(0, 12), ())
+def test_no_images_are_an_exact_zero(time: str, coder: str) -> None:
+    made, none = flow(time=time, coder=CODERS[coder]), ImageTokens(torch.empty(0, 12), ())
     corrupted = made.corrupt(none, [])
     embedded = made.embed(corrupted)
     loss = made.loss(embedded.values, embedded, corrupted)["image"]
@@ -252,39 +267,42 @@ def test_no_images_are_an_exact_zero(time: str) -> None:
 
 def test_a_fresh_generator_predicts_zero() -> None:
     x, t = torch.randn(3, 12), torch.tensor([[0.0], [0.5], [0.9]])
-    assert Flow(LAYOUT, 32).velocity(torch.randn(3, 32), x, t).abs().max() == 0
-    towards = Flow(LAYOUT, 32, predicts="data").velocity(torch.randn(3, 32), x, t)
-    torch.testing.assert_close(x + (1 - t) * towards, torch.zeros(3, 12))  # the data it points at
+    at = Corrupted(x, t[:, 0], (Grid(1, 1),) * 3)
+    for coder in CODERS.values():
+        made, other = (Flow(LAYOUT, 32, predicts=p, coder=coder) for p in ("velocity", "data"))
+        assert made.predict(torch.randn(3, 32), made.embed(at), at).abs().max() == 0
+        towards = other.predict(torch.randn(3, 32), other.embed(at), at)
+        torch.testing.assert_close(x + (1 - t) * towards, torch.zeros(3, 12))  # the data it points at
 
 
 def test_the_loss_is_of_velocities_whatever_is_predicted() -> None:
     """Weights of a velocity and of the data it points at are worth the same; near the data both differences shrink."""
     data, blocks = tokens(), [block(g, t, s) for g, t, s in zip(GRIDS, (0.1, 0.6, 0.98), (5, 6, 7), strict=True)]
-    made, other = flow(), flow(predicts="data")
+    made, other = flow(12), flow(12, predicts="data")
     corrupted = made.corrupt(data, blocks)
     assert corrupted.targets is not None
     time = torch.cat([t.expand(g.length) for t, g in zip(corrupted.time, GRIDS, strict=True)])[:, None]  # (T, 1)
     for net in (made, other):
-        net.velocity_out = torch.nn.Identity()  # hidden states are what the last layer gives
+        net.coder.patch_out = torch.nn.Identity()  # hidden states are what the last layer gives
     v = torch.randn_like(data.values)
     x1 = corrupted.inputs + (1 - time) * v
-    embedded = made.embed(corrupted)
     for far, chosen in ((True, time < 0.95), (False, time >= 0.95)):
         scale = torch.ones(1) if far else (1 - time[chosen[:, 0]]) / 0.05
         expected = (((v - corrupted.targets)[chosen[:, 0]] * scale) ** 2).mean(-1).sum()
         kept = [i for i, b in enumerate(blocks) if (b.time < 0.95) == far]
-        part = made.corrupt(data.select(kept), [blocks[i] for i in kept])
-        got = other.loss(x1[chosen[:, 0]], embedded, part)["image"].sum
+        part, same = (net.corrupt(data.select(kept), [blocks[i] for i in kept]) for net in (made, other))
+        embedded = made.embed(part)
+        got = other.loss(x1[chosen[:, 0]], embedded, same)["image"].sum
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
         if far:
             torch.testing.assert_close(made.loss(v[chosen[:, 0]], embedded, part)["image"].sum, expected)
 
 
 def test_velocity_is_in_full_precision() -> None:
-    x, t = torch.randn(3, 12), torch.zeros(1, 1)
+    at = Corrupted(torch.randn(3, 12), torch.zeros(1), (Grid(1, 3),))
     for predicts in ("velocity", "data"):
-        v = flow(predicts=predicts).bfloat16().velocity(torch.randn(3, 32).bfloat16(), x, t)
-        assert v.dtype == torch.float32
+        made = flow(predicts=predicts).bfloat16()
+        assert made.predict(torch.randn(3, 32).bfloat16(), made.embed(at), at).dtype == torch.float32
 
 
 def test_discrete_tokenizers_are_refused_by_name() -> None:
@@ -378,7 +396,8 @@ def test_one_euler_step_by_hand(make: Callable[..., UnifiedModel], time: str) ->
         embedded = model.generator.embed(Corrupted(noise, torch.zeros(1), (Grid(4, 4),)))
         prefix = int(time == "token")
         whole = Block(Grid(4, 4), TokenKind.LEARNED, bidirectional=True, private=True, prefix=prefix)
-        c, u = model.generator.velocity(session.peek(embedded, [whole])[:, prefix:], noise, torch.zeros(1, 1))
+        hidden = session.peek(embedded, [whole])[:, prefix:]
+        c, u = model.generator.coder.patch_out(hidden)
     torch.testing.assert_close(final.values, noise + u + 2.5 * (c - u), atol=1e-4, rtol=1e-4)
 
 

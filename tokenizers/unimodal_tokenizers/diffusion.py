@@ -1,12 +1,16 @@
-"""The mathematics that flow and diffusion share: time, its shift, and the straight path between noise and data.
+"""The mathematics that flow and diffusion share: time, its shift, the straight path between noise and data, and DDPM's.
 
-t = 0 is noise, t = 1 is data. Transfusion (arXiv 2408.11039) and Stable Diffusion 3 (arXiv 2403.03206) count the other
-way; importers convert at the edge.
+t = 0 is noise, t = 1 is data. Transfusion (arXiv 2408.11039), Stable Diffusion 3 (arXiv 2403.03206) and DDPM (arXiv
+2006.11239) count the other way; importers convert at the edge.
+
+Letters: T tokens, D channels; n DDPM's steps, 0 data to N noise; a, b the shares of data and of noise, a^2 + b^2 = 1.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -28,8 +32,57 @@ def unshift_time(t: float, shift: float) -> float:
     return shift_time(t, 1.0 / shift)
 
 
+@dataclass(frozen=True)
+class RootShift:
+    """A shift by an image's tokens n: s = sqrt(n / tokens), so that as much of a larger image is hidden (SD3, eq. 23).
+
+    Args:
+        tokens: of the images that are not shifted.
+    """
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"shift.tokens: expected at least 1, got {self.tokens}")
+
+    def __call__(self, tokens: int) -> float:
+        """s of images of that many tokens."""
+        return math.sqrt(tokens / self.tokens)
+
+
+@dataclass(frozen=True)
+class LogShift:
+    """A shift by an image's tokens n: log s is on a line through two points (FLUX.1, whose numbers are the defaults).
+
+    Args:
+        small: n and log s of small images.
+        large: of large ones.
+    """
+
+    small: tuple[int, float] = (256, 0.5)
+    large: tuple[int, float] = (4096, 1.15)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.small[0] < self.large[0]:
+            raise ValueError(f"shift: expected 0 < small < large tokens, got {self.small[0]} and {self.large[0]}")
+
+    def __call__(self, tokens: int) -> float:
+        """s of images of that many tokens."""
+        (n0, y0), (n1, y1) = self.small, self.large
+        return math.exp(y0 + (y1 - y0) * (tokens - n0) / (n1 - n0))
+
+
+Shift = float | RootShift | LogShift
+
+
+def shift_of(shift: Shift, tokens: int) -> float:
+    """s for images of that many tokens."""
+    return shift(tokens) if callable(shift) else shift
+
+
 def interpolate(
-    noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], t: Float[Tensor, "T 1"]
+    noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
 ) -> Float[Tensor, "T D"]:
     """x_t = (1 - t) noise + t data (Flow Matching, arXiv 2210.02747, eq. 22 with sigma_min = 0)."""
     return (1 - t) * noise + t * data
@@ -40,7 +93,9 @@ def velocity(noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"]) -> Float[T
     return data - noise
 
 
-def velocity_to_data(x: Float[Tensor, "T D"], v: Float[Tensor, "T D"], t: Float[Tensor, "T 1"]) -> Float[Tensor, "T D"]:
+def velocity_to_data(
+    x: Float[Tensor, "T D"], v: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
+) -> Float[Tensor, "T D"]:
     """The data a point and its velocity point at: x + (1 - t) v."""
     return x + (1 - t) * v
 
@@ -82,3 +137,54 @@ def heun(v: Velocity, x: Tensor, times: Sequence[float]) -> Iterator[Tensor]:
 
 
 SOLVERS = {"euler": euler, "heun": heun}
+
+
+NoiseSchedule = Literal["linear", "scaled_linear", "cosine"]
+
+
+def alpha_bars(schedule: NoiseSchedule, steps: int = 1000) -> Float[np.ndarray, "{steps}+1"]:
+    """abar_n = prod (1 - beta_i), i = 1 .. n; abar_0 = 1 is the data, and the last is nearly noise.
+
+    "linear": beta from 1e-4 to 0.02 (DDPM, section 4). "scaled_linear": squares of what is linear from sqrt(0.00085) to
+    sqrt(0.012) (latent diffusion, arXiv 2112.10752). "cosine": abar_n = f(n) / f(0), f = cos^2, each beta at most 0.999
+    (arXiv 2102.09672, eq. 17). The first two are of 1000 steps.
+    """
+    if schedule == "linear":
+        betas = np.linspace(1e-4, 0.02, steps)
+    elif schedule == "scaled_linear":
+        betas = np.linspace(0.00085**0.5, 0.012**0.5, steps) ** 2
+    elif schedule == "cosine":
+        f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    else:
+        raise ValueError(f"schedule: expected linear, scaled_linear or cosine, got {schedule}")
+    return np.concatenate([[1.0], np.cumprod(1 - betas)])
+
+
+def diffuse(
+    noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], a: Float[Tensor, "#T 1"], b: Float[Tensor, "#T 1"]
+) -> Float[Tensor, "T D"]:
+    """x_n = a data + b noise, a = sqrt(abar_n), b = sqrt(1 - abar_n) (DDPM, eq. 4)."""
+    return a * data + b * noise
+
+
+def angular_velocity(
+    noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], a: Float[Tensor, "#T 1"], b: Float[Tensor, "#T 1"]
+) -> Float[Tensor, "T D"]:
+    """v = dx/dphi = a noise - b data, where a = cos phi and b = sin phi (arXiv 2202.00512, appendix D)."""
+    return a * noise - b * data
+
+
+def from_noise(x: Tensor, noise: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Data and noise of x_n and its noise: data = (x - b noise) / a."""
+    return (x - b * noise) / a, noise
+
+
+def from_angular_velocity(x: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Data and noise of x_n and its v: data = a x - b v, noise = b x + a v (arXiv 2202.00512, appendix D)."""
+    return a * x - b * v, b * x + a * v
+
+
+def from_data(x: Tensor, data: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Data and noise of x_n and its data: noise = (x - a data) / b."""
+    return data, (x - a * data) / b

@@ -45,7 +45,7 @@ class Options:
         guidance: of images; 1 is conditional.
         image_guidance: the same of the prompt's images.
         steps: network evaluations an image.
-        solver: euler or heun.
+        solver: as its generator has it: euler, heun, ddim, or a scheduler of diffusers by class name.
         shift: of the sampler's times.
         temperature: of image tokens.
         top_k: of image tokens.
