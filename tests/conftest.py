@@ -14,7 +14,7 @@ from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.text import TextTokenizer
-from unimodal_generators import Autoregressive, Flow
+from unimodal_generators import Autoregressive, Flow, Masked, ParallelNext
 from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
 
@@ -57,7 +57,15 @@ def build(
     tokenizer = PatchTokenizer(2) if generator == "flow" else GrayLevels()
     codes = functools.partial(Autoregressive, inputs="codes", token_noise=0.2)
     flow = functools.partial(Flow, time=time)
-    made = {"flow": flow, "autoregressive": Autoregressive, "codes": codes}[generator]
+    bound = functools.partial(Masked, inputs="codes", schedule="linear", weighting="bound")
+    discrete = {
+        "autoregressive": Autoregressive,
+        "codes": codes,
+        "masked": Masked,
+        "bound": bound,
+        "parallel": ParallelNext,
+    }
+    made = {"flow": flow, **discrete}[generator]
     model = UnifiedModel(tokenizer, made, config, SequenceRules(**settings))
     model.text = TextTokenizer.train(CORPUS, 300)
     with torch.no_grad():
@@ -104,7 +112,7 @@ def make() -> Callable[..., UnifiedModel]:
     return build
 
 
-@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes"])
+@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes", "masked", "parallel"])
 def model(request: pytest.FixtureRequest) -> UnifiedModel:
     """One model a generator."""
     return build(request.param)

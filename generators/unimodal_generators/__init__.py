@@ -3,6 +3,7 @@
 from unimodal_generators.autoregressive import Autoregressive, AutoregressiveSettings
 from unimodal_generators.base import Block, ImageGenerator, SamplingSettings, TokenKind
 from unimodal_generators.flow import Flow, FlowSettings
+from unimodal_generators.masked import Masked, MaskedSettings, ParallelNext
 
 __all__ = [
     "Autoregressive",
@@ -11,6 +12,9 @@ __all__ = [
     "Flow",
     "FlowSettings",
     "ImageGenerator",
+    "Masked",
+    "MaskedSettings",
+    "ParallelNext",
     "SamplingSettings",
     "TokenKind",
 ]

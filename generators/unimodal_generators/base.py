@@ -1,7 +1,7 @@
 """The interface every image generator keeps: how image tokens are learned, and how they are sampled.
 
-Letters: N images, T tokens of all of them end to end, D channels of a token, C width of the backbone,
-R documents of a session, G guidance branches.
+Letters: N images, T tokens of all of them end to end, M of those with a target, D channels of a token, C width of the
+backbone, R documents of a session, G guidance branches.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
@@ -64,7 +64,8 @@ class Corrupted:
     inputs: Shaped[Tensor, "T *channels"]
     time: Float[Tensor, " N"]
     grids: tuple[Grid, ...]
-    targets: Shaped[Tensor, "T *channels"] | None = None
+    targets: Shaped[Tensor, "M *channels"] | None = None
+    where: Int[Tensor, " M"] | None = None  # which tokens the targets are of; None: all, in order
 
 
 @dataclass(frozen=True)
@@ -313,6 +314,12 @@ class ImageGenerator(nn.Module, ABC):
         """
 
 
+def per_token(values: Shaped[Tensor, "N *rest"], grids: Sequence[Grid]) -> Shaped[Tensor, "T *rest"]:
+    """What each image has, for each of its tokens."""
+    lengths = torch.tensor([g.length for g in grids], device=values.device, dtype=torch.long)
+    return values.repeat_interleave(lengths, 0, output_size=sum(g.length for g in grids))  # no waiting for a GPU
+
+
 def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[Tensor, "*rest"]:
     """Classifier-free guidance (arXiv 2207.12598), nested over any number of conditions as BAGEL does for two.
 
@@ -327,4 +334,5 @@ def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[T
 __all__ = [
     "Block", "Branch", "Corrupted", "DecodingSession", "DenoisingSettings", "Embeddings", "Grid", "ImageGenerator",
     "ImageTokens", "Known", "LossBreakdown", "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout", "guide",
+    "per_token",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unimodal_generators.base import (
@@ -28,6 +28,7 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
+    per_token,
 )
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
@@ -108,7 +109,7 @@ class Flow(ImageGenerator):
             [data.new_empty(0, data.shape[1])] + [self._noise(b.grid, b.seed, data) for b in blocks]
         )  # (T, D)
         time = data.new_tensor([b.time for b in blocks])  # (N,)
-        x = diffusion.interpolate(noise, data, self._per_token(time, tokens.grids)[:, None])
+        x = diffusion.interpolate(noise, data, per_token(time, tokens.grids)[:, None])
         return Corrupted(x, time, tokens.grids, diffusion.velocity(noise, data))
 
     def context(self, tokens: ImageTokens) -> Corrupted:
@@ -122,7 +123,7 @@ class Flow(ImageGenerator):
         if self.time == "adaln":
             return Embeddings(patches, time)
         if self.time == "add":
-            return Embeddings(patches + self._per_token(time, corrupted.grids))
+            return Embeddings(patches + per_token(time, corrupted.grids))
         lengths = [g.length for g in corrupted.grids]
         pairs = zip(time.split(1), patches.split(lengths))
         return Embeddings(torch.cat([time[:0], patches[:0], *(x for pair in pairs for x in pair)]))
@@ -138,7 +139,7 @@ class Flow(ImageGenerator):
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
         """Squared error of v, a mean over a token's channels and a sum over tokens."""
         assert corrupted.targets is not None
-        t = self._per_token(corrupted.time, corrupted.grids)[:, None]  # (T, 1)
+        t = per_token(corrupted.time, corrupted.grids)[:, None]  # (T, 1)
         v = corrupted.targets
         if self.predicts == "data":  # near the data both are divided alike, or the difference would be a bias
             v = v * (1 - t) / (1 - t).clamp_min(NEAREST)
@@ -192,13 +193,8 @@ class Flow(ImageGenerator):
 
     def _own(self, grids: Sequence[Grid]) -> Int[Tensor, " T"]:
         """Which tokens of blocks end to end are their images' own."""
-        images = self._per_token(torch.arange(1, len(grids) + 1), grids)  # (T,): of each token, counted from 1
+        images = per_token(torch.arange(1, len(grids) + 1), grids)  # (T,): of each token, counted from 1
         return torch.arange(len(images)) + self.prefix * images
-
-    @staticmethod
-    def _per_token(values: Shaped[Tensor, "N *rest"], grids: Sequence[Grid]) -> Shaped[Tensor, "T *rest"]:
-        lengths = torch.tensor([g.length for g in grids], device=values.device, dtype=torch.long)
-        return values.repeat_interleave(lengths, 0, output_size=sum(g.length for g in grids))  # no waiting for a GPU
 
 
 def timestep_embedding(t: Float[Tensor, " N"], dim: int = 256) -> Float[Tensor, "N {dim}"]:
