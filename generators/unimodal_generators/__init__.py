@@ -4,6 +4,7 @@ from unimodal_generators.autoregressive import Autoregressive, AutoregressiveSet
 from unimodal_generators.base import Block, ImageGenerator, SamplingSettings, TokenKind
 from unimodal_generators.diffusion import Diffusion, DiffusionSettings
 from unimodal_generators.flow import Flow, FlowSettings
+from unimodal_generators.masked import Masked, MaskedSettings, ParallelNext
 from unimodal_generators.patch_coders import ConvNeXtCoder, LinearCoder, UNetCoder
 
 __all__ = [
@@ -17,6 +18,9 @@ __all__ = [
     "FlowSettings",
     "ImageGenerator",
     "LinearCoder",
+    "Masked",
+    "MaskedSettings",
+    "ParallelNext",
     "SamplingSettings",
     "TokenKind",
     "UNetCoder",

@@ -1,6 +1,7 @@
 """Next-token prediction of discrete image tokens: Janus (arXiv 2410.13848), LlamaGen (2406.06525), Chameleon (2405.09818).
 
-Letters: R documents of a session, T tokens of all images, V entries of the codebook, C width, G guidance branches.
+Letters: R documents of a session, T tokens of all images, n of one of them, V entries of the codebook, C width,
+G guidance branches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,13 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from unimodal_generators.base import (
     Block,
     Corrupted,
     DecodingSession,
     Embeddings,
-    ImageGenerator,
     Known,
     LossBreakdown,
     LossTerm,
@@ -25,7 +25,7 @@ from unimodal_generators.base import (
     TokenKind,
 )
 from unimodal_generators.choice import choose
-from unimodal_generators.cross_entropy import linear_cross_entropy
+from unimodal_generators.discrete import Discrete
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 
@@ -38,7 +38,7 @@ class AutoregressiveSettings(SamplingSettings):
     top_p: float = 1.0  # 1: all
 
 
-class Autoregressive(ImageGenerator):
+class Autoregressive(Discrete):
     """Learns the next id of one codebook, with an input and a head of its own beside the text's (Janus, section 3.2).
 
     Args:
@@ -51,7 +51,6 @@ class Autoregressive(ImageGenerator):
     """
 
     reads: ClassVar = "previous"
-    accepts: ClassVar = ("discrete",)
     repeats: ClassVar = False
     inpaints: ClassVar = True
 
@@ -63,18 +62,10 @@ class Autoregressive(ImageGenerator):
         token_noise: float = 0.0,
         sampling: AutoregressiveSettings = AutoregressiveSettings(),
     ) -> None:
-        super().__init__()
-        self.check(layout)
-        if len(layout.codebooks) != 1:
-            raise ValueError(f"tokenizer: Autoregressive learns one codebook, got {len(layout.codebooks)}")
+        super().__init__(layout, width, inputs)
         if not 0 <= token_noise < 1:
             raise ValueError(f"token_noise: expected a share from 0 to below 1, got {token_noise}")
-        self.layout, self.token_noise, self.sampling = layout, token_noise, sampling
-        (entries,) = layout.codebooks
-        self.embedding = nn.Embedding(entries, width) if inputs == "ids" else _code_mlp(layout.dim, width)
-        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, entries))
-        if isinstance(self.embedding, nn.Embedding):
-            nn.init.normal_(self.embedding.weight, std=0.02)
+        self.token_noise, self.sampling = token_noise, sampling
 
     def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
         """One causal block, its own context."""
@@ -96,7 +87,7 @@ class Autoregressive(ImageGenerator):
             return ids
         rng = torch.Generator().manual_seed(block.seed)
         replaced = torch.rand(len(ids), generator=rng) < self.token_noise
-        random = torch.randint(self.layout.codebooks[0], (len(ids),), generator=rng)
+        random = torch.randint(self.entries, (len(ids),), generator=rng)
         return torch.where(replaced.to(ids.device), random.to(ids.device), ids)
 
     def context(self, tokens: ImageTokens) -> Corrupted:
@@ -105,25 +96,12 @@ class Autoregressive(ImageGenerator):
 
     def embed(self, corrupted: Corrupted) -> Embeddings:
         """A vector an id."""
-        ids = corrupted.inputs
-        if isinstance(self.embedding, nn.Embedding):
-            return Embeddings(self.embedding(ids))
-        return Embeddings(self.embedding(self.lookup(ids).to(next(self.parameters()).dtype)))
-
-    def logits(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest V"]:
-        """Scores over the codebook, in fp32 or better."""
-        logits = self.head(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return Embeddings(self.vectors(corrupted.inputs))
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
         """Cross-entropy of each id given everything before it."""
         assert corrupted.targets is not None
-        *inner, last = self.head
-        assert isinstance(last, nn.Linear)
-        for module in inner:
-            hidden = module(hidden)
-        total = linear_cross_entropy(hidden, [last.weight], corrupted.targets, last.bias)
-        return {"image": LossTerm(total, len(corrupted.targets))}
+        return {"image": LossTerm(self.cross_entropy(hidden, corrupted.targets), len(corrupted.targets))}
 
     def sample(
         self,
@@ -154,11 +132,3 @@ class Autoregressive(ImageGenerator):
             one = Corrupted(ids[-1], torch.ones(len(grids), device=hidden.device), (Grid(1, 1),) * len(grids))
             hidden = session.append(self.embed(one), [block.piece(i, 1)] * len(grids))
         yield ImageTokens(torch.stack(ids, dim=1).flatten(), tuple(grids))  # (R, n) -> (T,)
-
-
-def _code_mlp(dim: int, width: int) -> nn.Sequential:
-    """Codes of length 1 to vectors of entries about 1, which added position embeddings do not drown."""
-    first, second = nn.Linear(dim, width), nn.Linear(width, width)
-    nn.init.normal_(first.weight, std=1.0)
-    nn.init.normal_(second.weight, std=2.0 * width**-0.5)
-    return nn.Sequential(first, nn.GELU(), second)

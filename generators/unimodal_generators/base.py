@@ -1,7 +1,7 @@
 """The interface every image generator keeps: how image tokens are learned, and how they are sampled.
 
-Letters: N images, T tokens of all of them end to end, D channels of a token, C width of the backbone,
-S tokens without prefixes, K channels that skip the backbone, R documents of a session, G guidance branches.
+Letters: N images, T tokens of all of them end to end, M of those with a target, D channels of a token, C width of the
+backbone, S tokens without prefixes, K channels that skip the backbone, R documents of a session, G guidance branches.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_t
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
@@ -64,7 +64,8 @@ class Corrupted:
     inputs: Shaped[Tensor, "T *channels"]
     time: Float[Tensor, " N"]
     grids: tuple[Grid, ...]
-    targets: Shaped[Tensor, "T *channels"] | None = None
+    targets: Shaped[Tensor, "M *channels"] | None = None
+    where: Int[Tensor, " M"] | None = None  # which tokens the targets are of; None: all, in order
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,13 @@ def choose(
     if temperature == 0:
         return logits.argmax(-1)
     logits = restrict(logits.double() / temperature, top_k, top_p)
-    # Gumbel-max with noise drawn on the host: the same ids on every device.
-    uniform = torch.stack([torch.rand(logits.shape[1], generator=rng, dtype=torch.float64) for rng in rngs])
-    gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
-    return (logits + gumbel.to(logits.device)).argmax(-1)
+    return (logits + gumbel(rngs, logits.shape[1]).to(logits.device)).argmax(-1)  # Gumbel-max
+
+
+def gumbel(rngs: Sequence[torch.Generator], count: int) -> Float[Tensor, "R {count}"]:
+    """Standard Gumbel noise in float64, a row a generator; drawn on the host: the same ids on every device."""
+    uniform = torch.stack([torch.rand(count, generator=rng, dtype=torch.float64) for rng in rngs])
+    return -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
 
 
 def restrict(logits: Float[Tensor, "R V"], top_k: int, top_p: float) -> Float[Tensor, "R V"]:

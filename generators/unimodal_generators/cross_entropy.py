@@ -18,8 +18,9 @@ def linear_cross_entropy(
     tables: Sequence[Float[Tensor, "_ C"]],
     targets: Int[Tensor, " M"],
     bias: Float[Tensor, " V"] | None = None,
+    weights: Float[Tensor, " M"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum of -log softmax(hidden W^T + bias) at the targets, in fp32 or better.
+    """Sum of -log softmax(hidden W^T + bias) at the targets, each times its weight (a constant), in fp32 or better.
 
     W is given as one or several tables of rows, in the order of ids. Gradients are computed with the loss, chunk by chunk
     (as Liger Kernel does, arXiv 2410.10989), so memory is that of the gradients and one chunk, not of M x V logits.
@@ -30,15 +31,21 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # parameters would ask for gradients here too
         hidden, bias, tables = hidden.detach(), None if bias is None else bias.detach(), [t.detach() for t in tables]
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Chunked.apply(hidden, targets, bias, dtype, *tables)
+        return _Chunked.apply(hidden, targets, bias, weights, dtype, *tables)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, bias: Tensor | None, dtype: torch.dtype, *tables: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        share: Tensor | None,
+        dtype: torch.dtype,
+        *tables: Tensor,
     ) -> Tensor:
-        wanted = [needed for i, needed in enumerate(ctx.needs_input_grad) if i != 1 and i != 3]
+        wanted = [needed for i, needed in enumerate(ctx.needs_input_grad) if i not in (1, 3, 4)]
         exact = torch.promote_types(dtype, torch.float32)
         weights = [table.to(dtype) for table in tables]
         sizes = [len(w) for w in weights]
@@ -56,11 +63,14 @@ class _Chunked(torch.autograd.Function):
             s = torch.cat([(h @ w.T).to(exact) for w in weights], dim=1)  # (m, V)
             if bias is not None:
                 s += bias
-            total += (s.logsumexp(1) - s.gather(1, at[:, None])[:, 0]).sum()
+            loss = s.logsumexp(1) - s.gather(1, at[:, None])[:, 0]  # (m,)
+            total += (loss if share is None else loss * share[first : first + step]).sum()
             if not any(wanted):
                 continue
             s = s.softmax(1)
             s[torch.arange(len(at), device=s.device), at] -= 1.0  # d loss / d logits
+            if share is not None:
+                s *= share[first : first + step, None]
             if d_bias is not None:
                 d_bias += s.sum(0)
             parts = [part.to(dtype) for part in s.split(sizes, dim=1)]
@@ -79,4 +89,4 @@ class _Chunked(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         # Not in place: a retained graph may ask again.
         d_hidden, d_bias, *d_tables = (next(saved) * grad if kind else None for kind in ctx.kinds)
-        return d_hidden, None, d_bias, None, *d_tables
+        return d_hidden, None, d_bias, None, None, *d_tables

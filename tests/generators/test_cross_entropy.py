@@ -41,6 +41,20 @@ def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     return request.param
 
 
+def test_weights_are_of_rows(budget: int) -> None:
+    """Each row's loss, and all that it asks for, times its weight; weights themselves are constants."""
+    hidden, tables, targets, b = inputs()
+    weights = torch.rand(M, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights[3] = 0.0
+    ours = linear_cross_entropy(hidden, tables, targets, b, weights)
+    rows = F.cross_entropy(F.linear(hidden, torch.cat(tables), b), targets, reduction="none")
+    expected = sum((w * row for w, row in zip(weights, rows, strict=True)), torch.zeros(()))
+    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-10)
+    pairs = zip(gradients(ours, hidden, *tables, b), gradients(expected, hidden, *tables, b), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [(46,), (30, 16), (30, 5, 11)], ids=str)
 def test_it_is_the_plain_one(budget: int, sizes: tuple, bias: bool) -> None:

@@ -1,0 +1,67 @@
+"""Every generator as the tests build it, over tokenizers without weights: add one here and all suites ask it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from unimodal_generators import (
+    Autoregressive,
+    ConvNeXtCoder,
+    Diffusion,
+    DiffusionSettings,
+    Flow,
+    Masked,
+    ParallelNext,
+    UNetCoder,
+)
+from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
+from unimodal_tokenizers.patch import PatchTokenizer
+
+
+class GrayLevels(ImageTokenizer):
+    """A discrete tokenizer without weights: the gray level of each 2 x 2 square, in 16 steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layout = TokenLayout("discrete", dim=1, stride=2, codebooks=(16,))
+
+    def encode_batch(self, images: torch.Tensor, rng: torch.Generator | None = None) -> torch.Tensor:
+        gray = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 2)
+        return ((gray + 1) * 7.5).round().long().flatten(1)
+
+    def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
+        gray = (tokens.float() / 7.5 - 1).unflatten(1, (1, *grid))
+        return gray.repeat(1, 3, 1, 1).repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.float()[:, None] / 7.5 - 1
+
+
+class Case(NamedTuple):
+    """A generator and a tokenizer that it takes.
+
+    `whole`: whether all suites ask it; others differ from one of those by a component that has tests of its own.
+    """
+
+    generator: Callable[..., Any]
+    tokenizer: Callable[[], ImageTokenizer]
+    whole: bool = True
+
+
+squares = functools.partial(PatchTokenizer, 2)
+made = functools.partial
+CASES = {
+    "flow": Case(Flow, squares),
+    "unet": Case(made(Flow, coder=made(UNetCoder, patch=2, channels=8)), squares),
+    "convnext": Case(made(Flow, coder=made(ConvNeXtCoder, channels=8)), squares, whole=False),
+    "diffusion": Case(made(Diffusion, sampling=DiffusionSettings(steps=8, eta=1.0)), squares),
+    "autoregressive": Case(Autoregressive, GrayLevels),
+    "codes": Case(made(Autoregressive, inputs="codes", token_noise=0.2), GrayLevels),
+    "masked": Case(Masked, GrayLevels),
+    "bound": Case(made(Masked, inputs="codes", schedule="linear", weighting="bound"), GrayLevels, whole=False),
+    "parallel": Case(ParallelNext, GrayLevels),
+}
+WHOLE = [name for name, case in CASES.items() if case.whole]
+TIMED = ("flow", "unet", "convnext", "diffusion")  # told their time in one of several ways
