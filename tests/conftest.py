@@ -14,7 +14,7 @@ from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.text import TextTokenizer
-from unimodal_generators import Autoregressive, Flow
+from unimodal_generators import Autoregressive, Flow, Regression, TokenDiffusion, TokenDiffusionSettings
 from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
 
@@ -42,6 +42,22 @@ class GrayLevels(ImageTokenizer):
 
 CORPUS = ["a handwritten seven", "a handwritten three", "three plus seven equals ten", "grün, 数字 and \U0001f600"]
 FULL = Experts(attention=True, mlp=True, norms=True)
+SMALL = {"head_width": 16, "head_depth": 1, "multiply": 2}
+GENERATORS: dict[str, Callable[..., Any]] = {
+    "flow": Flow,
+    "autoregressive": Autoregressive,
+    "codes": functools.partial(Autoregressive, inputs="codes", token_noise=0.2),
+    "token_raster": functools.partial(
+        TokenDiffusion, order="raster", input_noise=0.1, sampling=TokenDiffusionSettings(head_steps=4), **SMALL
+    ),
+    "token_random": functools.partial(
+        TokenDiffusion, mask_min=0.3, sampling=TokenDiffusionSettings(steps=3, head_steps=4), **SMALL
+    ),
+    "regression": Regression,
+    "cosine": functools.partial(Regression, loss="cosine"),
+    "prefilled": functools.partial(Regression, order="parallel"),
+    "prefilled_private": functools.partial(Regression, order="parallel", private=True),
+}
 
 
 def build(
@@ -54,10 +70,10 @@ def build(
     shape |= {"positions": "block" if generator == "flow" else "sequential", "adaln": time == "adaln"}
     config = BackboneConfig(experts=experts, **shape | (backbone or {}))
     settings = {"image_sizes": [(8, 8), (4, 8)], "context_length": 192, "drop_text": 0.1, **rules}
-    tokenizer = PatchTokenizer(2) if generator == "flow" else GrayLevels()
-    codes = functools.partial(Autoregressive, inputs="codes", token_noise=0.2)
-    flow = functools.partial(Flow, time=time)
-    made = {"flow": flow, "autoregressive": Autoregressive, "codes": codes}[generator]
+    tokenizer = GrayLevels() if generator in ("autoregressive", "codes") else PatchTokenizer(2)
+    made = GENERATORS[generator]
+    if generator == "flow":
+        made = functools.partial(made, time=time)
     model = UnifiedModel(tokenizer, made, config, SequenceRules(**settings))
     model.text = TextTokenizer.train(CORPUS, 300)
     with torch.no_grad():
@@ -104,7 +120,7 @@ def make() -> Callable[..., UnifiedModel]:
     return build
 
 
-@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes"])
+@pytest.fixture(scope="session", params=[name for name in GENERATORS if name != "cosine"])
 def model(request: pytest.FixtureRequest) -> UnifiedModel:
     """One model a generator."""
     return build(request.param)

@@ -3,6 +3,8 @@
 from unimodal_generators.autoregressive import Autoregressive, AutoregressiveSettings
 from unimodal_generators.base import Block, ImageGenerator, SamplingSettings, TokenKind
 from unimodal_generators.flow import Flow, FlowSettings
+from unimodal_generators.regression import Regression, RegressionSettings
+from unimodal_generators.token_diffusion import TokenDiffusion, TokenDiffusionSettings
 
 __all__ = [
     "Autoregressive",
@@ -11,6 +13,10 @@ __all__ = [
     "Flow",
     "FlowSettings",
     "ImageGenerator",
+    "Regression",
+    "RegressionSettings",
     "SamplingSettings",
+    "TokenDiffusion",
+    "TokenDiffusionSettings",
     "TokenKind",
 ]

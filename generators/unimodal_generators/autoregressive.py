@@ -50,10 +50,10 @@ class Autoregressive(ImageGenerator):
         sampling: defaults of the sampler.
     """
 
-    reads: ClassVar = "previous"
+    reads = "previous"
     accepts: ClassVar = ("discrete",)
-    repeats: ClassVar = False
-    inpaints: ClassVar = True
+    repeats = False
+    inpaints = True
 
     def __init__(
         self,

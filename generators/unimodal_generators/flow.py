@@ -61,10 +61,10 @@ class Flow(ImageGenerator):
         sampling: defaults of the sampler.
     """
 
-    reads: ClassVar = "own"
+    reads = "own"
     accepts: ClassVar = ("continuous",)
-    repeats: ClassVar = True
-    inpaints: ClassVar = True
+    repeats = True
+    inpaints = True
 
     def __init__(
         self,
