@@ -124,8 +124,6 @@ class TokenDiffusion(ImageGenerator):
     ) -> None:
         super().__init__()
         self.check(layout)
-        if order not in ("raster", "random"):
-            raise ValueError(f"order: expected raster or random, got {order}")
         if multiply < 1:
             raise ValueError(f"multiply: expected at least 1 noise draw a token, got {multiply}")
         if not (0 < mask_min <= 1 and mask_std > 0):
@@ -394,8 +392,8 @@ class FlowHead(nn.Module):
     ) -> Float[Tensor, "*rest D"]:
         """Velocities, in fp32 or better."""
         weight = self.x_in.weight
-        time = self.time_in(timestep_embedding(t.flatten()).to(weight.dtype)).unflatten(0, t.shape or (1,))
-        c = F.silu(self.z_in(z.to(weight.dtype)) + time)  # (*rest, W)
+        time = self.time_in(timestep_embedding(t.flatten()).to(weight.dtype))
+        c = F.silu(self.z_in(z.to(weight.dtype)) + time.view(*t.shape, time.shape[-1]))  # (*rest, W)
         h = self.x_in(x.to(weight.dtype))  # (*rest, W)
         for block in self.blocks:
             h = block(h, c)
