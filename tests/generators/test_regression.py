@@ -39,11 +39,13 @@ def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> 
 
 
 def sampled(
-    session: Session, model: UnifiedModel, grids: Sequence[Grid], settings: Any = RegressionSettings(),
+    session: Session, model: UnifiedModel, grids: Sequence[Grid], settings: Any = None,
     known: Known | None = None,
 ) -> ImageTokens:  # fmt: skip
     with torch.no_grad():
-        (out,) = model.generator.sample(session, grids, settings, [torch.Generator()] * len(grids), known)
+        (out,) = model.generator.sample(
+            session, grids, settings or RegressionSettings(), [torch.Generator()] * len(grids), known
+        )
     return out
 
 
@@ -110,7 +112,6 @@ def test_no_images_are_an_exact_zero(make: Callable[..., UnifiedModel], name: st
 def test_one_by_one_is_a_training_pass_over_its_own_tokens(make: Callable[..., UnifiedModel], name: str) -> None:
     """Put what was sampled into a training pass: it is predicted to the last digits, so its loss is zero."""
     model = make(name).double()
-    generator = model.generator
     out = sampled(begun(model, ["seven"]), model, [Grid(4, 4)])
     assert _loss_of(model, "seven", out) < 1e-9
 

@@ -1,5 +1,6 @@
 """Token diffusion: what is masked and learned, the head against slow ways and closed forms, both samplers."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -306,7 +307,7 @@ def test_steps_are_evaluations_of_the_backbone(make: Callable[..., UnifiedModel]
     previews = sampled(session, model, [Grid(4, 4)], TokenDiffusionSettings(steps=steps, head_steps=1), [0])
     assert (session.peeks, session.appends) == (steps or 16, 0)
     assert len(previews) == (steps or 16)
-    changed = [int((a.values != b.values).any(1).sum()) for a, b in zip(previews, previews[1:])]
+    changed = [int((a.values != b.values).any(1).sum()) for a, b in itertools.pairwise(previews)]
     assert changed == cosine_counts(16, 16, steps)[1:]
     raster = make("token_raster")
     session = Counted(begun(raster, ["seven"]))
@@ -325,7 +326,10 @@ def test_random_order_by_hand(make: Callable[..., UnifiedModel]) -> None:
     rng = torch.Generator().manual_seed(11)
     order = torch.randperm(16, generator=rng).tolist()
     noise = torch.randn(16, 12, generator=rng, dtype=torch.float64)
-    x, block = torch.zeros(16, 12, dtype=torch.float64), Block(grid, TokenKind.LEARNED, bidirectional=True, private=True)
+    x, block = (
+        torch.zeros(16, 12, dtype=torch.float64),
+        Block(grid, TokenKind.LEARNED, bidirectional=True, private=True),
+    )
     with torch.no_grad():
         for k, count in enumerate(cosine_counts(16, 16, 3)):
             left = [i for i in range(16) if i in order]

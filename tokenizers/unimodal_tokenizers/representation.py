@@ -39,7 +39,7 @@ class Representation(ImageTokenizer):
     ) -> None:
         """Args:
 
-        encoder: name of a vision transformer in timm; nothing is downloaded.
+        encoder: name of a vision transformer in timm, without a tag of weights: nothing is downloaded.
         options: of it, as `timm.create_model` takes them: patch_size, embed_dim, depth ...
         dim: channels D of a token, a linear projection of the features that is learned with the decoder; None: all E.
         decoder_width: of the pixel decoder, a transformer over the token grid; a multiple of 4.
@@ -49,18 +49,15 @@ class Representation(ImageTokenizer):
         super().__init__()
         # Here, not above: timm takes seconds to import, and whoever trains on pixels never needs it.
         import timm
-        from timm.models.vision_transformer import Block, VisionTransformer
+        from timm.models.vision_transformer import Block
 
-        if not timm.is_model(encoder):
-            raise ValueError(f"encoder: expected the name of a model in timm, got {encoder}")
+        if encoder not in timm.list_models(module="vision_transformer"):
+            raise ValueError(f"encoder: expected a vision transformer's name in timm, without a tag, got {encoder}")
         if decoder_width % 4 or decoder_width % decoder_heads:
             raise ValueError(f"decoder_width: expected a multiple of 4 and of decoder_heads, got {decoder_width}")
         self.name = encoder
-        self.encoder = timm.create_model(
-            encoder, pretrained=False, num_classes=0, dynamic_img_size=True, **(options or {})
-        )
-        if not isinstance(self.encoder, VisionTransformer):
-            raise ValueError(f"encoder: expected a vision transformer, got {encoder}, a {type(self.encoder).__name__}")
+        options = {"dynamic_img_size": True, **(options or {})}
+        self.encoder = timm.create_model(encoder, pretrained=False, num_classes=0, **options)
         self.encoder.requires_grad_(False).eval()
         width: int = self.encoder.embed_dim
         (p, q) = self.encoder.patch_embed.patch_size
