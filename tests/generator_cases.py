@@ -14,6 +14,9 @@ from unimodal_generators import (
     Flow,
     Masked,
     ParallelNext,
+    Regression,
+    TokenDiffusion,
+    TokenDiffusionSettings,
     UNetCoder,
 )
 from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
@@ -52,6 +55,7 @@ class Case(NamedTuple):
 
 squares = functools.partial(PatchTokenizer, 2)
 made = functools.partial
+small = {"head_width": 16, "head_depth": 1, "multiply": 2}
 CASES = {
     "flow": Case(Flow, squares),
     "unet": Case(made(Flow, coder=made(UNetCoder, patch=2, channels=8)), squares),
@@ -62,6 +66,17 @@ CASES = {
     "masked": Case(Masked, GrayLevels),
     "bound": Case(made(Masked, inputs="codes", schedule="linear", weighting="bound"), GrayLevels, whole=False),
     "parallel": Case(ParallelNext, GrayLevels),
+    "token_raster": Case(
+        made(TokenDiffusion, order="raster", input_noise=0.1, sampling=TokenDiffusionSettings(head_steps=4), **small),
+        squares,
+    ),
+    "token_random": Case(
+        made(TokenDiffusion, mask_min=0.3, sampling=TokenDiffusionSettings(steps=3, head_steps=4), **small), squares
+    ),
+    "regression": Case(Regression, squares),
+    "cosine": Case(made(Regression, loss="cosine"), squares, whole=False),
+    "prefilled": Case(made(Regression, order="parallel"), squares),
+    "prefilled_private": Case(made(Regression, order="parallel", private=True), squares),
 }
 WHOLE = [name for name, case in CASES.items() if case.whole]
 TIMED = ("flow", "unet", "convnext", "diffusion")  # told their time in one of several ways

@@ -113,6 +113,12 @@ VARIANTS |= {
         f"next-{positions}": {"generator": "autoregressive", "backbone": {"positions": positions}}
         for positions in SCHEMES
     },
+    **{
+        f"masked-{positions}": {"generator": "token_random", "backbone": {"positions": positions}}
+        for positions in SCHEMES
+    },
+    "cosine": {"generator": "cosine", "experts": Experts(True, True, True, clean="look")},
+    "prefilled-three": {"generator": "prefilled", "experts": Experts(True, True, True, clean="look")},
 }
 
 

@@ -17,10 +17,10 @@ from experiments.benchmarks.timing import interleave
 from experiments.benchmarks.training import autocast
 from unimodal.attention import KVCache
 from unimodal.backbone import Experts
-from unimodal.decoding import Branch, Session
+from unimodal.decoding import Session
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run
-from unimodal_generators.base import Grid
+from unimodal_generators.base import Branch, Grid
 from unimodal_generators.flow import FlowSettings
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def draw(model: UnifiedModel, side: int, evaluations: int) -> Tensor:
     special = model.text.special
     ids = [special.bos, *(i % 256 for i in range(7, 7 + PROMPT)), special.boi]
     structural = [True, *[False] * PROMPT, True]
-    session = Session.start(model, 1, [Branch(), Branch(keep_text=False)], len(ids) + side * side)
+    session = Session.start(model, 1, [Branch(), Branch(text=False)], len(ids) + side * side)
     session.append_text([Run(tuple(ids), tuple(structural))])
     settings = FlowSettings(guidance=GUIDANCE, steps=evaluations)
     *_, tokens = model.generator.sample(session, [Grid(side, side)], settings, [torch.Generator().manual_seed(0)])

@@ -32,10 +32,10 @@ from experiments.benchmarks.training import autocast, loss_of, our_step
 from unimodal.attention import SegmentTable, choose_backend, dense_mask, packed_attention, visible
 from unimodal.attention.flex import FlexAttention
 from unimodal.backbone import BackboneConfig, Experts
-from unimodal.decoding import Branch, Session
+from unimodal.decoding import Session
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run
-from unimodal_generators.base import Block, Corrupted, Grid, TokenKind
+from unimodal_generators.base import Block, Branch, Corrupted, Grid, TokenKind
 
 BF16 = torch.bfloat16
 # Two towers of 0.84 B each, and 0.13 B of embedding and head.
@@ -336,7 +336,7 @@ def guidance(settings: Settings, full: int) -> Result:
 
     def session(branches: int) -> Session:
         made = Session.start(
-            model, 1, [Branch(), Branch(keep_text=False)][:branches], len(run.ids) + grid.length
+            model, 1, [Branch(), Branch(text=False)][:branches], len(run.ids) + grid.length
         )  # fmt: skip
         made.append_text([run])
         return made

@@ -6,6 +6,8 @@ from unimodal_generators.diffusion import Diffusion, DiffusionSettings
 from unimodal_generators.flow import Flow, FlowSettings
 from unimodal_generators.masked import Masked, MaskedSettings, ParallelNext
 from unimodal_generators.patch_coders import ConvNeXtCoder, LinearCoder, UNetCoder
+from unimodal_generators.regression import Regression, RegressionSettings
+from unimodal_generators.token_diffusion import TokenDiffusion, TokenDiffusionSettings
 
 __all__ = [
     "Autoregressive",
@@ -21,7 +23,11 @@ __all__ = [
     "Masked",
     "MaskedSettings",
     "ParallelNext",
+    "Regression",
+    "RegressionSettings",
     "SamplingSettings",
+    "TokenDiffusion",
+    "TokenDiffusionSettings",
     "TokenKind",
     "UNetCoder",
 ]

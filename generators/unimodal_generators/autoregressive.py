@@ -6,7 +6,7 @@ G guidance branches.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -50,9 +50,9 @@ class Autoregressive(Discrete):
         sampling: defaults of the sampler.
     """
 
-    reads: ClassVar = "previous"
-    repeats: ClassVar = False
-    inpaints: ClassVar = True
+    reads = "previous"
+    repeats = False
+    inpaints = True
 
     def __init__(
         self,

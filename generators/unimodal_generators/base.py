@@ -266,13 +266,13 @@ class ImageGenerator(nn.Module, ABC):
     """Objective and sampler for image tokens.
 
     `reads` says whose hidden state predicts a token: its own position's, or the previous one's. Hidden states are gathered
-    there before `loss` sees them.
+    there before `loss` sees them. A generator whose settings decide of these sets them in its `__init__`.
     """
 
-    reads: ClassVar[Literal["own", "previous"]]
     accepts: ClassVar[tuple[str, ...]]  # kinds of TokenLayout
-    inpaints: ClassVar[bool] = False  # whether `sample` can be given some of the tokens
-    repeats: ClassVar[bool]  # a learned image that is followed by something appears again in its context form
+    reads: Literal["own", "previous"]
+    repeats: bool  # a learned image that is followed by something appears again in its context form
+    inpaints: bool = False  # whether `sample` can be given some of the tokens
     conditions: bool = False  # whether `embed` gives a condition an image, which backbone.adaln reads
     layout: TokenLayout
     sampling: SamplingSettings

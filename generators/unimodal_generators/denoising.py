@@ -51,10 +51,10 @@ class Denoiser(ImageGenerator):
         sampling: defaults of the sampler.
     """
 
-    reads: ClassVar = "own"
+    reads = "own"
     accepts: ClassVar = ("continuous",)
-    repeats: ClassVar = True
-    inpaints: ClassVar = True
+    repeats = True
+    inpaints = True
     settings: ClassVar[type[DenoisingSettings]]
 
     def __init__(

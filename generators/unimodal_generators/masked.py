@@ -87,9 +87,9 @@ class Masked(Discrete):
         sampling: defaults of the sampler.
     """
 
-    reads: ClassVar[Literal["own", "previous"]] = "own"
-    repeats: ClassVar = True
-    inpaints: ClassVar = True
+    reads: Literal["own", "previous"] = "own"
+    repeats = True
+    inpaints = True
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class ParallelNext(Masked):
     before, clean ones stay causal; an id goes on being read from the position before its own, as that model learned.
     """
 
-    reads: ClassVar[Literal["own", "previous"]] = "previous"
+    reads: Literal["own", "previous"] = "previous"
 
     def plan_context(self, grid: Grid) -> list[Block]:
         """One causal block."""

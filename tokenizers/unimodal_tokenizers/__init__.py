@@ -2,6 +2,7 @@
 
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout, bits_per_token
 from unimodal_tokenizers.patch import PatchTokenizer
+from unimodal_tokenizers.representation import Representation
 from unimodal_tokenizers.vq import Quantized, Reconstruction, VectorQuantizer, VQTokenizer
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "PatchTokenizer",
     "Quantized",
     "Reconstruction",
+    "Representation",
     "TokenLayout",
     "VQTokenizer",
     "VectorQuantizer",

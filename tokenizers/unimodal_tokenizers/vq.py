@@ -36,10 +36,10 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A training pass of a VQ tokenizer: images through the codebook and back."""
+    """A training pass of a tokenizer: images through its tokens and back, and what a codebook says of it."""
 
     images: Float[Tensor, "B 3 H W"]
-    quantized: Quantized
+    quantized: Quantized | None = None
 
 
 def nearest_code(

@@ -24,8 +24,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
     Not decayed: every parameter of a norm or an embedding, and every parameter with fewer than two axes (biases, gains,
     scales), so that norms written by hand are found too. A module may name further ones of its own parameters in an
-    attribute `no_weight_decay: tuple[str, ...]` (a bare `nn.Parameter` used as an embedding). A parameter shared by two
-    modules is listed once, and is not decayed if either of them says so (an output head tied to an embedding).
+    attribute `no_weight_decay: tuple[str, ...]` (a bare `nn.Parameter` used as an embedding), or give them by a method of
+    that name, as timm's do. A parameter shared by two modules is listed once, and is not decayed if either of them says so
+    (an output head tied to an embedding).
 
     Args:
         module: whose parameters are trained; frozen ones (`requires_grad` False) are left out.
@@ -52,8 +53,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 def _is_exempt(part: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     """Whether the parameter `name` of `part` is not decayed."""
-    named = name in getattr(part, "no_weight_decay", ())
-    return named or parameter.dim() < 2 or isinstance(part, NORMS + EMBEDDINGS)
+    names = getattr(part, "no_weight_decay", ())
+    return (
+        name in (names() if callable(names) else names) or parameter.dim() < 2 or isinstance(part, NORMS + EMBEDDINGS)
+    )
 
 
 def learning_rate_scale(step: int, warmup_steps: int, total_steps: int, schedule: Schedule, floor: float) -> float:

@@ -18,7 +18,8 @@ from torchvision.utils import make_grid, save_image
 
 from unimodal.training.optimizers import Schedule, scheduled_adamw
 from unimodal_tokenizers.base import ImageTokenizer
-from unimodal_tokenizers.vq import VQTokenizer, codebook_perplexity, codebook_usage
+from unimodal_tokenizers.representation import Representation
+from unimodal_tokenizers.vq import Quantized, VQTokenizer, codebook_perplexity, codebook_usage
 
 PICTURE_SIDE = 64  # pixels an image has at least in a reconstruction grid; small ones are enlarged
 
@@ -47,12 +48,13 @@ class CodebookCounts(Metric):
 
 
 class TokenizerTraining(L.LightningModule):
-    """Trains a VQ tokenizer on images `(B, 3, H, W)`, float32 in [-1, 1].
+    """Trains a VQ tokenizer, or the decoder of a representation, on images `(B, 3, H, W)`, float32 in [-1, 1].
 
     loss = l1_weight |x - y| + l2_weight |x - y|^2 + codebook_loss + commitment_weight * commitment
 
     with y the reconstruction, both norms averaged over pixels and channels, and the last two terms those of
-    `VectorQuantizer.forward`. The codebook's term has no weight: only the codebook sees it, and Adam ignores its scale.
+    `VectorQuantizer.forward`, which tokenizers without a codebook have not. The codebook's term has no weight: only the
+    codebook sees it, and Adam ignores its scale.
     Every validation writes `samples/reconstruction_step_<n>.png` into the run's folder.
     """
 
@@ -64,13 +66,14 @@ class TokenizerTraining(L.LightningModule):
         lr: float,
         l1_weight: float,
         l2_weight: float,
-        commitment_weight: float,
+        commitment_weight: float = 0.25,
         schedule: Schedule = "cosine",
         warmup_steps: int = 0,
         lr_floor: float = 0.0,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.99),
         samples: int = 16,
+        encoder_weights: Path | None = None,
     ) -> None:
         """Args:
 
@@ -85,10 +88,18 @@ class TokenizerTraining(L.LightningModule):
         weight_decay: of AdamW; never on norms, biases and codebooks.
         betas: of AdamW.
         samples: images in the reconstruction grid of each validation; 0 for none.
+        encoder_weights: of a representation's frozen encoder: safetensors with timm's names.
         """
         super().__init__()
-        if not isinstance(tokenizer, VQTokenizer):
-            raise ValueError(f"tokenizer: expected one that is trained (VQTokenizer), got {type(tokenizer).__name__}")
+        if not isinstance(tokenizer, VQTokenizer | Representation):
+            name = type(tokenizer).__name__
+            raise ValueError(f"tokenizer: expected one that is trained (VQTokenizer, Representation), got {name}")
+        if encoder_weights is not None:
+            if not isinstance(tokenizer, Representation):
+                raise ValueError(
+                    f"encoder_weights: expected none for a {type(tokenizer).__name__}, got {encoder_weights}"
+                )
+            tokenizer.load_encoder(encoder_weights)
         weights = {"l1_weight": l1_weight, "l2_weight": l2_weight, "commitment_weight": commitment_weight}
         for name, weight in weights.items():
             if weight < 0:
@@ -100,7 +111,7 @@ class TokenizerTraining(L.LightningModule):
         self.lr, self.lr_floor, self.weight_decay, self.betas = lr, lr_floor, weight_decay, betas
         self.schedule, self.warmup_steps, self.samples = schedule, warmup_steps, samples
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3))  # clamps; the mean over images
-        self.counts = CodebookCounts(tokenizer.layout.codebooks[0])
+        self.counts = CodebookCounts(tokenizer.layout.codebooks[0]) if tokenizer.layout.codebooks else None
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """Images and their reconstruction, in [-1, 1]."""
@@ -108,11 +119,12 @@ class TokenizerTraining(L.LightningModule):
 
     def training_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> Float[Tensor, ""]:
         """One batch: every term logged by itself, and how the batch used the codebook."""
-        terms, _, counts = self._terms(batch)
+        terms, _, quantized = self._terms(batch)
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items() if name != "loss"})
         self.log("train/loss", terms["loss"].detach(), prog_bar=True)
-        self.log("train/codebook_usage", codebook_usage(counts))
-        self.log("train/codebook_perplexity", codebook_perplexity(counts), prog_bar=True)
+        if quantized is not None:
+            self.log("train/codebook_usage", codebook_usage(quantized.counts))
+            self.log("train/codebook_perplexity", codebook_perplexity(quantized.counts), prog_bar=True)
         return terms["loss"]
 
     def validation_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
@@ -150,35 +162,31 @@ class TokenizerTraining(L.LightningModule):
             warmup_steps=self.warmup_steps, schedule=self.schedule, floor=self.lr_floor,
         )  # fmt: skip
 
-    def _terms(self, x: Float[Tensor, "B 3 H W"]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The terms of the loss by name, unweighted but for their sum; the reconstruction; the codebook's counts."""
+    def _terms(self, x: Float[Tensor, "B 3 H W"]) -> tuple[dict[str, Tensor], Tensor, Quantized | None]:
+        """The terms of the loss by name, unweighted but for their sum; the reconstruction; what the codebook says."""
         result = self.tokenizer(x)
         y, quantized = result.images.float(), result.quantized
-        terms = {
-            "l1": F.l1_loss(y, x),
-            "l2": F.mse_loss(y, x),
-            "codebook_loss": quantized.codebook_loss,
-            "commitment": quantized.commitment,
-        }
-        terms["loss"] = (
-            self.l1_weight * terms["l1"]
-            + self.l2_weight * terms["l2"]
-            + terms["codebook_loss"]
-            + self.commitment_weight * terms["commitment"]
-        )
-        return terms, y, quantized.counts
+        terms = {"l1": F.l1_loss(y, x), "l2": F.mse_loss(y, x)}
+        loss = self.l1_weight * terms["l1"] + self.l2_weight * terms["l2"]
+        if quantized is not None:
+            terms |= {"codebook_loss": quantized.codebook_loss, "commitment": quantized.commitment}
+            loss = loss + terms["codebook_loss"] + self.commitment_weight * terms["commitment"]
+        return {**terms, "loss": loss}, y, quantized
 
     def _evaluate(self, x: Float[Tensor, "B 3 H W"], stage: str) -> Float[Tensor, "B 3 H W"]:
         """Log one batch of held-out images; their reconstruction."""
-        terms, y, counts = self._terms(x)
+        terms, y, quantized = self._terms(x)
         self.psnr.update(y, x)
-        self.counts.update(counts)
+        if self.counts is not None and quantized is not None:
+            self.counts.update(quantized.counts)
         self.log_dict({f"{stage}/{name}": term for name, term in terms.items()}, batch_size=len(x), sync_dist=True)
         self.log(f"{stage}/psnr", self.psnr, prog_bar=True, batch_size=len(x))
         return y
 
     def _log_codebook(self, stage: str) -> None:
-        """Log how the images of the whole epoch used the codebook, and start counting anew."""
+        """Log how the images of the whole epoch used the codebook, if there is one, and start counting anew."""
+        if self.counts is None:
+            return
         counts = self.counts.compute()
         self.log(f"{stage}/codebook_usage", codebook_usage(counts), prog_bar=True)
         self.log(f"{stage}/codebook_perplexity", codebook_perplexity(counts))

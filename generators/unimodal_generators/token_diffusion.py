@@ -1,0 +1,426 @@
+"""Continuous tokens one by one or a few at a time, each drawn by a small flow of its own, given its hidden state.
+
+MAR (arXiv 2406.11838), UniFluid (arXiv 2503.13436), Ming-UniVision (arXiv 2510.06590).
+
+Letters: N images, T tokens of all of them, n tokens of one image, m tokens that are learned or drawn, M noise draws a
+token, D channels of a token, C width of the backbone, W width of the head, G guidance branches, K backbone evaluations.
+z a hidden state, x_t a noised token, v its velocity.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from unimodal_generators.base import (
+    Block,
+    Corrupted,
+    DecodingSession,
+    DenoisingSettings,
+    Embeddings,
+    ImageGenerator,
+    Known,
+    LossBreakdown,
+    LossTerm,
+    SamplingSettings,
+    TokenKind,
+)
+from unimodal_generators.denoising import timestep_embedding
+from unimodal_tokenizers import diffusion
+from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+
+
+@dataclass(frozen=True)
+class TokenDiffusionSettings(DenoisingSettings):
+    """How tokens are drawn.
+
+    Args:
+        steps: evaluations of the backbone, exactly, which random order spends by the cosine schedule; None: one a token, all
+            that raster order can do.
+        head_steps: evaluations of the head a token, exactly.
+        solver: of the head.
+        shift: above 1: more of the head's steps near the noise.
+        temperature: of the noise a token begins as: its deviation; 0 is one token for all seeds.
+        growth: whether guidance is the same for every token, or grows from 1 with the share that is drawn (MAR's linear
+            schedule).
+    """
+
+    steps: int | None = None
+    head_steps: int = 20
+    solver: Literal["euler", "heun"] = "euler"
+    shift: float = 1.0
+    temperature: float = 1.0
+    growth: Literal["none", "linear"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: expected 0 (no noise) or more, got {self.temperature}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: expected at least 1 evaluation of the backbone, got {self.steps}")
+
+    def grown(self, share: float) -> "TokenDiffusionSettings":
+        """Guidance once a share of the tokens is drawn: 1 + share (guidance - 1)."""
+        return self if self.growth == "none" else replace(self, guidance=1.0 + share * (self.guidance - 1.0))
+
+
+@dataclass(frozen=True)
+class CorruptedTokens(Corrupted):
+    """What the backbone reads, and what the head learns of it: of `targets` those at `masked`, or all."""
+
+    masked: Int[Tensor, " m"] | None = None  # which tokens are not read but replaced by the mask
+    noise: Float[Tensor, "m M D"] | None = None
+    head_time: Float[Tensor, "m M"] | None = None
+
+
+class TokenDiffusion(ImageGenerator):
+    """Learns p(token | hidden state) by a small flow, the diffusion loss of MAR (section 3.1) as flow matching.
+
+    In raster order an image is causal and its own context, and a token is drawn given those before it. In random order
+    (MAR, section 3.4) an image is a private bidirectional block in which a random share of the tokens is replaced by a
+    learned vector; those are learned, and drawn in K groups of growing size. MAR's encoder does not see the masked tokens
+    and its decoder does; here one network sees all, as in MaskGIT. MAR noises by DDPM; a flow has fewer settings.
+
+    Args:
+        layout: of the image tokenizer.
+        width: of the backbone.
+        order: of the tokens.
+        head_width: of the head.
+        head_depth: residual blocks of the head.
+        multiply: noise draws a token and step; the loss is their mean (MAR, section 4.2: four).
+        time_mean: of the logit-normal the head's training times are drawn from.
+        time_std: likewise.
+        mask_min: least share of masked tokens; the share is drawn from a normal of mean 1 and deviation `mask_std`, cut to
+            [mask_min, 1] (MAR, section 3.4).
+        mask_std: see there.
+        input_noise: raster order reads tokens of a learned image with that much noise added, never predicts it: in
+            sampling, what is read is not data either.
+        sampling: defaults of the sampler.
+    """
+
+    accepts: ClassVar = ("continuous",)
+    inpaints = True
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        width: int,
+        order: Literal["raster", "random"] = "random",
+        head_width: int = 256,
+        head_depth: int = 3,
+        multiply: int = 4,
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
+        mask_min: float = 0.7,
+        mask_std: float = 0.25,
+        input_noise: float = 0.0,
+        sampling: TokenDiffusionSettings = TokenDiffusionSettings(),
+    ) -> None:
+        super().__init__()
+        self.check(layout)
+        if multiply < 1:
+            raise ValueError(f"multiply: expected at least 1 noise draw a token, got {multiply}")
+        if not (0 < mask_min <= 1 and mask_std > 0):
+            raise ValueError(
+                f"mask_min, mask_std: expected 0 < mask_min <= 1, mask_std > 0, got {mask_min}, {mask_std}"
+            )
+        if input_noise < 0 or (input_noise and order == "random"):
+            raise ValueError(f"input_noise: expected at least 0, and 0 in random order, got {input_noise}")
+        self.layout, self.sampling, self.order = layout, sampling, order
+        self.reads = "previous" if order == "raster" else "own"
+        self.repeats = order == "random"
+        self.multiply, self.time_mean, self.time_std = multiply, time_mean, time_std
+        self.mask_min, self.mask_std, self.input_noise = mask_min, mask_std, input_noise
+        self.token_in = nn.Linear(layout.dim, width)
+        self.head = FlowHead(layout.dim, width, head_width, head_depth)
+        if order == "random":
+            self.mask = nn.Parameter(torch.randn(width) * 0.02)
+        check_steps(sampling, order)
+
+    def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
+        """One block: how many tokens are learned, and the seed of which, and of their noise."""
+        count = grid.length if self.order == "raster" else math.ceil(grid.length * self._masked_share(rng))
+        known = 1.0 - count / grid.length if self.order == "random" else 1.0
+        seed = int(rng.integers(2**63))
+        return [replace(self._block(grid), time=known, seed=seed, n_targets=count)]
+
+    def plan_context(self, grid: Grid) -> list[Block]:
+        """One block that later tokens see: bidirectional in random order, causal in raster order."""
+        return [replace(self._block(grid), kind=TokenKind.CLEAN, private=False)]
+
+    def _block(self, grid: Grid) -> Block:
+        both = self.order == "random"
+        return Block(grid, TokenKind.LEARNED, bidirectional=both, private=both)
+
+    def _masked_share(self, rng: np.random.Generator) -> float:
+        while (share := 1.0 - abs(rng.normal(0.0, self.mask_std))) < self.mask_min:  # the lower half of the normal
+            pass
+        return share
+
+    def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> CorruptedTokens:
+        """The tokens, which of them are masked, and for every one that is learned M draws of noise and time."""
+        data, dim = tokens.values, self.layout.dim
+        masked: list[Tensor] = [torch.empty(0, dtype=torch.long)]
+        read: list[Tensor] = [torch.empty(0, dim)]
+        noise: list[Tensor] = [torch.empty(0, self.multiply, dim)]
+        time: list[Tensor] = [torch.empty(0, self.multiply)]
+        first = 0
+        for block in blocks:
+            rng = torch.Generator().manual_seed(block.seed)
+            if self.order == "random":
+                masked.append(first + torch.randperm(block.grid.length, generator=rng)[: block.n_targets].sort().values)
+            noise.append(torch.randn(block.n_targets, self.multiply, dim, generator=rng))
+            logits = self.time_mean + self.time_std * torch.randn(block.n_targets, self.multiply, generator=rng)
+            time.append(logits.sigmoid())  # as diffusion.logit_normal_time
+            if self.input_noise:
+                read.append(self.input_noise * torch.randn(block.grid.length, dim, generator=rng))
+            first += block.grid.length
+        at = torch.cat(masked).to(data.device) if self.order == "random" else None
+        return CorruptedTokens(
+            inputs=data + torch.cat(read).to(data) if self.input_noise else data,
+            time=data.new_tensor([block.time for block in blocks]),
+            grids=tokens.grids,
+            targets=data,
+            masked=at,
+            noise=torch.cat(noise).to(data),
+            head_time=torch.cat(time).to(data),
+        )
+
+    def context(self, tokens: ImageTokens) -> Corrupted:
+        """The tokens themselves."""
+        return Corrupted(tokens.values, tokens.values.new_ones(len(tokens)), tokens.grids)
+
+    def embed(self, corrupted: Corrupted) -> Embeddings:
+        """Linear tokens; the mask in the place of those that are masked."""
+        values = self.token_in(corrupted.inputs.to(self.token_in.weight.dtype))  # (T, C)
+        masked = corrupted.masked if isinstance(corrupted, CorruptedTokens) else None
+        if masked is not None:
+            values = values.index_put((masked,), self.mask.to(values.dtype))
+        return Embeddings(values)
+
+    def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
+        """Squared error of v (MAR, eq. 1), a mean over a token's channels and draws and a sum over learned tokens."""
+        assert isinstance(corrupted, CorruptedTokens)
+        noise, time, targets = corrupted.noise, corrupted.head_time, corrupted.targets
+        assert noise is not None
+        assert time is not None
+        assert targets is not None
+        z = hidden
+        if corrupted.masked is not None:
+            z, targets = hidden[corrupted.masked], targets[corrupted.masked]  # (m, C), (m, D)
+        data, rows = targets.repeat_interleave(self.multiply, 0), noise.flatten(0, 1)  # (m M, D)
+        x = diffusion.interpolate(rows, data, time.flatten()[:, None])
+        v = self.head(z[:, None], x.view_as(noise), time)  # (m, M, D): z is projected once, whatever M
+        error = F.mse_loss(v, diffusion.velocity(rows, data).view_as(noise), reduction="none").mean((1, 2))  # (m,)
+        return {"image": LossTerm(error.sum(), len(targets))}
+
+    def draw(
+        self,
+        z: Float[Tensor, "G m C"],
+        noise: Float[Tensor, "m D"],
+        settings: TokenDiffusionSettings,
+        lengths: Sequence[int],
+    ) -> Float[Tensor, "m D"]:
+        """Solve dx/dt = v(x, t | z) for every token from its own noise.
+
+        Every step computes v for the hidden states of all branches and guides it. `lengths`: tokens of each image.
+        """
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return settings.guide_images(self.head(z, x, x.new_full((), t)), lengths)
+
+        times = diffusion.sampling_times(settings.head_steps, settings.shift, settings.solver)
+        *_, tokens = diffusion.SOLVERS[settings.solver](velocity, settings.temperature * noise, times)
+        return tokens
+
+    def sample(
+        self,
+        session: DecodingSession,
+        grids: Sequence[Grid],
+        settings: SamplingSettings,
+        rngs: Sequence[torch.Generator],
+        known: Known | None = None,
+    ) -> Iterator[ImageTokens]:
+        """Raster order appends one token a document and step; random order peeks K times, with a preview each.
+
+        Given tokens are never drawn: raster order reads them in their place, random order never masks them.
+        """
+        if not isinstance(settings, TokenDiffusionSettings):
+            raise ValueError(f"sampling: expected TokenDiffusionSettings, got {type(settings).__name__}")
+        check_steps(settings, self.order)
+        yield from (self._raster if self.order == "raster" else self._random)(session, grids, settings, rngs, known)
+
+    def _raster(
+        self,
+        session: DecodingSession,
+        grids: Sequence[Grid],
+        settings: TokenDiffusionSettings,
+        rngs: Sequence[torch.Generator],
+        known: Known | None,
+    ) -> Iterator[ImageTokens]:
+        if len(set(grids)) != 1:
+            raise ValueError(f"sampling: raster-order images of one call need one size, got {sorted(set(grids))}")
+        block, n, dim = self._block(grids[0]), grids[0].length, self.layout.dim
+        noise = torch.stack(self._noise(grids, rngs)).to(self._exact())  # (R, n, D)
+        given = None if known is None else (known.tokens.values.to(noise).view(-1, n, dim), known.mask.view(-1, n))
+        drawn: list[Tensor] = []
+        hidden = session.last  # (G, R, C)
+        for i in range(n):
+            token = self.draw(
+                hidden[: settings.active(i / n)], noise[:, i], settings.grown((i + 1) / n), [1] * len(grids)
+            )  # (R, D)
+            if given is not None:
+                token = torch.where(given[1][:, i, None].to(token.device), given[0][:, i], token)
+            drawn.append(token)
+            one = Corrupted(token, token.new_ones(len(grids)), (Grid(1, 1),) * len(grids))
+            hidden = session.append(self.embed(one), [block.piece(i, 1)] * len(grids))
+        yield ImageTokens(torch.stack(drawn, dim=1).flatten(0, 1), tuple(grids))  # (R, n, D) -> (T, D)
+
+    def _random(
+        self,
+        session: DecodingSession,
+        grids: Sequence[Grid],
+        settings: TokenDiffusionSettings,
+        rngs: Sequence[torch.Generator],
+        known: Known | None,
+    ) -> Iterator[ImageTokens]:
+        blocks = [self._block(grid) for grid in grids]
+        orders = self._orders(grids, rngs, known)
+        noise = torch.cat(self._noise(grids, rngs)).to(self._exact())  # (T, D)
+        x = torch.zeros_like(noise)
+        if known is not None:
+            x = torch.where(known.mask.to(x.device)[:, None], known.tokens.values.to(x), x)
+        if settings.steps is None and len({grid.length for grid in grids}) != 1:
+            raise ValueError(f"steps: images of several sizes need a number, got none for {sorted(set(grids))}")
+        steps = settings.steps or grids[0].length
+        counts = [cosine_counts(len(order), g.length, settings.steps) for order, g in zip(orders, grids)]
+        time = x.new_ones(len(grids))
+        for k in range(steps):
+            now = [order[: count[k]] if k < len(count) else order[:0] for order, count in zip(orders, counts)]
+            orders, masked = [order[len(at) :] for order, at in zip(orders, now)], torch.cat(orders)
+            if any(len(at) for at in now):
+                read = CorruptedTokens(x, time, tuple(grids), masked=masked.to(x.device))
+                at = torch.cat(now).to(x.device)  # (m,)
+                z = session.peek(self.embed(read), blocks, settings.active(k / steps))[:, at]  # (G, m, C)
+                guided = settings.grown((k + 1) / steps)
+                x = x.index_put((at,), self.draw(z, noise[at], guided, [len(one) for one in now]))
+            yield ImageTokens(x, tuple(grids))
+
+    def _orders(
+        self, grids: Sequence[Grid], rngs: Sequence[torch.Generator], known: Known | None
+    ) -> list[Int[Tensor, " m"]]:
+        """The order in which each image's tokens are drawn, counted over all images; given tokens are left out."""
+        orders, first = [], 0
+        for grid, rng in zip(grids, rngs, strict=True):
+            order = first + torch.randperm(grid.length, generator=rng)
+            orders.append(order if known is None else order[~known.mask.cpu()[order]])
+            first += grid.length
+        return orders
+
+    def _noise(self, grids: Sequence[Grid], rngs: Sequence[torch.Generator]) -> list[Float[Tensor, "n D"]]:
+        """Of each image, drawn before anything depends on how it is sampled."""
+        return [
+            torch.randn(grid.length, self.layout.dim, generator=rng, dtype=torch.float64)
+            for grid, rng in zip(grids, rngs, strict=True)
+        ]
+
+    def _exact(self) -> Tensor:
+        """An empty tensor on the weights' device, in fp32 or better."""
+        weight = self.token_in.weight
+        return weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def check_steps(settings: TokenDiffusionSettings, order: str) -> None:
+    """Refuse a count of steps that would be ignored."""
+    if order == "raster" and settings.steps is not None:
+        raise ValueError(
+            f"steps: raster order evaluates the backbone once a token, expected none, got {settings.steps}"
+        )
+
+
+def cosine_counts(tokens: int, length: int, steps: int | None) -> list[int]:
+    """How many of an image's unknown tokens are drawn at each step, at least one: few at first (MaskGIT, MAR).
+
+    After step k of K, floor(tokens cos(pi k / 2 K)) are left, and one fewer than before at the most. `length` tokens are
+    in the image; `steps` None is one a token. With fewer unknown tokens than steps, the last steps have nothing to draw.
+
+    Raises:
+        ValueError: more steps than the image has tokens.
+    """
+    if steps is not None and steps > length:
+        raise ValueError(f"steps: expected at most one a token ({length}), got {steps}")
+    k_max = min(tokens, length if steps is None else steps)
+    counts, left = [], tokens
+    for k in range(1, k_max + 1):
+        rest = 0 if k == k_max else min(left - 1, math.floor(tokens * math.cos(math.pi * k / (2 * k_max))))
+        counts.append(left - rest)
+        left = rest
+    return counts
+
+
+class FlowHead(nn.Module):
+    """v(x_t, t | z): a residual MLP whose norms are modulated by z and t (MAR, section 4 and appendix).
+
+    Args:
+        dim: channels D of a token.
+        condition: width C of a hidden state.
+        width: W of the head.
+        depth: residual blocks.
+    """
+
+    def __init__(self, dim: int, condition: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.x_in = nn.Linear(dim, width)
+        self.z_in = nn.Linear(condition, width)
+        self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, dim)
+        for layer in (self.modulation, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, z: Float[Tensor, "*#rest C"], x: Float[Tensor, "*#rest D"], t: Float[Tensor, "*#rest"]
+    ) -> Float[Tensor, "*rest D"]:
+        """Velocities, in fp32 or better."""
+        weight = self.x_in.weight
+        time = self.time_in(timestep_embedding(t.flatten()).to(weight.dtype))
+        c = F.silu(self.z_in(z.to(weight.dtype)) + time.view(*t.shape, time.shape[-1]))  # (*rest, W)
+        h = self.x_in(x.to(weight.dtype))  # (*rest, W)
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.modulation(c).chunk(2, dim=-1)
+        out = self.out(modulate(self.norm(h), shift, scale))
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+class HeadBlock(nn.Module):
+    """h + gate * MLP((1 + scale) LN(h) + shift), modulated by the condition (adaLN-Zero, DiT, arXiv 2212.09748)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Linear(width, 3 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h: Float[Tensor, "*#rest W"], c: Float[Tensor, "*#rest W"]) -> Float[Tensor, "*rest W"]:
+        """One residual step."""
+        shift, scale, gate = self.modulation(c).chunk(3, dim=-1)
+        return h + gate * self.mlp(modulate(self.norm(h), shift, scale))
+
+
+def modulate(
+    h: Float[Tensor, "*#rest W"], shift: Float[Tensor, "*#rest W"], scale: Float[Tensor, "*#rest W"]
+) -> Float[Tensor, "*rest W"]:
+    """(1 + scale) h + shift."""
+    return h * (1 + scale) + shift
