@@ -9,7 +9,7 @@ codebook, C width, R documents of a session, G guidance branches, K steps; r fro
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
