@@ -1,12 +1,14 @@
 """Weight-decay groups and learning-rate schedules."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from unimodal.training.optimizers import learning_rate_scale, parameter_groups
+from unimodal.training.optimizers import MuonAdamW, learning_rate_scale, parameter_groups, scheduled, split_matrices
 
 
 class Net(nn.Module):
@@ -89,3 +91,79 @@ def test_numbers_out_of_range_are_refused(changed: dict[str, float], said: str) 
     given = {"step": 0, "warmup_steps": 1, "total_steps": 9, "schedule": "linear", "floor": 0.0, **changed}
     with pytest.raises(ValueError, match=said):
         learning_rate_scale(**given)  # type: ignore[arg-type]
+
+
+# ---- Muon beside AdamW
+
+
+def muon_and_adamw(net: Net) -> MuonAdamW:
+    matrices, groups = split_matrices(net, net.linear, 0.1)
+    return MuonAdamW(matrices, groups, lr=1e-2, muon_lr=3e-2, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def steps(net: Net, optimizer: torch.optim.Optimizer, number: int, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(number):
+        for parameter in net.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=rng)
+        optimizer.step()
+
+
+def test_every_trained_parameter_has_one_optimizer() -> None:
+    net = Net()
+    matrices, groups = split_matrices(net, net.linear, 0.1)
+    assert [id(p) for p in matrices] == [id(net.linear.weight)]
+    shared = [p for group in groups for p in group["params"]]
+    trained = {id(p) for p in net.parameters() if p.requires_grad}
+    assert len(shared) == len({id(p) for p in shared}) == len(trained) - 1
+    assert {id(p) for p in shared} | {id(net.linear.weight)} == trained
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+
+
+def test_both_step_as_they_would_alone() -> None:
+    torch.manual_seed(0)
+    net, alone = Net(), Net()
+    alone.load_state_dict(net.state_dict())
+    steps(net, muon_and_adamw(net), 3, seed=1)
+    matrices, groups = split_matrices(alone, alone.linear, 0.1)
+    muon = torch.optim.Muon(matrices, lr=3e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for parameter in alone.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=rng)
+        muon.step()
+        adamw.step()
+    for (name, a), b in zip(net.named_parameters(), alone.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_loaded_state_goes_on_as_if_never_stopped() -> None:
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = muon_and_adamw(net)
+    steps(net, optimizer, 2, seed=1)
+    again = Net()
+    again.load_state_dict(net.state_dict())
+    resumed = muon_and_adamw(again)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, other in ((net, optimizer), (again, resumed)):
+        steps(one, other, 3, seed=2)
+    for a, b in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert len(optimizer.state_dict()["state"]) == sum(p.requires_grad for p in net.parameters())
+
+
+def test_one_schedule_moves_both_rates() -> None:
+    net = Net()
+    optimizer = muon_and_adamw(net)
+    made = scheduled(optimizer, 10, warmup_steps=2, schedule="linear", floor=0.0)
+    rates = []
+    for _ in range(4):
+        rates.append([group["lr"] for group in optimizer.muon.param_groups + optimizer.adamw.param_groups])
+        steps(net, optimizer, 1, seed=0)
+        made["lr_scheduler"]["scheduler"].step()  # type: ignore[index, call-overload]
+    scales = [learning_rate_scale(i, 2, 10, "linear", 0.0) for i in range(4)]
+    assert rates == [pytest.approx([3e-2 * s, 1e-2 * s, 1e-2 * s]) for s in scales]
+    with pytest.raises(ValueError, match=r"trainer\.max_steps: expected at least 1 .* got -1"):
+        scheduled(optimizer, -1, warmup_steps=0, schedule="constant", floor=0.0)

@@ -1,11 +1,12 @@
 """What every training of the project shares: who is decayed, and how the learning rate moves."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 
 Schedule = Literal["constant", "cosine", "linear"]
 
@@ -97,25 +98,75 @@ def learning_rate_scale(step: int, warmup_steps: int, total_steps: int, schedule
     return 1 - (1 - floor) * fall
 
 
-def scheduled_adamw(
-    module: nn.Module,
-    max_steps: int,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    warmup_steps: int,
-    schedule: Schedule,
-    floor: float,
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon on the matrices of layers, AdamW on everything else, as one optimizer: one schedule, one state to resume.
+
+    Both are torch's. Muon (Jordan et al. 2024; scaled as in arXiv 2502.16982, section 2.2, so that AdamW's rates are its
+    rates) takes the step with its singular values set to one; an embedding, a head or a norm has no use for that.
+
+    Args:
+        matrices: parameters of two axes for Muon.
+        groups: AdamW's, as `parameter_groups` gives them.
+        lr: of AdamW.
+        muon_lr: of Muon.
+        betas: of AdamW.
+        weight_decay: of Muon; AdamW's is in the groups.
+    """
+
+    def __init__(
+        self, matrices: list[Tensor], groups: list[dict[str, Any]], *, lr: float, muon_lr: float,
+        betas: tuple[float, float], weight_decay: float,
+    ) -> None:  # fmt: skip
+        self.muon = torch.optim.Muon(
+            matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=betas)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self._join()
+
+    def _join(self) -> None:
+        """Have both step on the groups and the state that this one saves and loads."""
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Loading puts new groups and a new state in their place."""
+        super().__setstate__(state)
+        self._join()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+
+def split_matrices(
+    module: nn.Module, layers: nn.Module, weight_decay: float
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Trainable matrices inside `layers`, and AdamW's groups of all other parameters of `module`."""
+    matrices: list[Tensor] = [p for p in layers.parameters() if p.requires_grad and p.dim() == 2]
+    taken = {id(p) for p in matrices}
+    groups = parameter_groups(module, weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+    return matrices, [group for group in groups if group["params"]]
+
+
+def scheduled(
+    optimizer: torch.optim.Optimizer, max_steps: int, *, warmup_steps: int, schedule: Schedule, floor: float
 ) -> OptimizerLRScheduler:
-    """AdamW over `parameter_groups(module)`, its rate moved at every optimizer step; what Lightning wants of a module.
+    """An optimizer whose rates move at every step; what Lightning wants of a module.
 
     Raises:
         ValueError: no number of steps, which every run needs: its data has no end.
     """
     if max_steps < 1:
         raise ValueError(f"trainer.max_steps: expected at least 1 (the data has no end), got {max_steps}")
-    optimizer = torch.optim.AdamW(parameter_groups(module, weight_decay), lr=lr, betas=betas)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_scale(step, warmup_steps, max_steps, schedule, floor)
     )

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio
 from torchvision.utils import make_grid, save_image
 
-from unimodal.training.optimizers import Schedule, scheduled_adamw
+from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
 from unimodal_tokenizers.base import ImageTokenizer
 from unimodal_tokenizers.representation import Representation
 from unimodal_tokenizers.vq import Quantized, VQTokenizer, codebook_perplexity, codebook_usage
@@ -157,8 +157,9 @@ class TokenizerTraining(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW without decay on norms, biases and codebooks; the learning rate moves every step."""
-        return scheduled_adamw(
-            self.tokenizer, self.trainer.max_steps, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay,
+        groups = parameter_groups(self.tokenizer, self.weight_decay)
+        return scheduled(
+            torch.optim.AdamW(groups, lr=self.lr, betas=self.betas), self.trainer.max_steps,
             warmup_steps=self.warmup_steps, schedule=self.schedule, floor=self.lr_floor,
         )  # fmt: skip
 

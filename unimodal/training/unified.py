@@ -20,7 +20,7 @@ from unimodal.packing import PackedSequence
 from unimodal.text import TextTokenizer
 from unimodal.training import stages
 from unimodal.training.ema import EMA
-from unimodal.training.optimizers import scheduled_adamw
+from unimodal.training.optimizers import MuonAdamW, parameter_groups, scheduled, split_matrices
 from unimodal.training.scores import ValidationScores
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class UnifiedTraining(LightningModule):
     Args:
         model: what is trained; its image tokenizer stays frozen.
         lr: peak learning rate.
+        muon_lr: peak learning rate of Muon on the matrices of the backbone's layers; None trains them by AdamW too.
         betas: of AdamW.
         weight_decay: on matrices; none on norms, biases and embeddings.
         warmup_steps: optimizer steps of linear warm-up.
@@ -61,6 +62,7 @@ class UnifiedTraining(LightningModule):
         self,
         model: UnifiedModel,
         lr: float,
+        muon_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
@@ -83,7 +85,9 @@ class UnifiedTraining(LightningModule):
         self.model = model
         self.compiles = compile
         model.backbone.checkpointing = checkpoint_layers
-        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        if muon_lr is not None and muon_lr <= 0:
+            raise ValueError(f"muon_lr: expected a number above 0, got {muon_lr}")
+        self.lr, self.muon_lr, self.betas, self.weight_decay = lr, muon_lr, betas, weight_decay
         self.warmup_steps, self.schedule, self.lr_floor = warmup_steps, schedule, lr_floor
         self.loss_weights = {"text": text_weight, "image": image_weight, "router": 1.0}
         self.ema_decay = ema_decay
@@ -180,10 +184,19 @@ class UnifiedTraining(LightningModule):
         self.predicted += continue_prompts(self.model, [d for _, d in batch], [number for number, _ in batch])
 
     def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and schedule by optimizer step."""
-        return scheduled_adamw(
-            self.model, self.trainer.max_steps, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay,
-            warmup_steps=self.warmup_steps, schedule=self.schedule, floor=self.lr_floor,
+        """AdamW, or Muon and AdamW, with warm-up and schedule by optimizer step."""
+        optimizer: torch.optim.Optimizer
+        if self.muon_lr is None:
+            groups = parameter_groups(self.model, self.weight_decay)
+            optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        else:
+            matrices, groups = split_matrices(self.model, self.model.backbone.layers, self.weight_decay)
+            optimizer = MuonAdamW(
+                matrices, groups, lr=self.lr, muon_lr=self.muon_lr, betas=self.betas, weight_decay=self.weight_decay
+            )
+        return scheduled(
+            optimizer, self.trainer.max_steps, warmup_steps=self.warmup_steps, schedule=self.schedule,
+            floor=self.lr_floor,
         )  # fmt: skip
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
