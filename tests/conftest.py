@@ -14,8 +14,8 @@ from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.text import TextTokenizer
-from unimodal_generators import Autoregressive, Flow
-from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
+from unimodal_generators import Autoregressive, Flow, NextScale
+from unimodal_tokenizers.base import Grid, ImageTokenizer, MultiscaleTokenizer, TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
 
 torch.set_num_threads(1)
@@ -33,11 +33,44 @@ class GrayLevels(ImageTokenizer):
         return ((gray + 1) * 7.5).round().long().flatten(1)
 
     def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
-        gray = (tokens.float() / 7.5 - 1).unflatten(1, (1, *grid))
+        gray = (tokens.float() / 7.5 - 1).unflatten(1, (1, grid.h, grid.w))
         return gray.repeat(1, 3, 1, 1).repeat_interleave(2, -1).repeat_interleave(2, -2)
 
     def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.float()[:, None] / 7.5 - 1
+
+
+class GrayPyramid(MultiscaleTokenizer):
+    """The same in 1, 2 and 4 rows, each the difference to the coarser ones."""
+
+    def __init__(self, scales: tuple[int, ...] = (1, 2, 4)) -> None:
+        super().__init__()
+        self.layout = TokenLayout("multiscale", dim=2, stride=2, codebooks=(16,), scales=scales)
+
+    def encode_batch(self, images: torch.Tensor, rng: torch.Generator | None = None) -> torch.Tensor:
+        grid = self.layout.grid(*images.shape[-2:])
+        rest, ids = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 2), []
+        for k, size in enumerate(grid.sizes):
+            means = torch.nn.functional.interpolate(rest, size, mode="area")
+            ids.append(((means + 1) * 7.5).round().clamp(0, 15).long().flatten(1))
+            rest = rest - self._say(ids[-1], k, grid)[:, :1]
+        return torch.cat(ids, dim=1)
+
+    def accumulate(self, tokens: torch.Tensor, grid: Grid) -> list[torch.Tensor]:
+        parts = [self._say(ids, k, grid) for k, ids in enumerate(tokens.split(grid.lengths, dim=1))]
+        return [sum(parts[: k + 1]) for k in range(len(parts))]
+
+    def _say(self, ids: torch.Tensor, k: int, grid: Grid) -> torch.Tensor:
+        codes = self.lookup(ids.flatten()).unflatten(0, (len(ids), *grid.sizes[k])).permute(0, 3, 1, 2)
+        return torch.nn.functional.interpolate(codes, (grid.h, grid.w), mode="nearest")
+
+    def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
+        gray = self.accumulate(tokens, grid)[-1][:, :1]
+        return gray.repeat(1, 3, 1, 1).repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
+        gray = tokens.float()[:, None] / 7.5 - 1
+        return torch.cat([gray, gray.square()], dim=1)
 
 
 CORPUS = ["a handwritten seven", "a handwritten three", "three plus seven equals ten", "grün, 数字 and \U0001f600"]
@@ -54,10 +87,12 @@ def build(
     shape |= {"positions": "block" if generator == "flow" else "sequential", "adaln": time == "adaln"}
     config = BackboneConfig(experts=experts, **shape | (backbone or {}))
     settings = {"image_sizes": [(8, 8), (4, 8)], "context_length": 192, "drop_text": 0.1, **rules}
-    tokenizer = PatchTokenizer(2) if generator == "flow" else GrayLevels()
+    tokenizers = {"flow": functools.partial(PatchTokenizer, 2), "next_scale": GrayPyramid}
+    tokenizer = tokenizers.get(generator, GrayLevels)()
     codes = functools.partial(Autoregressive, inputs="codes", token_noise=0.2)
     flow = functools.partial(Flow, time=time)
-    made = {"flow": flow, "autoregressive": Autoregressive, "codes": codes}[generator]
+    scales = functools.partial(NextScale, token_noise=0.2)
+    made = {"flow": flow, "autoregressive": Autoregressive, "codes": codes, "next_scale": scales}[generator]
     model = UnifiedModel(tokenizer, made, config, SequenceRules(**settings))
     model.text = TextTokenizer.train(CORPUS, 300)
     with torch.no_grad():
@@ -104,7 +139,7 @@ def make() -> Callable[..., UnifiedModel]:
     return build
 
 
-@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes"])
+@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes", "next_scale"])
 def model(request: pytest.FixtureRequest) -> UnifiedModel:
     """One model a generator."""
     return build(request.param)

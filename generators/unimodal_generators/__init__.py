@@ -3,6 +3,7 @@
 from unimodal_generators.autoregressive import Autoregressive, AutoregressiveSettings
 from unimodal_generators.base import Block, ImageGenerator, SamplingSettings, TokenKind
 from unimodal_generators.flow import Flow, FlowSettings
+from unimodal_generators.next_scale import NextScale, NextScaleSettings
 
 __all__ = [
     "Autoregressive",
@@ -11,6 +12,8 @@ __all__ = [
     "Flow",
     "FlowSettings",
     "ImageGenerator",
+    "NextScale",
+    "NextScaleSettings",
     "SamplingSettings",
     "TokenKind",
 ]
