@@ -178,7 +178,8 @@ class ResidualVQ(CodebookTokenizer):
         if codebooks < 2:
             raise ValueError(f"codebooks: expected at least 2 (VQTokenizer has one), got {codebooks}")
         super().__init__((codebook,) * codebooks, dim, channels, blocks, groups, attention)
-        self.quantizers = nn.ModuleList(EuclideanQuantizer(codebook, dim, revive_after) for _ in range(codebooks))
+        # Each draws its entries from other tokens: nothing is left of those that the codebook before has as entries.
+        self.quantizers = nn.ModuleList(EuclideanQuantizer(codebook, dim, revive_after, q) for q in range(codebooks))
 
     def quantize(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Quantized:
         """r_q = r_(q-1) - e_q (RQ-VAE, eq. 4); commitment: sum over q of |f - sg[e_1 + ... + e_q]|^2 (eq. 7)."""

@@ -100,12 +100,13 @@ class VectorQuantizer(nn.Module):
     steps: Int64[Tensor, ""]
     idle: Int64[Tensor, " K"]
 
-    def __init__(self, entries: int, dim: int, revive_after: int = 50) -> None:
+    def __init__(self, entries: int, dim: int, revive_after: int = 50, seed: int = 0) -> None:
         """Args:
 
         entries: size K of the codebook.
         dim: channels D of a code; few (4 to 16) keep the whole codebook in use.
         revive_after: training batches without a token after which an entry is replaced.
+        seed: of the choice of outputs; quantizers of the same tokens need different ones.
         """
         super().__init__()
         most = SEARCH_BYTES // torch.float32.itemsize  # else the similarities of one token are too many
@@ -117,7 +118,7 @@ class VectorQuantizer(nn.Module):
             )
         if revive_after < 1:
             raise ValueError(f"revive_after: expected at least 1 batch, got {revive_after}")
-        self.entries, self.dim, self.revive_after = entries, dim, revive_after
+        self.entries, self.dim, self.revive_after, self.seed = entries, dim, revive_after, seed
         self.codebook = nn.Embedding(entries, dim)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training batches seen
         self.register_buffer("idle", torch.full((entries,), revive_after))  # training batches since last chosen
@@ -191,7 +192,7 @@ class VectorQuantizer(nn.Module):
         dead = (self.idle >= self.revive_after).nonzero().squeeze(-1)  # (K_dead,)
         if not len(dead):
             return
-        rng = torch.Generator().manual_seed(int(self.steps))
+        rng = torch.Generator().manual_seed((self.seed << 32) + int(self.steps))
         drawn = torch.randperm(len(z), generator=rng)[: len(dead)].to(z.device)
         # Before the codebook enters this step's graph, so that an output that was drawn chooses its own copy at once.
         self.codebook.weight[dead[: len(drawn)]] = z[drawn].to(self.codebook.weight.dtype)
