@@ -12,13 +12,13 @@ from unimodal.data import DigitImageData, DigitsData, FolderData, FolderImageDat
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.training import TokenizerTraining, UnifiedTraining
-from unimodal_generators import Autoregressive, AutoregressiveSettings, Flow, FlowSettings
-from unimodal_tokenizers import PatchTokenizer, VQTokenizer
+from unimodal_generators import Autoregressive, AutoregressiveSettings, Flow, FlowSettings, NextScale, NextScaleSettings
+from unimodal_tokenizers import MultiscaleVQ, PatchTokenizer, ResidualVQ, VQTokenizer
 
 PUBLIC = [
     BackboneConfig, Experts, DigitImageData, DigitsData, FolderData, FolderImageData, UnifiedModel, SequenceRules,
-    TokenizerTraining, UnifiedTraining, Autoregressive, AutoregressiveSettings, Flow, FlowSettings, PatchTokenizer,
-    VQTokenizer,
+    TokenizerTraining, UnifiedTraining, Autoregressive, AutoregressiveSettings, Flow, FlowSettings, NextScale,
+    NextScaleSettings, PatchTokenizer, VQTokenizer, MultiscaleVQ, ResidualVQ,
 ]  # fmt: skip
 
 
