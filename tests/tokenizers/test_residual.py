@@ -259,7 +259,8 @@ def test_each_codebook_learns_what_is_left_for_it() -> None:
 def test_every_parameter_of_a_residual_tokenizer_gets_a_gradient() -> None:
     tokenizer = residual()
     result = tokenizer(some(0, 4, 3, 8, 8))
-    assert ((result.quantized.counts > 0).float().mean(-1) > 0.5).all()
+    # Were the codebooks to draw their entries from the same tokens, all but the first would be zeros.
+    assert ((result.quantized.counts > 0).float().mean(-1) > 0.4).all()
     (result.images.square().mean() + result.quantized.codebook_loss + result.quantized.commitment).backward()
     assert [n for n, p in tokenizer.named_parameters() if p.grad is None] == []
 

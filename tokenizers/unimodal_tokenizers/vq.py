@@ -192,7 +192,7 @@ class VectorQuantizer(nn.Module):
         dead = (self.idle >= self.revive_after).nonzero().squeeze(-1)  # (K_dead,)
         if not len(dead):
             return
-        rng = torch.Generator().manual_seed((self.seed << 32) + int(self.steps))
+        rng = torch.Generator().manual_seed(1_000_003 * self.seed + int(self.steps))
         drawn = torch.randperm(len(z), generator=rng)[: len(dead)].to(z.device)
         # Before the codebook enters this step's graph, so that an output that was drawn chooses its own copy at once.
         self.codebook.weight[dead[: len(drawn)]] = z[drawn].to(self.codebook.weight.dtype)
