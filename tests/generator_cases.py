@@ -13,13 +13,14 @@ from unimodal_generators import (
     DiffusionSettings,
     Flow,
     Masked,
+    NextScale,
     ParallelNext,
     Regression,
     TokenDiffusion,
     TokenDiffusionSettings,
     UNetCoder,
 )
-from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
+from unimodal_tokenizers.base import Grid, ImageTokenizer, MultiscaleTokenizer, TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
 
 
@@ -35,11 +36,44 @@ class GrayLevels(ImageTokenizer):
         return ((gray + 1) * 7.5).round().long().flatten(1)
 
     def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
-        gray = (tokens.float() / 7.5 - 1).unflatten(1, (1, *grid))
+        gray = (tokens.float() / 7.5 - 1).unflatten(1, (1, grid.h, grid.w))
         return gray.repeat(1, 3, 1, 1).repeat_interleave(2, -1).repeat_interleave(2, -2)
 
     def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.float()[:, None] / 7.5 - 1
+
+
+class GrayPyramid(MultiscaleTokenizer):
+    """The same in 1, 2 and 4 rows, each the difference to the coarser ones."""
+
+    def __init__(self, scales: tuple[int, ...] = (1, 2, 4)) -> None:
+        super().__init__()
+        self.layout = TokenLayout("multiscale", dim=2, stride=2, codebooks=(16,), scales=scales)
+
+    def encode_batch(self, images: torch.Tensor, rng: torch.Generator | None = None) -> torch.Tensor:
+        grid = self.layout.grid(*images.shape[-2:])
+        rest, ids = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 2), []
+        for k, size in enumerate(grid.sizes):
+            means = torch.nn.functional.interpolate(rest, size, mode="area")
+            ids.append(((means + 1) * 7.5).round().clamp(0, 15).long().flatten(1))
+            rest = rest - self._say(ids[-1], k, grid)[:, :1]
+        return torch.cat(ids, dim=1)
+
+    def accumulate(self, tokens: torch.Tensor, grid: Grid) -> list[torch.Tensor]:
+        parts = [self._say(ids, k, grid) for k, ids in enumerate(tokens.split(grid.lengths, dim=1))]
+        return [sum(parts[: k + 1]) for k in range(len(parts))]
+
+    def _say(self, ids: torch.Tensor, k: int, grid: Grid) -> torch.Tensor:
+        codes = self.lookup(ids.flatten()).unflatten(0, (len(ids), *grid.sizes[k])).permute(0, 3, 1, 2)
+        return torch.nn.functional.interpolate(codes, (grid.h, grid.w), mode="nearest")
+
+    def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
+        gray = self.accumulate(tokens, grid)[-1][:, :1]
+        return gray.repeat(1, 3, 1, 1).repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
+        gray = tokens.float()[:, None] / 7.5 - 1
+        return torch.cat([gray, gray.square()], dim=1)
 
 
 class Case(NamedTuple):
@@ -66,6 +100,7 @@ CASES = {
     "masked": Case(Masked, GrayLevels),
     "bound": Case(made(Masked, inputs="codes", schedule="linear", weighting="bound"), GrayLevels, whole=False),
     "parallel": Case(ParallelNext, GrayLevels),
+    "next_scale": Case(made(NextScale, token_noise=0.2), GrayPyramid),
     "token_raster": Case(
         made(TokenDiffusion, order="raster", input_noise=0.1, sampling=TokenDiffusionSettings(head_steps=4), **small),
         squares,

@@ -110,8 +110,9 @@ VARIANTS |= {
         for time in ("add", "token", "adaln")
     },
     **{
-        f"next-{positions}": {"generator": "autoregressive", "backbone": {"positions": positions}}
+        f"{generator}-{positions}": {"generator": generator, "backbone": {"positions": positions}}
         for positions in SCHEMES
+        for generator in ("autoregressive", "next_scale")
     },
     **{
         f"masked-{positions}": {"generator": "token_random", "backbone": {"positions": positions}}
@@ -225,7 +226,7 @@ def test_peek_leaves_no_trace(model: UnifiedModel) -> None:
     grid = model.tokenizer.layout.grid(8, 8)
     block = model.generator.plan_context(grid)[0]
     with torch.no_grad():
-        session.peek(Embeddings(torch.randn(2 * grid.length, 32)), [block, block])
+        session.peek(Embeddings(torch.randn(2 * block.length, 32)), [block, block])
     assert cache.lengths == lengths == [3, 2, 1, 1]
     assert session._state.next == following
     assert torch.equal(session.last, last)

@@ -12,7 +12,7 @@ from unimodal.backbone import Experts
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import BUCKET, PackedSequence, SequencedDocument, SequenceRules, fit_image, pack, to_tensor
-from unimodal_generators.base import TokenKind
+from unimodal_generators.base import Grid, TokenKind
 
 FULL = Experts(attention=True, mlp=True, norms=True)
 T, C, L = TokenKind.TEXT, TokenKind.CLEAN, TokenKind.LEARNED
@@ -417,7 +417,7 @@ def test_images_are_stacked_by_size_and_found_again(make: Callable[..., UnifiedM
     context = [to_tensor([np.asarray(i)])[0] for i in (wide[0], square, wide[1])]
     assert all(torch.equal(flat[i], e) for i, e in zip(p.learned_images, learned, strict=True))
     assert all(torch.equal(flat[i], e) for i, e in zip(p.context_images, context, strict=True))
-    assert [b.grid for b in p.learned_blocks] == [(4, 4), (2, 4)]
+    assert [b.grid for b in p.learned_blocks] == [Grid(4, 4), Grid(2, 4)]
 
 
 def test_kind_of_a_pack(make: Callable[..., UnifiedModel]) -> None:

@@ -39,8 +39,10 @@ def model_options(recipe: Path, folder: Path) -> list[str]:
 
 
 def test_there_is_something_to_test() -> None:
-    assert {"digits_mot_flow", "digits_vq_ar", "shapes_mot_flow"} <= {name(path) for path in MODELS}
-    assert {"digits_vq"} <= {name(path) for path in TOKENIZERS}
+    assert {"digits_mot_flow", "digits_var_nextscale", "digits_vq_ar", "shapes_mot_flow"} <= {
+        name(path) for path in MODELS
+    }
+    assert {"digits_multiscale", "digits_rvq", "digits_vq"} <= {name(path) for path in TOKENIZERS}
     assert {"folder"} <= {name(path) for path in DATA}
 
 

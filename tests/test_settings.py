@@ -21,14 +21,17 @@ from unimodal_generators import (
     Flow,
     FlowSettings,
     LinearCoder,
+    NextScale,
+    NextScaleSettings,
     UNetCoder,
-)  # fmt: skip
-from unimodal_tokenizers import PatchTokenizer, VQTokenizer
+)
+from unimodal_tokenizers import MultiscaleVQ, PatchTokenizer, ResidualVQ, VQTokenizer
 
 PUBLIC = [
     BackboneConfig, Experts, DigitImageData, DigitsData, FolderData, FolderImageData, UnifiedModel, SequenceRules,
     TokenizerTraining, UnifiedTraining, Autoregressive, AutoregressiveSettings, Flow, FlowSettings, PatchTokenizer,
-    VQTokenizer, ConvNeXtCoder, Diffusion, DiffusionSettings, LinearCoder, UNetCoder,
+    VQTokenizer, ConvNeXtCoder, Diffusion, DiffusionSettings, LinearCoder, UNetCoder, NextScale, NextScaleSettings,
+    MultiscaleVQ, ResidualVQ,
 ]  # fmt: skip
 
 

@@ -308,7 +308,8 @@ class _Decoder:
         branches = self.image.branches
         self.capacity = model.sequence.context_length
         prompt = max(self._tokens(run) for run in runs)
-        wanted = prompt + settings.max_tokens + settings.max_images * (self._length(self.grid) + 2)
+        self.drawn = self._drawn(self.grid)
+        wanted = prompt + settings.max_tokens + settings.max_images * (self.drawn + 2)
         self.session = Session.start(model, len(runs), branches, min(self.capacity, wanted))
         self.rows = [_Row(torch.Generator().manual_seed(seed)) for seed in seeds]
         self._prefill(runs)
@@ -319,6 +320,14 @@ class _Decoder:
 
     def _length(self, grid: Grid) -> int:
         return sum(block.length for block in self.model.generator.plan_context(grid))
+
+    def _drawn(self, grid: Grid) -> int:
+        """Tokens a drawn image needs at most: what stays of drawing it, and more that is peeked at or read again."""
+        generator = self.model.generator
+        learned = generator.plan(grid, np.random.default_rng(0))  # lengths do not depend on what is drawn
+        peeked = max((block.length for block in learned if block.private), default=0)
+        again = self._length(grid) if generator.repeats else 0
+        return sum(block.length for block in learned if not block.private) + max(peeked, again)
 
     def _prefill(self, runs: list[list[Run]]) -> None:
         for i, run in enumerate(runs):
@@ -410,7 +419,7 @@ class _Decoder:
         return self.rows[i].tokens < self.settings.max_tokens and self.session.length(i) < self.capacity
 
     def _may_draw(self, i: int) -> bool:
-        fits = self.session.length(i) + self._length(self.grid) + 2 <= self.capacity
+        fits = self.session.length(i) + self.drawn + 2 <= self.capacity
         return self.rows[i].images < self.settings.max_images and fits
 
     def _begin_images(self, rows: Iterable[int]) -> Iterator[Piece]:
@@ -418,7 +427,7 @@ class _Decoder:
         for i in rows:
             if not self._may_draw(i):
                 raise ValueError(
-                    f"prompt {i}: {self.session.length(i)} tokens and an image of {self._length(self.grid)} are more than "
+                    f"prompt {i}: {self.session.length(i)} tokens and an image of {self.drawn} are more than "
                     f"this recipe's sequence.context_length {self.capacity}"
                 )
             yield from self._close_text(i)

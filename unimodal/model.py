@@ -42,7 +42,7 @@ class UnifiedModel(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         self.generator = generator(tokenizer.layout, backbone.width)
-        self.generator.bind(tokenizer.lookup)
+        self.generator.bind(tokenizer)
         _check_condition(self.generator, backbone)
         self.backbone = Backbone(backbone)
         self.sequence = sequence
@@ -158,7 +158,8 @@ class UnifiedModel(nn.Module):
         """Tokens of images grouped by size."""
         if not images:
             layout = self.tokenizer.layout
-            shape = (0, layout.dim) if layout.kind == "continuous" else (0, *layout.codebooks[1:2])
+            books = len(layout.codebooks)
+            shape = (0, layout.dim) if layout.kind == "continuous" else (0, books) if books > 1 else (0,)
             dtype = self.backbone.embedding.weight.dtype if layout.kind == "continuous" else torch.long
             return ImageTokens(torch.empty(shape, dtype=dtype, device=self.device), ())
         return ImageTokens.cat(

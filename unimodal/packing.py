@@ -179,7 +179,8 @@ class _Draft:
         for block in blocks:
             placed = place_block(self.sequencer.scheme, self.next, block)
             self.segments.append(Segment(block.kind, placed.ids, block=block, image=index))
-        self.next = placed.following
+            if block.complete and not block.private:  # what others see keeps its ids to itself; so does a session
+                self.next = placed.following
 
     def finish(self) -> tuple[Segment, ...]:
         self.close_text()
@@ -222,14 +223,14 @@ class PackedSequence:
     splits: tuple[int, ...]  # places of each expert
     tokens: tuple[int, ...]  # of those, how many a token has; they come first
     positions: Int[Tensor, "P A"]
-    image_rows: Int[Tensor, " P"]  # learned blocks, then context blocks, counted from 1; 0: of no image
+    image_rows: Int[Tensor, " P"]  # learned images, then context images, counted from 1; 0: of no image
     text_ids: Int[Tensor, " n"]
     text_reads: Int[Tensor, " M"]  # whose hidden state predicts ...
     text_targets: Int[Tensor, " M"]  # ... this id
     image_reads: Int[Tensor, " T"]  # whose hidden state each learned image token is read from
     images: tuple[Float[Tensor, "_ 3 _ _"], ...]  # one tensor a size; numbered through
-    learned_images: tuple[int, ...]  # image of each learned block
-    learned_blocks: tuple[Block, ...]
+    learned_images: tuple[int, ...]  # numbers of the images that are learned
+    learned_blocks: tuple[Block, ...]  # of all of them, one or several an image
     context_images: tuple[int, ...]
     context_blocks: tuple[Block, ...]
     kind: str  # of its documents, or "" when they differ
@@ -296,9 +297,12 @@ def pack(
 
     learned = [i for i, (_, s) in enumerate(segments) if s.kind == TokenKind.LEARNED and s.block]
     context = [i for i, (_, s) in enumerate(segments) if s.kind == TokenKind.CLEAN and s.block]
-    rows = np.zeros(len(segments), dtype=np.int64)
-    rows[learned + context] = np.arange(1, len(learned + context) + 1)
     blocks = [s.block for _, s in segments]
+    begins = [
+        (b := blocks[i]) is not None and b.offset == 0 for i in learned + context
+    ]  # else it goes on with an image
+    rows = np.zeros(len(segments), dtype=np.int64)
+    rows[learned + context] = np.cumsum(begins)
     spans = [np.arange(table.start[i] + b.prefix, table.start[i] + b.length) for i in learned if (b := blocks[i])]
     learned_at = np.concatenate([*spans, np.zeros(0, dtype=np.int64)]) - (reads == "previous")
     target = np.array([t for _, s in segments if s.kind == TokenKind.TEXT for t in s.targets], dtype=bool)
@@ -306,6 +310,12 @@ def pack(
     text_at = by_kind[TokenKind.TEXT][target] - 1  # a text token is predicted by the one before it
 
     images, numbers = _gather_images(documents)
+
+    def image_numbers(held: list[int]) -> tuple[int, ...]:
+        """Of the images whose first block is among the segments `held`."""
+        firsts = [i for i in held if (b := blocks[i]) is not None and b.offset == 0]
+        return tuple(numbers[segments[i][0], segments[i][1].image] for i in firsts)
+
     document_kinds = {document.kind for document in documents}
     return PackedSequence(
         table=table,
@@ -319,9 +329,9 @@ def pack(
         text_targets=torch.from_numpy(text_ids[target]),
         image_reads=torch.from_numpy(inverse[learned_at]),
         images=images,
-        learned_images=tuple(numbers[segments[i][0], segments[i][1].image] for i in learned),
+        learned_images=image_numbers(learned),
         learned_blocks=tuple(b for i in learned if (b := blocks[i])),
-        context_images=tuple(numbers[segments[i][0], segments[i][1].image] for i in context),
+        context_images=image_numbers(context),
         context_blocks=tuple(b for i in context if (b := blocks[i])),
         kind=document_kinds.pop() if len(document_kinds) == 1 else "",
         position=position,

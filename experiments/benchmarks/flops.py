@@ -24,7 +24,7 @@ def train_flops(config: BackboneConfig, packed: PackedSequence, latent: int) -> 
     head = 6 * config.width * config.rows * packed.counts["text"]
     patches = 6 * config.width * latent * packed.counts["image"]
     modulation = (
-        36 * config.depth * config.width**2 * (len(packed.learned_blocks) + len(packed.context_blocks))
+        36 * config.depth * config.width**2 * (len(packed.learned_images) + len(packed.context_images))
         if config.adaln
         else 0
     )

@@ -5,6 +5,7 @@ from unimodal_generators.base import Block, ImageGenerator, SamplingSettings, To
 from unimodal_generators.diffusion import Diffusion, DiffusionSettings
 from unimodal_generators.flow import Flow, FlowSettings
 from unimodal_generators.masked import Masked, MaskedSettings, ParallelNext
+from unimodal_generators.next_scale import NextScale, NextScaleSettings
 from unimodal_generators.patch_coders import ConvNeXtCoder, LinearCoder, UNetCoder
 from unimodal_generators.regression import Regression, RegressionSettings
 from unimodal_generators.token_diffusion import TokenDiffusion, TokenDiffusionSettings
@@ -22,6 +23,8 @@ __all__ = [
     "LinearCoder",
     "Masked",
     "MaskedSettings",
+    "NextScale",
+    "NextScaleSettings",
     "ParallelNext",
     "Regression",
     "RegressionSettings",

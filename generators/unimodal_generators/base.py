@@ -5,7 +5,7 @@ backbone, S tokens without prefixes, K channels that skip the backbone, R docume
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout
 
 
 class TokenKind(IntEnum):
@@ -64,7 +64,7 @@ class Corrupted:
     inputs: Shaped[Tensor, "T *channels"]
     time: Float[Tensor, " N"]
     grids: tuple[Grid, ...]
-    targets: Shaped[Tensor, "M *channels"] | None = None
+    targets: Shaped[Tensor, "M *predicted"] | None = None
     where: Int[Tensor, " M"] | None = None  # which tokens the targets are of; None: all, in order
 
 
@@ -277,9 +277,12 @@ class ImageGenerator(nn.Module, ABC):
     layout: TokenLayout
     sampling: SamplingSettings
 
-    def bind(self, lookup: Callable[[Tensor], Tensor]) -> None:
-        """Called once by the model with its tokenizer's `lookup`, for generators that read code vectors."""
-        self.lookup = lookup
+    def bind(self, tokenizer: ImageTokenizer) -> None:
+        """Called once by the model with its tokenizer, for generators that read what its tokens say.
+
+        Only its methods are kept: the tokenizer is no part of the generator, which would train and export it.
+        """
+        self.lookup = tokenizer.lookup
 
     def check(self, layout: TokenLayout) -> None:
         """Refuse a tokenizer this generator cannot learn."""
@@ -294,7 +297,10 @@ class ImageGenerator(nn.Module, ABC):
 
     @abstractmethod
     def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
-        """Every random choice of one learned image. Needs no weights: runs in the loader."""
+        """Every random choice of one learned image. Needs no weights: runs in the loader.
+
+        Several blocks are pieces of the image one after the other, the first at offset 0.
+        """
 
     @abstractmethod
     def plan_context(self, grid: Grid) -> list[Block]:
@@ -302,7 +308,7 @@ class ImageGenerator(nn.Module, ABC):
 
     @abstractmethod
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
-        """What is learned, drawn from the blocks' seeds alone."""
+        """What is learned, drawn from the blocks' seeds alone; `blocks` are those that `plan` gave, image after image."""
 
     @abstractmethod
     def context(self, tokens: ImageTokens) -> Corrupted:

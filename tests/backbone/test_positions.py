@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
 from unimodal.backbone import SCHEMES, PositionScheme, RopeScaling
-from unimodal.backbone.positions import Rotary, rotate, sincos, sincos_2d
+from unimodal.backbone.positions import Rotary, cells, rotate, sincos, sincos_2d
 from unimodal.documents import Document
 from unimodal.model import UnifiedModel
 from unimodal.packing import pack, place_block
@@ -59,6 +59,40 @@ def test_mrope_and_rope2d_give_rows_and_columns(grid: Grid, following: int) -> N
     assert three.following == two.following == following == max(i for cell in two.ids for i in cell) + 1
     assert SCHEMES["mrope"].additive(grid, 16) is None
     assert SCHEMES["rope2d"].additive(grid, 16) is None
+
+
+def test_cells_of_coarser_scales_lie_where_their_middles_are() -> None:
+    grid = Grid(4, 6, ((1, 1), (2, 3), (3, 4), (4, 6)))
+    middles = []
+    for rows, columns in grid.scales:
+        for r, c in itertools.product(range(rows), range(columns)):
+            middles.append([int((r + 0.5) / rows * 4), int((c + 0.5) / columns * 6)])
+    assert cells(grid).tolist() == middles
+    assert cells(grid)[0].tolist() == [2, 3]
+    assert cells(grid)[-24:].tolist() == cells(Grid(4, 6)).tolist() == [[r, c] for r in range(4) for c in range(6)]
+    for scale in np.split(cells(grid), np.cumsum(grid.lengths)[:-1]):
+        assert len({tuple(cell) for cell in scale}) == len(scale)  # no two of one scale share a place
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMES))
+def test_every_scheme_places_every_scale(name: str) -> None:
+    """A scale as fine as the image is placed as the image; what follows it is behind all of them."""
+    scheme, grid, plain = SCHEMES[name], Grid(2, 3, ((1, 1), (1, 2), (2, 3))), Grid(2, 3)
+    placed, alone = scheme.image(5, grid), scheme.image(5, plain)
+    assert len(placed.ids) == grid.length == 9
+    assert placed.following == placed.ids.max() + 1
+    added, own = scheme.additive(grid, 16), scheme.additive(plain, 16)
+    if name == "sequential":
+        assert placed.ids[:, 0].tolist() == list(range(5, 14))
+    else:
+        assert placed.ids[3:].tolist() == alone.ids.tolist()
+        assert placed.following == alone.following
+    if added is not None and own is not None:
+        assert torch.equal(added[3:], own)
+        assert torch.equal(added[0], own[4])  # the middle of 2 x 3 lies in row 1, column 1
+    block = Block(grid, TokenKind.LEARNED, bidirectional=True, private=False)
+    pieces = [place_block(scheme, 9, block.piece(offset, count)) for offset, count in ((0, 1), (1, 2), (3, 6))]
+    assert np.concatenate([p.ids for p in pieces]).tolist() == place_block(scheme, 9, block).ids.tolist()
 
 
 def test_mrope_numbers_a_document_as_qwen2_vl_does() -> None:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from unimodal_tokenizers import Grid, ImageTokens, PatchTokenizer, TokenLayout, bits_per_token
 
-grids = st.lists(st.builds(Grid, st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=5)
+sides = st.integers(1, 3)
+scales = st.lists(st.tuples(sides, sides), max_size=3).map(tuple)
+grids = st.lists(st.builds(Grid, sides, sides, scales), min_size=1, max_size=5)
 
 
 def numbered(items: list[Grid]) -> ImageTokens:

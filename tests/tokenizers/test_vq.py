@@ -94,6 +94,9 @@ def test_usage_and_perplexity_of_known_counts() -> None:
     assert codebook_perplexity(torch.tensor([5, 5, 5, 5])) == pytest.approx(4)
     assert codebook_perplexity(torch.tensor([7, 0, 0, 0])) == pytest.approx(1)
     assert codebook_perplexity(torch.zeros(4, dtype=torch.int64)) == 0
+    both = torch.tensor([[5, 5, 5, 5], [7, 0, 0, 0]])  # two codebooks
+    assert codebook_usage(both) == pytest.approx(5 / 8)
+    assert codebook_perplexity(both) == pytest.approx(2.5)
 
 
 # The quantizer

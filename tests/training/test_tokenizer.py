@@ -1,6 +1,7 @@
-"""Training of the VQ tokenizer: it learns, logs, draws, resumes exactly and refuses what cannot be."""
+"""Training of tokenizers with codebooks: it learns, logs, draws, resumes exactly and refuses what cannot be."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unimodal.training.tokenizer import CodebookCounts, TokenizerTraining, write_reconstructions
-from unimodal_tokenizers import PatchTokenizer, VQTokenizer
+from unimodal_tokenizers import MultiscaleVQ, PatchTokenizer, ResidualVQ, VQTokenizer
+
+SMALL: dict[str, Any] = {"dim": 4, "channels": [8, 16], "blocks": 1, "revive_after": 2}
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "vq": lambda: VQTokenizer(codebook=64, **SMALL),
+    "multiscale": lambda: MultiscaleVQ(codebook=128, scales=[1, 2, 4], **SMALL),
+    "residual": lambda: ResidualVQ(codebook=64, codebooks=2, **SMALL),
+}
 
 
 def bars(count: int) -> list[Tensor]:
@@ -26,9 +34,9 @@ def bars(count: int) -> list[Tensor]:
     return list(images)
 
 
-def training(**changed: Any) -> TokenizerTraining:
+def training(name: str = "vq", **changed: Any) -> TokenizerTraining:
     torch.manual_seed(0)
-    tokenizer = VQTokenizer(codebook=64, dim=4, channels=[8, 16], blocks=1, revive_after=2)
+    tokenizer = TOKENIZERS[name]()
     settings = {"lr": 1e-2, "l1_weight": 0.5, "l2_weight": 1.0, "commitment_weight": 0.25, **changed}
     return TokenizerTraining(tokenizer, **settings)
 
@@ -48,8 +56,9 @@ def fit(folder: Path, model: TokenizerTraining, steps: int, ckpt_path: Path | No
     return runner
 
 
-def test_it_learns_logs_every_term_and_draws(tmp_path: Path) -> None:
-    model = training(warmup_steps=2)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_it_learns_logs_every_term_and_draws(tmp_path: Path, name: str) -> None:
+    model = training(name, warmup_steps=2)
     runner = trainer(tmp_path, 40)
     data = DataLoader(bars(16), batch_size=16)
     runner.validate(model, data, verbose=False)
@@ -70,20 +79,25 @@ def test_it_learns_logs_every_term_and_draws(tmp_path: Path) -> None:
     error = (model(images) - images).square().mean((1, 2, 3))
     assert logged["val/psnr"] == pytest.approx(float((10 * torch.log10(4 / error)).mean()), abs=0.01)
     ids = model.tokenizer.encode(images).values
-    assert logged["val/codebook_usage"] == pytest.approx(len(ids.unique()) / 64)
+    books, entries = len(model.tokenizer.layout.codebooks), model.tokenizer.layout.codebooks[0]
+    used = sum(len(column.unique()) for column in ids.view(-1, books).unbind(1))  # of all codebooks
+    assert logged["val/codebook_usage"] == pytest.approx(used / (books * entries))
+    assert 1 <= logged["val/codebook_perplexity"] <= entries
     with Image.open(tmp_path / "samples" / "reconstruction_step_40.png") as picture:
         assert picture.size == (16 * 68 + 4, 2 * 68 + 4)  # 64 pixels an image, 4 between
 
 
-def test_stop_and_resume_equals_never_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_stop_and_resume_equals_never_stopped(tmp_path: Path, name: str) -> None:
     # The first epoch's eight batches in one go, and cut in the middle of training at an epoch's end.
-    whole, first, second = training(schedule="constant"), training(schedule="constant"), training(schedule="constant")
+    whole, first, second = (training(name, schedule="constant") for _ in range(3))
     fit(tmp_path / "whole", whole, 16)
     runner = fit(tmp_path / "first", first, 8)
     runner.save_checkpoint(tmp_path / "stopped.ckpt")
     torch.manual_seed(7)
     fit(tmp_path / "second", second, 16, ckpt_path=tmp_path / "stopped.ckpt")
-    assert (whole.tokenizer.quantizer.idle > 0).any()
+    idle = [value for key, value in whole.state_dict().items() if key.endswith("idle")]
+    assert all((value > 0).any() for value in idle)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
 
@@ -113,6 +127,10 @@ def test_counts_add_up() -> None:
     counts.update(torch.tensor([1, 0, 2]))
     counts.update(torch.tensor([1, 0, 0]))
     assert counts.compute().tolist() == [2, 0, 2]
+    several = CodebookCounts(2, codebooks=2)
+    several.update(torch.tensor([[1, 0], [2, 3]]))
+    several.update(torch.tensor([[1, 0], [0, 1]]))
+    assert several.compute().tolist() == [[2, 0], [2, 4]]
 
 
 def test_the_picture_shows_images_above_reconstructions(tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
 """The interface every visual tokenizer keeps: pixels in, tokens out, and back.
 
-Letters: B images, H height, W width (pixels); T tokens of all images end to end, D channels of a token,
-Q codebooks; h, w the token grid of one image.
+Letters: B images, H height, W width (pixels); N tokens of one image, T of all images end to end, D channels of a token,
+Q codebooks; h, w the token grid of one image; S scales of a multi-scale tokenizer.
 
-Images are RGB float32 in [-1, 1]. Tokens of many images are concatenated, row-major over each image's grid.
+Images are RGB float32 in [-1, 1]. Tokens of many images are concatenated, row-major over each image's grid; several scales
+come coarse to fine, each row-major.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,31 +19,54 @@ from torch import Tensor, nn
 
 
 class Grid(NamedTuple):
-    """Rows and columns of one image's tokens."""
+    """Rows and columns of one image's tokens; of several scales, those of the finest and of each."""
 
     h: int
     w: int
+    scales: tuple[tuple[int, int], ...] = ()  # rows and columns of each scale, coarse to fine; empty: one, h x w
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each scale, of the only one too."""
+        return self.scales or ((self.h, self.w),)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each scale."""
+        return [rows * columns for rows, columns in self.sizes]
 
     @property
     def length(self) -> int:
         """Tokens of the image."""
-        return self.h * self.w
+        return sum(self.lengths)
+
+    def first(self, scales: int) -> "Grid":
+        """The same image, of whose scales only the coarsest so many are held."""
+        if not 1 <= scales <= len(self.scales):
+            raise ValueError(f"scales: expected between 1 and {len(self.scales)}, got {scales}")
+        return Grid(self.h, self.w, self.scales[:scales])
 
 
 @dataclass(frozen=True)
 class TokenLayout:
     """What a tokenizer's tokens look like: all that generators and packing need to know of it."""
 
-    kind: Literal["continuous", "discrete"]
+    kind: Literal["continuous", "discrete", "multiscale"]
     dim: int  # channels of one token (continuous), or of its code vector (discrete)
     stride: int  # pixels a token covers along each axis
     codebooks: tuple[int, ...] = ()  # entries of each codebook; empty when continuous
+    scales: tuple[int, ...] = ()  # rows and columns of each scale of an image whose finest is square; multiscale only
 
     def grid(self, height: int, width: int) -> Grid:
         """Token grid of an image of `height` x `width` pixels."""
         if height % self.stride or width % self.stride or height < 1 or width < 1:
             raise ValueError(f"image size: expected multiples of the stride {self.stride}, got {height}x{width} pixels")
-        return Grid(height // self.stride, width // self.stride)
+        h, w = height // self.stride, width // self.stride
+        return Grid(h, w, tuple((self._side(h, s), self._side(w, s)) for s in self.scales))
+
+    def _side(self, finest: int, scale: int) -> int:
+        """Cells of a scale along a side of so many: the share the scale has of the last one, rounded, at least 1."""
+        return max(1, (2 * finest * scale + self.scales[-1]) // (2 * self.scales[-1]))
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,12 @@ class ImageTokens:
         parts = self.values.split(self.lengths)
         values = torch.cat([parts[i] for i in indices]) if len(indices) else self.values[:0]
         return ImageTokens(values, tuple(self.grids[i] for i in indices))
+
+    def first(self, scales: int) -> "ImageTokens":
+        """The same images, coarser: tokens of the first so many scales, which decode by themselves."""
+        grids = tuple(grid.first(scales) for grid in self.grids)
+        parts = [v[: grid.length] for v, grid in zip(self.values.split(self.lengths), grids, strict=True)]
+        return ImageTokens(torch.cat([self.values[:0], *parts]), grids)
 
     @staticmethod
     def cat(items: Sequence["ImageTokens"]) -> "ImageTokens":
@@ -131,17 +161,25 @@ class ImageTokenizer(nn.Module, ABC):
     def decode_each(self, tokens: ImageTokens, rng: torch.Generator | None = None) -> list[Float[Tensor, "3 _ _"]]:
         """Images of tokens of any grids, equal grids decoded together."""
         images: list[Tensor] = [torch.empty(0)] * len(tokens)
-        for members in _groups(list(tokens.grids)):
+        for members in _groups(tokens.grids):
             for i, image in zip(members, self.decode(tokens.select(members), rng), strict=True):
                 images[i] = image
         return images
 
 
-def _groups(keys: Sequence[tuple[int, ...]]) -> list[list[int]]:
+class MultiscaleTokenizer(ImageTokenizer):
+    """A tokenizer whose scales add up: each says what the coarser ones left out. Its layout is "multiscale"."""
+
+    @abstractmethod
+    def accumulate(self, tokens: Shaped[Tensor, "B N"], grid: Grid) -> list[Float[Tensor, "B D {grid.h} {grid.w}"]]:
+        """What the first 1, 2, ... scales of `grid` say together, on its finest grid. Fewer scales are `grid.first`."""
+
+
+def _groups(keys: Sequence[Hashable]) -> list[list[int]]:
     """Indices of equal keys, in order of first appearance."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
-        groups.setdefault(tuple(key), []).append(i)
+        groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 

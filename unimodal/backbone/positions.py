@@ -91,9 +91,9 @@ class MultimodalRope(Sequential):
 
     def image(self, start: int, grid: Grid) -> Placed:
         """(start, start + row, start + column); text goes on behind the largest."""
-        rows, columns = np.divmod(np.arange(grid.length), grid.w)
+        rows, columns = cells(grid).T
         ids = start + np.stack([np.zeros_like(rows), rows, columns], axis=1)
-        return Placed(ids, start + max(grid))
+        return Placed(ids, start + max(grid.h, grid.w))
 
 
 class Rope2d(Sequential):
@@ -110,16 +110,28 @@ class Rope2d(Sequential):
 
     def image(self, start: int, grid: Grid) -> Placed:
         """(start + row, start + column); text goes on behind the larger."""
-        rows, columns = np.divmod(np.arange(grid.length), grid.w)
-        return Placed(start + np.stack([rows, columns], axis=1), start + max(grid))
+        return Placed(start + cells(grid), start + max(grid.h, grid.w))
+
+
+def cells(grid: Grid) -> Int[np.ndarray, "n 2"]:
+    """Row and column of every token: of a coarser scale, those of the finest grid's cell that its own cell's middle is in.
+
+    Cells of one scale never share a place; of two scales they may, and the generator says which scale is which.
+    """
+    placed = []
+    for rows, columns in grid.sizes:
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        placed.append(
+            np.stack([(2 * row + 1) * grid.h // (2 * rows), (2 * column + 1) * grid.w // (2 * columns)], axis=1)
+        )
+    return np.concatenate(placed)
 
 
 def sincos_2d(grid: Grid, width: int) -> Float[Tensor, "n C"]:
-    """Fixed 2-D sine-cosine embedding, row-major (MAE, arXiv 2111.06377)."""
+    """Fixed 2-D sine-cosine embedding, row-major (MAE, arXiv 2111.06377), of several scales one after the other."""
     if width % 4:
         raise ValueError(f"width: a 2-D sine-cosine embedding needs a multiple of 4, got {width}")
-    rows, columns = torch.meshgrid(torch.arange(grid.h), torch.arange(grid.w), indexing="ij")  # (h, w)
-    halves = [sincos(axis.flatten().float(), width // 2) for axis in (rows, columns)]
+    halves = [sincos(torch.from_numpy(axis).float(), width // 2) for axis in cells(grid).T]
     return torch.cat(halves, dim=1)  # (n, C)
 
 

@@ -43,7 +43,7 @@ def useful_flops(model: UnifiedModel, packed: PackedSequence) -> Flops:
 def layer_flops(backbone: Backbone, packed: PackedSequence) -> tuple[int, int]:
     """Of the layers' weights, and of their attention."""
     config, weights = backbone.config, 0.0
-    images = len(packed.learned_blocks) + len(packed.context_blocks)
+    images = len(packed.learned_images) + len(packed.context_images)
     for layer in backbone.layers:
         assert isinstance(layer, DecoderLayer)
         for expert, tokens in enumerate(packed.tokens):

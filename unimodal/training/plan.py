@@ -205,7 +205,7 @@ class _Probe:
         embeddings = {TokenKind.TEXT: values(len(packed.text_ids))}
         for kind, blocks in ((TokenKind.LEARNED, packed.learned_blocks), (TokenKind.CLEAN, packed.context_blocks)):
             embeddings[kind] = values(sum(block.length for block in blocks))
-        images = len(packed.learned_blocks) + len(packed.context_blocks)
+        images = len(packed.learned_images) + len(packed.context_images)
         hidden = self.model.hidden(embeddings, packed, values(images) if self.backbone.config.adaln else None)
         if backward:
             hidden.backward(torch.randn_like(hidden))

@@ -1,6 +1,6 @@
 """Training of a visual tokenizer: reconstruct the image, keep the codebook in use.
 
-Letters: B images, H height, W width (pixels); K entries of the codebook.
+Letters: B images, H height, W width (pixels); K entries of a codebook, Q codebooks (one, where it is left out).
 """
 
 import math
@@ -19,7 +19,7 @@ from torchvision.utils import make_grid, save_image
 from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
 from unimodal_tokenizers.base import ImageTokenizer
 from unimodal_tokenizers.representation import Representation
-from unimodal_tokenizers.vq import Quantized, VQTokenizer, codebook_perplexity, codebook_usage
+from unimodal_tokenizers.vq import CodebookTokenizer, Quantized, codebook_perplexity, codebook_usage
 
 PICTURE_SIDE = 64  # pixels an image has at least in a reconstruction grid; small ones are enlarged
 
@@ -30,31 +30,33 @@ class CodebookCounts(Metric):
     full_state_update = False
     counts: Tensor
 
-    def __init__(self, entries: int) -> None:
+    def __init__(self, entries: int, codebooks: int = 1) -> None:
         """Args:
 
-        entries: size K of the codebook.
+        entries: size K of a codebook.
+        codebooks: how many of them, Q; counts of one are `(K,)`, of several `(Q, K)`.
         """
         super().__init__()
-        self.add_state("counts", torch.zeros(entries, dtype=torch.int64), dist_reduce_fx="sum")
+        shape = (entries,) if codebooks == 1 else (codebooks, entries)
+        self.add_state("counts", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, counts: Int64[Tensor, " K"]) -> None:
+    def update(self, counts: Int64[Tensor, "*Q K"]) -> None:
         """Add the counts of one batch."""
         self.counts = self.counts + counts  # not in place: validation leaves an inference tensor behind
 
-    def compute(self) -> Int64[Tensor, " K"]:
+    def compute(self) -> Int64[Tensor, "*Q K"]:
         """The sums."""
         return self.counts
 
 
 class TokenizerTraining(L.LightningModule):
-    """Trains a VQ tokenizer, or the decoder of a representation, on images `(B, 3, H, W)`, float32 in [-1, 1].
+    """Trains a tokenizer with codebooks, or the decoder of a representation, on images `(B, 3, H, W)` in [-1, 1].
 
     loss = l1_weight |x - y| + l2_weight |x - y|^2 + codebook_loss + commitment_weight * commitment
 
     with y the reconstruction, both norms averaged over pixels and channels, and the last two terms those of
-    `VectorQuantizer.forward`, which tokenizers without a codebook have not. The codebook's term has no weight: only the
-    codebook sees it, and Adam ignores its scale.
+    the tokenizer's `quantize`, which tokenizers without a codebook have not. The codebook's term has no weight: only the
+    codebook (and what makes its codes into what the decoder reads) sees it, and Adam ignores its scale.
     Every validation writes `samples/reconstruction_step_<n>.png` into the run's folder.
     """
 
@@ -91,9 +93,11 @@ class TokenizerTraining(L.LightningModule):
         encoder_weights: of a representation's frozen encoder: safetensors with timm's names.
         """
         super().__init__()
-        if not isinstance(tokenizer, VQTokenizer | Representation):
+        if not isinstance(tokenizer, CodebookTokenizer | Representation):
             name = type(tokenizer).__name__
-            raise ValueError(f"tokenizer: expected one that is trained (VQTokenizer, Representation), got {name}")
+            raise ValueError(
+                f"tokenizer: expected one that is trained (a CodebookTokenizer, Representation), got {name}"
+            )
         if encoder_weights is not None:
             if not isinstance(tokenizer, Representation):
                 raise ValueError(
@@ -111,7 +115,8 @@ class TokenizerTraining(L.LightningModule):
         self.lr, self.lr_floor, self.weight_decay, self.betas = lr, lr_floor, weight_decay, betas
         self.schedule, self.warmup_steps, self.samples = schedule, warmup_steps, samples
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3))  # clamps; the mean over images
-        self.counts = CodebookCounts(tokenizer.layout.codebooks[0]) if tokenizer.layout.codebooks else None
+        books = tokenizer.layout.codebooks
+        self.counts = CodebookCounts(books[0], len(books)) if books else None
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """Images and their reconstruction, in [-1, 1]."""
