@@ -14,6 +14,7 @@ from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.text import TextTokenizer
+from unimodal.vision import VisionEncoder
 from unimodal_generators import Autoregressive, Flow
 from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
@@ -42,6 +43,15 @@ class GrayLevels(ImageTokenizer):
 
 CORPUS = ["a handwritten seven", "a handwritten three", "three plus seven equals ten", "grün, 数字 and \U0001f600"]
 FULL = Experts(attention=True, mlp=True, norms=True)
+FORMS = {"both": ("flow", "both"), "reader": ("flow", "understanding"), "janus": ("autoregressive", "understanding"),
+         "next-both": ("autoregressive", "both")}  # fmt: skip
+"""Generators under another name, with the forms in which images are context."""
+
+
+def encoder(**settings: Any) -> VisionEncoder:
+    """A vision transformer of one layer over squares of 4 x 4 pixels."""
+    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "dynamic_img_size": True}
+    return VisionEncoder("vit_tiny_patch16_224", settings=shape, **settings)
 
 
 def build(
@@ -50,6 +60,7 @@ def build(
 ) -> UnifiedModel:  # fmt: skip
     """A model of two layers with random, non-degenerate weights; `backbone` has further settings of it."""
     torch.manual_seed(0)
+    generator, rules["context"] = FORMS.get(generator, (generator, rules.get("context", "clean")))
     shape = {"width": width, "depth": 2, "heads": 2, "kv_heads": 1, "mlp_width": 48, "vocabulary": 300}
     shape |= {"positions": "block" if generator == "flow" else "sequential", "adaln": time == "adaln"}
     config = BackboneConfig(experts=experts, **shape | (backbone or {}))
@@ -58,7 +69,8 @@ def build(
     codes = functools.partial(Autoregressive, inputs="codes", token_noise=0.2)
     flow = functools.partial(Flow, time=time)
     made = {"flow": flow, "autoregressive": Autoregressive, "codes": codes}[generator]
-    model = UnifiedModel(tokenizer, made, config, SequenceRules(**settings))
+    vision = None if rules["context"] == "clean" else encoder()
+    model = UnifiedModel(tokenizer, made, config, SequenceRules(**settings), vision)
     model.text = TextTokenizer.train(CORPUS, 300)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -104,7 +116,7 @@ def make() -> Callable[..., UnifiedModel]:
     return build
 
 
-@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes"])
+@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes", "both", "janus"])
 def model(request: pytest.FixtureRequest) -> UnifiedModel:
     """One model a generator."""
     return build(request.param)

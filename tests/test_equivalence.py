@@ -51,6 +51,7 @@ def hidden_in_session(model: UnifiedModel, document: SequencedDocument) -> torch
         streams = {
             TokenKind.LEARNED: by_block(generator.embed(learned), p.learned_blocks),
             TokenKind.CLEAN: by_block(generator.embed(context), p.context_blocks),
+            TokenKind.UNDERSTANDING: by_block(Embeddings(model.understand(p.understood)), p.understood_blocks),
         }
         for segment in document.segments:
             if segment.kind == TokenKind.TEXT:
@@ -105,9 +106,17 @@ VARIANTS |= {
     "crossed": {"experts": Experts(mlp=True, clean="text"), "time": "token"},
     "qwen2": {"backbone": {"qkv_bias": True, "qk_norm": False, "head_dim": 24, "tied_head": False, "added_tokens": 7}},
     **{
-        f"next-{positions}": {"generator": "autoregressive", "backbone": {"positions": positions}}
+        f"{name}-{positions}": {"generator": generator, "backbone": {"positions": positions}}
+        for name, generator in (
+            ("next", "autoregressive"),
+            ("read", "reader"),
+            ("both", "both"),
+            ("next-both", "next-both"),
+        )
         for positions in SCHEMES
     },
+    "read-adaln": {"generator": "both", "time": "adaln", "experts": Experts(True, True, True, understanding="look")},
+    "read-token": {"generator": "reader", "time": "token", "experts": Experts(mlp=True, understanding="image")},
 }
 
 

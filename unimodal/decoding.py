@@ -4,7 +4,7 @@ Letters: R documents, G guidance branches (N = G * R cached sequences, branch by
 C width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -242,6 +242,7 @@ class _Decoder:
         self.image = settings.image or model.generator.sampling
         height, width = settings.size or model.sequence.image_sizes[0]
         self.grid = model.tokenizer.layout.grid(height, width)
+        self.lengths: dict[Grid, int] = {}
         branches = self.image.branches
         self.capacity = model.sequence.context_length
         prompt = max(self._tokens(run) for run in runs)
@@ -251,11 +252,20 @@ class _Decoder:
         self._prefill(runs)
 
     def _tokens(self, runs: Sequence[Run]) -> int:
-        grid = self.model.tokenizer.layout.grid
-        return sum(len(r.ids) if r.image is None else self._length(grid(*r.image.shape[:2])) for r in runs)
+        forms = self.model.sequencer.context_blocks
+        images = [forms(*r.image.shape[:2], drawn=False) for r in runs if r.image is not None]
+        return sum(len(r.ids) for r in runs) + sum(block.length for blocks in images for block in blocks)
 
     def _length(self, grid: Grid) -> int:
-        return sum(block.length for block in self.model.generator.plan_context(grid))
+        """Room for a drawn image: its context, and what is there while it is drawn."""
+        if grid not in self.lengths:
+            model, stride = self.model, self.model.tokenizer.layout.stride
+            learned = model.generator.plan(grid, np.random.default_rng(0))
+            forms = model.sequencer.context_blocks(grid.h * stride, grid.w * stride, drawn=True)
+            peeked = max([block.length for block in learned if block.private], default=0)
+            kept = sum(block.length for block in learned if not block.private)
+            self.lengths[grid] = kept + max(peeked, sum(block.length for block in forms))
+        return self.lengths[grid]
 
     def _prefill(self, runs: list[list[Run]]) -> None:
         for i, run in enumerate(runs):
@@ -269,16 +279,23 @@ class _Decoder:
             if texts:
                 self.session.rows(texts).append_text([runs[i][step] for i in texts])
             if images:
-                weight = self.model.backbone.embedding.weight
-                pixels = [to_tensor([p])[0].to(weight) for i in images if (p := runs[i][step].image) is not None]
-                embedded, blocks = self._context(self.model.tokenizer.encode_each(pixels))
-                self.session.rows(images).append_given(embedded, blocks)
+                pictures = [p for i in images if (p := runs[i][step].image) is not None]
+                for embedded, blocks in self._context(pictures):
+                    self.session.rows(images).append_given(embedded, blocks)
 
-    def _context(self, tokens: ImageTokens) -> tuple[Embeddings, list[Block]]:
-        """The context form of one image a row, which is one block."""
-        generator = self.model.generator
-        blocks = [block for grid in tokens.grids for (block,) in [generator.plan_context(grid)]]
-        return generator.embed(generator.context(tokens)), blocks
+    def _context(
+        self, pictures: Sequence[np.ndarray], drawn: ImageTokens | None = None
+    ) -> Iterator[tuple[Embeddings, list[Block]]]:
+        """The forms in which one image a row is context, each of one block; `drawn` are the tokens of drawn ones."""
+        model, generator = self.model, self.model.generator
+        planned = [model.sequencer.context_blocks(*p.shape[:2], drawn=drawn is not None) for p in pictures]
+        pixels = [to_tensor([p])[0].to(model.backbone.embedding.weight) for p in pictures]
+        for blocks in zip(*planned, strict=True):
+            if blocks[0].kind == TokenKind.UNDERSTANDING:
+                yield Embeddings(model.understand(pixels)), list(blocks)
+            else:
+                tokens = model.tokenizer.encode_each(pixels) if drawn is None else drawn
+                yield generator.embed(generator.context(tokens)), list(blocks)
 
     def run(self) -> list[list[Part]]:
         """Parts written behind each prompt."""
@@ -348,8 +365,11 @@ class _Decoder:
         going = [r for r, i in enumerate(images) if self.rows[i].state == "text"]
         if going:
             rows = [images[r] for r in going]
-            if generator.repeats:
-                self.session.rows(rows).append(*self._context(tokens.select(going)))
+            pictures = [
+                np.asarray(self.rows[i].parts[-1].content) for i in rows
+            ]  # as a reader of the document sees them
+            for embedded, blocks in self._context(pictures, tokens.select(going)):
+                self.session.rows(rows).append(embedded, blocks)
             self.session.rows(rows).append_text([Run((self.special.eoi,), (True,))] * len(rows))
 
     def _close_text(self, i: int) -> None:
