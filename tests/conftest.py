@@ -15,7 +15,7 @@ from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.text import TextTokenizer
 from unimodal.vision import VisionEncoder
-from unimodal_generators import Autoregressive, Flow
+from unimodal_generators import Autoregressive, DiT, Flow, Queries
 from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
 
@@ -44,7 +44,7 @@ class GrayLevels(ImageTokenizer):
 CORPUS = ["a handwritten seven", "a handwritten three", "three plus seven equals ten", "grün, 数字 and \U0001f600"]
 FULL = Experts(attention=True, mlp=True, norms=True)
 FORMS = {"both": ("flow", "both"), "reader": ("flow", "understanding"), "janus": ("autoregressive", "understanding"),
-         "next-both": ("autoregressive", "both")}  # fmt: skip
+         "next-both": ("autoregressive", "both"), "dream": ("ladder", "understanding")}  # fmt: skip
 """Generators under another name, with the forms in which images are context."""
 
 
@@ -65,10 +65,15 @@ def build(
     shape |= {"positions": "block" if generator == "flow" else "sequential", "adaln": time == "adaln"}
     config = BackboneConfig(experts=experts, **shape | (backbone or {}))
     settings = {"image_sizes": [(8, 8), (4, 8)], "context_length": 192, "drop_text": 0.1, **rules}
-    tokenizer = PatchTokenizer(2) if generator == "flow" else GrayLevels()
+    tokenizer = GrayLevels() if generator in ("autoregressive", "codes") else PatchTokenizer(2)
     codes = functools.partial(Autoregressive, inputs="codes", token_noise=0.2)
     flow = functools.partial(Flow, time=time)
-    made = {"flow": flow, "autoregressive": Autoregressive, "codes": codes}[generator]
+    dit = functools.partial(DiT, width=16, depth=2, heads=2)
+    queries = functools.partial(Queries, denoiser=dit, queries=3)
+    ladder = functools.partial(Queries, denoiser=dit, queries=5, layers=(0, -1), private=False)
+    made = {"flow": flow, "autoregressive": Autoregressive, "codes": codes, "queries": queries, "ladder": ladder}[
+        generator
+    ]
     vision = None if rules["context"] == "clean" else encoder()
     model = UnifiedModel(tokenizer, made, config, SequenceRules(**settings), vision)
     model.text = TextTokenizer.train(CORPUS, 300)
@@ -116,7 +121,7 @@ def make() -> Callable[..., UnifiedModel]:
     return build
 
 
-@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes", "both", "janus"])
+@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes", "both", "janus", "queries"])
 def model(request: pytest.FixtureRequest) -> UnifiedModel:
     """One model a generator."""
     return build(request.param)

@@ -29,7 +29,7 @@ def hidden_in_sequence_order(model: UnifiedModel, p: PackedSequence) -> torch.Te
     with torch.no_grad():
         model(p)
     handle.remove()
-    return states[0][p.inverse]
+    return states[0][p.inverse, -model.backbone.config.width :]  # of the last layer
 
 
 def by_block(embeddings: Embeddings, blocks: Sequence[Block]) -> Iterator[Embeddings]:
@@ -69,7 +69,7 @@ def hidden_in_session(model: UnifiedModel, document: SequencedDocument) -> torch
             else:  # causal images come token by token
                 for i, value in enumerate(one.values):
                     states.append(session.append(Embeddings(value[None]), [block.piece(i, 1)])[0])
-    return torch.cat(states)
+    return torch.cat([x[:, -model.backbone.config.width :] for x in states])
 
 
 def test_a_training_sequence_equals_its_parts_fed_to_a_session(model: UnifiedModel, mixed: list[Document]) -> None:
@@ -112,6 +112,9 @@ VARIANTS |= {
             ("read", "reader"),
             ("both", "both"),
             ("next-both", "next-both"),
+            ("queries", "queries"),
+            ("ladder", "ladder"),
+            ("dream", "dream"),
         )
         for positions in SCHEMES
     },

@@ -137,13 +137,16 @@ class Session:
         if embeddings.condition is not None:
             index = torch.arange(1, len(counts) + 1, device=padded.device).repeat_interleave(padded.shape[1])
             rows = embeddings.condition.repeat(copies, 1), index  # (N, C), (N*T,)
-        hidden = self._forward(padded, placed, sequences, counts, blocks[0].kind, blocks[0].bidirectional, rows)
+        block = blocks[0]
+        hidden = self._forward(
+            padded, placed, sequences, counts, block.kind, block.bidirectional, rows, state.model.layers
+        )
         if keep:
             self._keep(hidden, sequences, counts)
             for sequence, p, block in zip(sequences, placed, list(blocks) * copies, strict=True):
                 if block.complete:
                     state.next[sequence] = p.following
-        by_branch = hidden.unflatten(0, (copies, -1))  # (G, R, T, C)
+        by_branch = hidden[..., : state.model.image_channels].unflatten(0, (copies, -1))  # (G, R, T, C)
         return torch.cat([by_branch[:, r, :n] for r, n in enumerate(lengths)], dim=1)  # (G, T, C)
 
     def _forward(
@@ -155,7 +158,8 @@ class Session:
         kind: TokenKind,
         bidirectional: bool,
         rows: tuple[Tensor, Tensor] | None = None,
-    ) -> Float[Tensor, "R T C"]:
+        layers: Sequence[int] = (-1,),
+    ) -> Float[Tensor, "R T LC"]:
         backbone = self._state.model.backbone
         r, t, _ = x.shape
         ids = np.zeros((r, t, self._state.model.scheme.axes), dtype=np.int64)
@@ -168,11 +172,12 @@ class Session:
         by_expert = None if rows is None else (rows[0], [rows[1]] * len(splits))
         view = self._state.cache.view(sequences, counts, bidirectional)
         x = x.flatten(0, 1).to(backbone.embedding.weight.dtype)  # (R*T, C)
-        return backbone(x, positions, splits, view, by_expert).unflatten(0, (r, t))
+        return backbone(x, positions, splits, view, by_expert, layers=layers).unflatten(0, (r, t))
 
-    def _keep(self, hidden: Float[Tensor, "R T C"], sequences: Sequence[int], counts: Sequence[int]) -> None:
+    def _keep(self, hidden: Float[Tensor, "R T LC"], sequences: Sequence[int], counts: Sequence[int]) -> None:
         state = self._state
         state.cache.advance(sequences, counts)
+        hidden = hidden[..., -state.last.shape[-1] :]  # of the last layer
         if min(counts) == hidden.shape[1]:
             newest = hidden[:, -1]
         else:

@@ -47,11 +47,15 @@ class UnifiedModel(nn.Module):
         self.generator = generator(tokenizer.layout, backbone.width)
         self.generator.bind(tokenizer.lookup)
         _check_condition(self.generator, backbone)
+        _check_layers(self.generator, backbone)
         _check_vision(vision, sequence)
         self.vision = vision
         self.connector = None if vision is None else vision.connect(backbone.width)
         self.backbone = Backbone(backbone)
         self.sequence = sequence
+        last = self.generator.layers[-1] in (-1, backbone.depth - 1)
+        self.layers = self.generator.layers if last else (*self.generator.layers, -1)  # the text's is the last of them
+        self.image_channels = len(self.generator.layers) * backbone.width  # of hidden states, those for the generator
         self.scheme = SCHEMES[backbone.positions]
         self.kinds = kind_order(backbone.experts)
         self._text: TextTokenizer | None = None
@@ -131,9 +135,10 @@ class UnifiedModel(nn.Module):
             TokenKind.UNDERSTANDING: self.place(self.understand(packed.understood), packed.understood_blocks),
         }
         conditions = [e.condition for e in embeddings if e.condition is not None]
-        hidden = self.hidden(values, packed, torch.cat(conditions) if conditions else None)
-        losses = self.generator.loss(hidden[packed.image_reads], embeddings[0], learned)
-        text = linear_cross_entropy(hidden[packed.text_reads], self.backbone.tables, packed.text_targets)
+        hidden = self.hidden(values, packed, torch.cat(conditions) if conditions else None, self.layers)
+        losses = self.generator.loss(hidden[packed.image_reads, : self.image_channels], embeddings[0], learned)
+        last = hidden[packed.text_reads, -self.backbone.config.width :]
+        text = linear_cross_entropy(last, self.backbone.tables, packed.text_targets)
         router = self.backbone.router_loss()
         if router is not None:  # in training only
             losses["router"] = LossTerm(router, len(packed))
@@ -144,8 +149,9 @@ class UnifiedModel(nn.Module):
         values: dict[TokenKind, Float[Tensor, "_ C"]],
         packed: PackedSequence,
         condition: Float[Tensor, "N C"] | None = None,
-    ) -> Float[Tensor, "P C"]:
-        """Hidden states, in expert order, of embeddings given by kind."""
+        layers: Sequence[int] = (-1,),
+    ) -> Float[Tensor, "P LC"]:
+        """Hidden states of `layers`, in expert order, of embeddings given by kind."""
         experts, weight = self.backbone.config.experts, self.backbone.embedding.weight
         slices = []
         for expert, places in enumerate(packed.splits):
@@ -161,7 +167,7 @@ class UnifiedModel(nn.Module):
             condition = F.pad(condition, (0, 0, 0, 2))  # a compiler makes rules of 0 images and of 1
             rows = condition, [r if expert in images else None for expert, r in enumerate(by_expert)]
         # The residual stream has the weights' type, also under autocast.
-        return self.backbone(torch.cat(slices), packed.positions, packed.splits, attention, rows, packed.tokens)
+        return self.backbone(torch.cat(slices), packed.positions, packed.splits, attention, rows, packed.tokens, layers)
 
     def encode(self, images: Sequence[Float[Tensor, "_ 3 _ _"]]) -> ImageTokens:
         """Tokens of images grouped by size."""
@@ -202,6 +208,12 @@ def _check_condition(generator: ImageGenerator, backbone: BackboneConfig) -> Non
         raise ValueError(f"backbone.adaln: true needs generator.time: adaln, got a {name} without it")
     if generator.conditions and not backbone.adaln:
         raise ValueError("generator.time: adaln needs backbone.adaln: true, got false")
+
+
+def _check_layers(generator: ImageGenerator, backbone: BackboneConfig) -> None:
+    for layer in generator.layers:
+        if not -backbone.depth <= layer < backbone.depth:
+            raise ValueError(f"generator.layers: expected layers of backbone.depth {backbone.depth}, got {layer}")
 
 
 def _check_vision(vision: VisionEncoder | None, sequence: SequenceRules) -> None:

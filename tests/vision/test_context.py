@@ -16,6 +16,7 @@ from unimodal.export import ExportInfo, build, load_export, save_export
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, SequenceRules, pack
 from unimodal.training.flops import useful_flops
+from unimodal.training.optimizers import parameter_groups
 from unimodal.training.stages import freeze, parts
 from unimodal.vision import VisionEncoder
 from unimodal_generators import Flow
@@ -124,6 +125,16 @@ def test_gradients_reach_what_looks(name: str, make: Make) -> None:
         gradients = [p.grad for p in parts(model)[part] if p.requires_grad]
         assert all(g is not None for g in gradients)
         assert any(g.abs().max() > 0 for g in gradients if g is not None)
+
+
+def test_positions_of_the_encoder_are_not_decayed(make: Make) -> None:
+    """timm says which parameters it would not decay in a method; ours stand in an attribute of the same name."""
+    model = make("reader")
+    decayed, rest = (group["params"] for group in parameter_groups(model, 0.1))
+    network = model.vision.network
+    assert any(p is network.blocks[0].mlp.fc1.weight for p in decayed)
+    for parameter in (network.pos_embed, network.cls_token, network.norm.weight):
+        assert any(p is parameter for p in rest)
 
 
 def test_a_pack_without_images_to_look_at_gives_zeros(make: Make) -> None:

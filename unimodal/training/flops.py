@@ -91,7 +91,7 @@ def generator_loss(model: UnifiedModel, packed: PackedSequence) -> Tensor:
     generator = model.generator
     learned = generator.corrupt(tokens.select(packed.learned_images), packed.learned_blocks)
     embedded = [generator.embed(learned), generator.embed(generator.context(tokens.select(packed.context_images)))]
-    hidden = embedded[0].values.new_zeros(len(packed.image_reads), model.backbone.config.width).requires_grad_()
+    hidden = embedded[0].values.new_zeros(len(packed.image_reads), model.image_channels).requires_grad_()
     losses = generator.loss(hidden, embedded[0], learned)
     outputs = [term.sum for term in losses.values()]
     outputs += [x.sum() for e in embedded for x in (e.values, e.condition) if x is not None]
