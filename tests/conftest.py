@@ -15,6 +15,8 @@ from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.text import TextTokenizer
+from unimodal.vision import VisionEncoder
+from unimodal_generators import Flow
 
 torch.set_num_threads(1)
 
@@ -23,19 +25,32 @@ CORPUS = ["a handwritten seven", "a handwritten three", "three plus seven equals
 FULL = Experts(attention=True, mlp=True, norms=True)
 
 
+def encoder(**settings: Any) -> VisionEncoder:
+    """A vision transformer of one layer over squares of 4 x 4 pixels."""
+    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "dynamic_img_size": True}
+    return VisionEncoder("vit_tiny_patch16_224", settings=shape, **settings)
+
+
 def build(
     generator: str = "flow", experts: Experts = FULL, width: int = 32, time: str = "add",
     backbone: dict[str, Any] | None = None, noise: float = 0.15, **rules: object,
 ) -> UnifiedModel:  # fmt: skip
     """A model of two layers; `backbone` has further settings of it. `noise` on weights: no zero must hide a mistake."""
     torch.manual_seed(0)
-    shape = {"width": width, "depth": 2, "heads": 2, "kv_heads": 1, "mlp_width": 48, "vocabulary": 300}
-    shape |= {"positions": "block" if generator == "flow" else "sequential", "adaln": time == "adaln"}
-    config = BackboneConfig(experts=experts, **shape | (backbone or {}))
-    settings = {"image_sizes": [(8, 8), (4, 8)], "context_length": 192, "drop_text": 0.1, **rules}
     case = CASES[generator]
+    shape = {"width": width, "depth": 2, "heads": 2, "kv_heads": 1, "mlp_width": 48, "vocabulary": 300}
+    shape |= {"positions": "block" if case.generator is Flow else "sequential", "adaln": time == "adaln"}
+    config = BackboneConfig(experts=experts, **shape | (backbone or {}))
+    settings = {
+        "image_sizes": [(8, 8), (4, 8)],
+        "context_length": 192,
+        "drop_text": 0.1,
+        "context": case.context,
+        **rules,
+    }
     made = functools.partial(case.generator, time=time) if generator in TIMED else case.generator
-    model = UnifiedModel(case.tokenizer(), made, config, SequenceRules(**settings))
+    vision = None if settings["context"] == "clean" else encoder()
+    model = UnifiedModel(case.tokenizer(), made, config, SequenceRules(**settings), vision)
     model.text = TextTokenizer.train(CORPUS, 300)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -11,10 +11,12 @@ from unimodal_generators import (
     ConvNeXtCoder,
     Diffusion,
     DiffusionSettings,
+    DiT,
     Flow,
     Masked,
     NextScale,
     ParallelNext,
+    Queries,
     Regression,
     TokenDiffusion,
     TokenDiffusionSettings,
@@ -85,10 +87,12 @@ class Case(NamedTuple):
     generator: Callable[..., Any]
     tokenizer: Callable[[], ImageTokenizer]
     whole: bool = True
+    context: str = "clean"  # in which forms images are context
 
 
 squares = functools.partial(PatchTokenizer, 2)
 made = functools.partial
+dit = made(DiT, width=16, depth=2, heads=2)
 small = {"head_width": 16, "head_depth": 1, "multiply": 2}
 CASES = {
     "flow": Case(Flow, squares),
@@ -112,6 +116,18 @@ CASES = {
     "cosine": Case(made(Regression, loss="cosine"), squares, whole=False),
     "prefilled": Case(made(Regression, order="parallel"), squares),
     "prefilled_private": Case(made(Regression, order="parallel", private=True), squares),
+    "queries": Case(made(Queries, denoiser=dit, queries=3), squares),
+    "ladder": Case(made(Queries, denoiser=dit, queries=5, layers=(0, -1), private=False), squares, whole=False),
+    "both": Case(Flow, squares, context="both"),
+    "reader": Case(Flow, squares, whole=False, context="understanding"),
+    "janus": Case(Autoregressive, GrayLevels, context="understanding"),
+    "next-both": Case(Autoregressive, GrayLevels, whole=False, context="both"),
+    "dream": Case(
+        made(Queries, denoiser=dit, queries=5, layers=(0, -1), private=False),
+        squares,
+        whole=False,
+        context="understanding",
+    ),
 }
 WHOLE = [name for name, case in CASES.items() if case.whole]
-TIMED = ("flow", "unet", "convnext", "diffusion")  # told their time in one of several ways
+TIMED = ("flow", "unet", "convnext", "diffusion", "both", "reader")  # told their time in one of several ways

@@ -29,7 +29,7 @@ def hidden_in_sequence_order(model: UnifiedModel, p: PackedSequence) -> torch.Te
     with torch.no_grad():
         model(p)
     handle.remove()
-    return states[0][p.inverse]
+    return states[0][p.inverse, -model.backbone.config.width :]  # of the last layer
 
 
 def by_block(embeddings: Embeddings, blocks: Sequence[Block]) -> Iterator[Embeddings]:
@@ -51,6 +51,7 @@ def hidden_in_session(model: UnifiedModel, document: SequencedDocument) -> torch
         streams = {
             TokenKind.LEARNED: by_block(generator.embed(learned), p.learned_blocks),
             TokenKind.CLEAN: by_block(generator.embed(context), p.context_blocks),
+            TokenKind.UNDERSTANDING: by_block(Embeddings(model.understand(p.understood)), p.understood_blocks),
         }
         for segment in document.segments:
             if segment.kind == TokenKind.TEXT:
@@ -68,7 +69,7 @@ def hidden_in_session(model: UnifiedModel, document: SequencedDocument) -> torch
             else:  # causal images come token by token
                 for i, value in enumerate(one.values):
                     states.append(session.append(Embeddings(value[None]), [block.piece(i, 1)])[0])
-    return torch.cat(states)
+    return torch.cat([x[:, -model.backbone.config.width :] for x in states])
 
 
 def test_a_training_sequence_equals_its_parts_fed_to_a_session(model: UnifiedModel, mixed: list[Document]) -> None:
@@ -110,14 +111,22 @@ VARIANTS |= {
         for time in ("add", "token", "adaln")
     },
     **{
-        f"{generator}-{positions}": {"generator": generator, "backbone": {"positions": positions}}
+        f"{name}-{positions}": {"generator": name, "backbone": {"positions": positions}}
+        for name in (
+            "autoregressive",
+            "next_scale",
+            "reader",
+            "both",
+            "next-both",
+            "queries",
+            "ladder",
+            "dream",
+            "token_random",
+        )
         for positions in SCHEMES
-        for generator in ("autoregressive", "next_scale")
     },
-    **{
-        f"masked-{positions}": {"generator": "token_random", "backbone": {"positions": positions}}
-        for positions in SCHEMES
-    },
+    "read-adaln": {"generator": "both", "time": "adaln", "experts": Experts(True, True, True, understanding="look")},
+    "read-token": {"generator": "reader", "time": "token", "experts": Experts(mlp=True, understanding="image")},
     "cosine": {"generator": "cosine", "experts": Experts(True, True, True, clean="look")},
     "prefilled-three": {"generator": "prefilled", "experts": Experts(True, True, True, clean="look")},
 }

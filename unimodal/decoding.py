@@ -147,13 +147,16 @@ class Session:
         if embeddings.condition is not None:
             index = torch.arange(1, len(counts) + 1, device=padded.device).repeat_interleave(padded.shape[1])
             rows = embeddings.condition.repeat(copies, 1), index  # (N, C), (N*T,)
-        hidden = self._forward(padded, placed, sequences, counts, blocks[0].kind, blocks[0].bidirectional, rows)
+        block = blocks[0]
+        hidden = self._forward(
+            padded, placed, sequences, counts, block.kind, block.bidirectional, rows, state.model.layers
+        )
         if keep:
             self._keep(hidden, sequences, counts)
             for sequence, p, block in zip(sequences, placed, list(blocks) * copies, strict=True):
                 if block.complete:
                     state.next[sequence] = p.following
-        by_branch = hidden.unflatten(0, (copies, -1))  # (G, R, T, C)
+        by_branch = hidden[..., : state.model.image_channels].unflatten(0, (copies, -1))  # (G, R, T, C)
         return torch.cat([by_branch[:, r, :n] for r, n in enumerate(lengths)], dim=1)  # (G, T, C)
 
     def _forward(
@@ -165,7 +168,8 @@ class Session:
         kind: TokenKind,
         bidirectional: bool,
         rows: tuple[Tensor, Tensor] | None = None,
-    ) -> Float[Tensor, "R T C"]:
+        layers: Sequence[int] = (-1,),
+    ) -> Float[Tensor, "R T LC"]:
         backbone = self._state.model.backbone
         r, t, _ = x.shape
         ids = np.zeros((r, t, self._state.model.scheme.axes), dtype=np.int64)
@@ -178,11 +182,12 @@ class Session:
         by_expert = None if rows is None else (rows[0], [rows[1]] * len(splits))
         view = self._state.cache.view(sequences, counts, bidirectional)
         x = x.flatten(0, 1).to(backbone.embedding.weight.dtype)  # (R*T, C)
-        return backbone(x, positions, splits, view, by_expert).unflatten(0, (r, t))
+        return backbone(x, positions, splits, view, by_expert, layers=layers).unflatten(0, (r, t))
 
-    def _keep(self, hidden: Float[Tensor, "R T C"], sequences: Sequence[int], counts: Sequence[int]) -> None:
+    def _keep(self, hidden: Float[Tensor, "R T LC"], sequences: Sequence[int], counts: Sequence[int]) -> None:
         state = self._state
         state.cache.advance(sequences, counts)
+        hidden = hidden[..., -state.last.shape[-1] :]  # of the last layer
         if min(counts) == hidden.shape[1]:
             newest = hidden[:, -1]
         else:
@@ -315,19 +320,18 @@ class _Decoder:
         self._prefill(runs)
 
     def _tokens(self, runs: Sequence[Run]) -> int:
-        grid = self.model.tokenizer.layout.grid
-        return sum(len(r.ids) if r.image is None else self._length(grid(*r.image.shape[:2])) for r in runs)
-
-    def _length(self, grid: Grid) -> int:
-        return sum(block.length for block in self.model.generator.plan_context(grid))
+        forms = self.model.sequencer.context_blocks
+        images = [forms(*r.image.shape[:2], drawn=False) for r in runs if r.image is not None]
+        return sum(len(r.ids) for r in runs) + sum(block.length for blocks in images for block in blocks)
 
     def _drawn(self, grid: Grid) -> int:
         """Tokens a drawn image needs at most: what stays of drawing it, and more that is peeked at or read again."""
-        generator = self.model.generator
-        learned = generator.plan(grid, np.random.default_rng(0))  # lengths do not depend on what is drawn
+        model, stride = self.model, self.model.tokenizer.layout.stride
+        learned = model.generator.plan(grid, np.random.default_rng(0))  # lengths do not depend on what is drawn
+        forms = model.sequencer.context_blocks(grid.h * stride, grid.w * stride, drawn=True)
         peeked = max((block.length for block in learned if block.private), default=0)
-        again = self._length(grid) if generator.repeats else 0
-        return sum(block.length for block in learned if not block.private) + max(peeked, again)
+        kept = sum(block.length for block in learned if not block.private)
+        return kept + max(peeked, sum(block.length for block in forms))
 
     def _prefill(self, runs: list[list[Run]]) -> None:
         for i, run in enumerate(runs):
@@ -341,16 +345,23 @@ class _Decoder:
             if texts:
                 self.session.rows(texts).append_text([runs[i][step] for i in texts])
             if images:
-                weight = self.model.backbone.embedding.weight
-                pixels = [to_tensor([p])[0].to(weight) for i in images if (p := runs[i][step].image) is not None]
-                embedded, blocks = self._context(self.model.tokenizer.encode_each(pixels))
-                self.session.rows(images).append_given(embedded, blocks)
+                pictures = [p for i in images if (p := runs[i][step].image) is not None]
+                for embedded, blocks in self._context(pictures):
+                    self.session.rows(images).append_given(embedded, blocks)
 
-    def _context(self, tokens: ImageTokens) -> tuple[Embeddings, list[Block]]:
-        """The context form of one image a row, which is one block."""
-        generator = self.model.generator
-        blocks = [block for grid in tokens.grids for (block,) in [generator.plan_context(grid)]]
-        return generator.embed(generator.context(tokens)), blocks
+    def _context(
+        self, pictures: Sequence[np.ndarray], drawn: ImageTokens | None = None
+    ) -> Iterator[tuple[Embeddings, list[Block]]]:
+        """The forms in which one image a row is context, each of one block; `drawn` are the tokens of drawn ones."""
+        model, generator = self.model, self.model.generator
+        planned = [model.sequencer.context_blocks(*p.shape[:2], drawn=drawn is not None) for p in pictures]
+        pixels = [to_tensor([p])[0].to(model.backbone.embedding.weight) for p in pictures]
+        for blocks in zip(*planned, strict=True):
+            if blocks[0].kind == TokenKind.UNDERSTANDING:
+                yield Embeddings(model.understand(pixels)), list(blocks)
+            else:
+                tokens = model.tokenizer.encode_each(pixels) if drawn is None else drawn
+                yield generator.embed(generator.context(tokens)), list(blocks)
 
     def run(self) -> Iterator[Piece]:
         """Write behind each prompt; pieces come where something listens."""
@@ -454,8 +465,11 @@ class _Decoder:
         going = [r for r, i in enumerate(images) if self.rows[i].state == "text"]
         if going:
             rows = [images[r] for r in going]
-            if generator.repeats:
-                self.session.rows(rows).append(*self._context(newest.select(going)))
+            pictures = [
+                np.asarray(self.rows[i].parts[-1].content) for i in rows
+            ]  # as a reader of the document sees them
+            for embedded, blocks in self._context(pictures, newest.select(going)):
+                self.session.rows(rows).append(embedded, blocks)
             self.session.rows(rows).append_text([Run((self.special.eoi,), (True,))] * len(rows))
 
     def _known(self, images: Sequence[int]) -> Known | None:

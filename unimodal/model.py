@@ -17,6 +17,7 @@ from unimodal.attention import choose_backend, packed_attention
 from unimodal.backbone import SCHEMES, Backbone, BackboneConfig
 from unimodal.packing import PackedSequence, Sequencer, SequenceRules, kind_order
 from unimodal.text import SPECIAL_TOKENS, TextTokenizer
+from unimodal.vision import VisionEncoder
 from unimodal_generators.base import Block, ImageGenerator, LossBreakdown, LossTerm, TokenKind
 from unimodal_generators.cross_entropy import linear_cross_entropy
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout
@@ -30,6 +31,7 @@ class UnifiedModel(nn.Module):
         generator: how image tokens are learned and sampled; the tokenizer's layout and the width are passed to it.
         backbone: shape of the decoder.
         sequence: how documents are laid out.
+        vision: gives images as context the features that `sequence.context` asks for.
     """
 
     def __init__(
@@ -38,20 +40,30 @@ class UnifiedModel(nn.Module):
         generator: Callable[[TokenLayout, int], ImageGenerator],
         backbone: BackboneConfig,
         sequence: SequenceRules,
+        vision: VisionEncoder | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         self.generator = generator(tokenizer.layout, backbone.width)
         self.generator.bind(tokenizer)
         _check_condition(self.generator, backbone)
+        _check_layers(self.generator, backbone)
+        _check_vision(vision, sequence)
+        self.vision = vision
+        self.connector = None if vision is None else vision.connect(backbone.width)
         self.backbone = Backbone(backbone)
         self.sequence = sequence
+        last = self.generator.layers[-1] in (-1, backbone.depth - 1)
+        self.layers = self.generator.layers if last else (*self.generator.layers, -1)  # the text's is the last of them
+        self.image_channels = len(self.generator.layers) * backbone.width  # of hidden states, those for the generator
         self.scheme = SCHEMES[backbone.positions]
         self.kinds = kind_order(backbone.experts)
         self._text: TextTokenizer | None = None
         self.config: dict[str, Any] | None = None  # what an export says it was built from
         for height, width in sequence.image_sizes:
             tokenizer.layout.grid(height, width)  # refuses a size the tokenizer cannot cut
+            if vision is not None:
+                vision.grid(height, width)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "UnifiedModel":
@@ -102,7 +114,7 @@ class UnifiedModel(nn.Module):
     @property
     def sequencer(self) -> Sequencer:
         """Lays documents out as this model reads them."""
-        return Sequencer(self.text, self.tokenizer.layout, self.generator, self.scheme, self.sequence)
+        return Sequencer(self.text, self.tokenizer.layout, self.generator, self.scheme, self.sequence, self.vision)
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +124,7 @@ class UnifiedModel(nn.Module):
     def forward(self, packed: PackedSequence) -> LossBreakdown:
         """Sums and counts of every loss over a packed sequence."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # the ids that decoding will read
-            tokens = self.encode(packed.images)
+            tokens = self.encode(packed.images[: packed.tokenized])
         learned = self.generator.corrupt(tokens.select(packed.learned_images), packed.learned_blocks)
         context = self.generator.context(tokens.select(packed.context_images))
         embeddings = self.generator.embed(learned), self.generator.embed(context)
@@ -120,11 +132,13 @@ class UnifiedModel(nn.Module):
             TokenKind.TEXT: self.backbone.embedding(packed.text_ids),
             TokenKind.LEARNED: self.place(embeddings[0].values, packed.learned_blocks),
             TokenKind.CLEAN: self.place(embeddings[1].values, packed.context_blocks),
+            TokenKind.UNDERSTANDING: self.place(self.understand(packed.understood), packed.understood_blocks),
         }
         conditions = [e.condition for e in embeddings if e.condition is not None]
-        hidden = self.hidden(values, packed, torch.cat(conditions) if conditions else None)
-        losses = self.generator.loss(hidden[packed.image_reads], embeddings[0], learned)
-        text = linear_cross_entropy(hidden[packed.text_reads], self.backbone.tables, packed.text_targets)
+        hidden = self.hidden(values, packed, torch.cat(conditions) if conditions else None, self.layers)
+        losses = self.generator.loss(hidden[packed.image_reads, : self.image_channels], embeddings[0], learned)
+        last = hidden[packed.text_reads, -self.backbone.config.width :]
+        text = linear_cross_entropy(last, self.backbone.tables, packed.text_targets)
         router = self.backbone.router_loss()
         if router is not None:  # in training only
             losses["router"] = LossTerm(router, len(packed))
@@ -135,8 +149,9 @@ class UnifiedModel(nn.Module):
         values: dict[TokenKind, Float[Tensor, "_ C"]],
         packed: PackedSequence,
         condition: Float[Tensor, "N C"] | None = None,
-    ) -> Float[Tensor, "P C"]:
-        """Hidden states, in expert order, of embeddings given by kind."""
+        layers: Sequence[int] = (-1,),
+    ) -> Float[Tensor, "P LC"]:
+        """Hidden states of `layers`, in expert order, of embeddings given by kind."""
         experts, weight = self.backbone.config.experts, self.backbone.embedding.weight
         slices = []
         for expert, places in enumerate(packed.splits):
@@ -152,7 +167,7 @@ class UnifiedModel(nn.Module):
             condition = F.pad(condition, (0, 0, 0, 2))  # a compiler makes rules of 0 images and of 1
             rows = condition, [r if expert in images else None for expert, r in enumerate(by_expert)]
         # The residual stream has the weights' type, also under autocast.
-        return self.backbone(torch.cat(slices), packed.positions, packed.splits, attention, rows, packed.tokens)
+        return self.backbone(torch.cat(slices), packed.positions, packed.splits, attention, rows, packed.tokens, layers)
 
     def encode(self, images: Sequence[Float[Tensor, "_ 3 _ _"]]) -> ImageTokens:
         """Tokens of images grouped by size."""
@@ -165,6 +180,15 @@ class UnifiedModel(nn.Module):
         return ImageTokens.cat(
             [self.tokenizer.encode(group.to(self.backbone.embedding.weight.dtype)) for group in images]
         )
+
+    def understand(self, images: Sequence[Float[Tensor, "3 _ _"]]) -> Float[Tensor, "T C"]:
+        """Understanding features of images of any sizes, end to end, as the backbone reads them."""
+        if self.vision is None or self.connector is None:
+            return self.backbone.embedding.weight.new_empty(0, self.backbone.config.width)
+        # Without images it still runs, so that in training its gradient is zero rather than missing.
+        seen = images or [torch.zeros(3, *self.sequence.image_sizes[0], device=self.device)]
+        features = self.connector(self.vision.encode_each(seen).values)
+        return features if images else features[:0]
 
     def place(self, values: Float[Tensor, "T C"], blocks: Sequence[Block]) -> Float[Tensor, "T C"]:
         """Image embeddings plus what the position scheme adds to them."""
@@ -185,6 +209,20 @@ def _check_condition(generator: ImageGenerator, backbone: BackboneConfig) -> Non
         raise ValueError(f"backbone.adaln: true needs generator.time: adaln, got a {name} without it")
     if generator.conditions and not backbone.adaln:
         raise ValueError("generator.time: adaln needs backbone.adaln: true, got false")
+
+
+def _check_layers(generator: ImageGenerator, backbone: BackboneConfig) -> None:
+    for layer in generator.layers:
+        if not -backbone.depth <= layer < backbone.depth:
+            raise ValueError(f"generator.layers: expected layers of backbone.depth {backbone.depth}, got {layer}")
+
+
+def _check_vision(vision: VisionEncoder | None, sequence: SequenceRules) -> None:
+    """Features need somebody who makes them, and somebody who reads them."""
+    if vision is None and sequence.context != "clean":
+        raise ValueError(f"sequence.context: {sequence.context} needs model.vision, got none")
+    if vision is not None and sequence.context == "clean":
+        raise ValueError("model.vision: expected sequence.context understanding or both beside it, got clean")
 
 
 @lru_cache(maxsize=256)

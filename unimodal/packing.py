@@ -12,6 +12,7 @@ what fills up is zero, sees nothing, is seen by nobody and is never read.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from unimodal.backbone import Experts, PositionScheme
 from unimodal.backbone.positions import Placed
 from unimodal.documents import Document, to_rgb
 from unimodal.text import TextTokenizer
+from unimodal.vision import VisionEncoder
 from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayout
 
 BUCKET = 64  # places of expert slices come in multiples of this
@@ -40,6 +42,9 @@ class SequenceRules:
         drop_images: share of training documents whose given images (those that are not learned) are dropped but for their
             boundary tokens, which is what guidance by images needs.
         learn_end: whether a document that ends in a drawn image goes on to learn that it ends there (BAGEL does not).
+        context: what an image is to what follows it: its clean tokens, features of `vision`, or the one and then the other
+            (BAGEL). Learned tokens that are their own context (`repeats` false: next-token generators) stand for the clean
+            form of a drawn image and always stay; `understanding` then is of given images alone (Janus).
     """
 
     image_sizes: list[tuple[int, int]]
@@ -47,6 +52,7 @@ class SequenceRules:
     drop_text: float = 0.0
     drop_images: float = 0.0
     learn_end: bool = True
+    context: Literal["clean", "understanding", "both"] = "clean"
 
     def __post_init__(self) -> None:
         if not self.image_sizes:
@@ -105,6 +111,7 @@ class Sequencer:
     generator: ImageGenerator
     scheme: PositionScheme
     rules: SequenceRules
+    vision: VisionEncoder | None = None
 
     def document(self, document: Document, key: Sequence[int], *, train: bool = True) -> SequencedDocument:
         """Segments of a training document. Every random choice is a function of `key` and the part's number."""
@@ -148,6 +155,24 @@ class Sequencer:
                 ids, structural = [self.text.special.eoi], [True]
         return [*runs, Run(tuple(ids), tuple(structural))]
 
+    def context_blocks(self, height: int, width: int, *, drawn: bool) -> list[Block]:
+        """Blocks in which an image of so many pixels is context, in their order: one a form (see `SequenceRules.context`).
+
+        Args:
+            height: of the image.
+            width: likewise.
+            drawn: whether learned tokens come before them.
+        """
+        clean, features = self.rules.context != "understanding", self.rules.context != "clean"
+        if drawn and not self.generator.repeats:
+            clean, features = False, self.rules.context == "both"
+        blocks = self.generator.plan_context(self.layout.grid(height, width)) if clean else []
+        if features:
+            assert self.vision is not None
+            grid = self.vision.grid(height, width)
+            blocks = [*blocks, Block(grid, TokenKind.UNDERSTANDING, bidirectional=True, private=False)]
+        return blocks
+
 
 class _Draft:
     """Segments of a document under construction: where the next position id is, and the text not yet closed."""
@@ -171,14 +196,13 @@ class _Draft:
 
     def add_image(self, images: Sequence[np.ndarray], rng: np.random.Generator, *, learn: bool, ends: bool) -> None:
         self.close_text()
-        generator, index = self.sequencer.generator, len(images) - 1
-        grid = self.sequencer.layout.grid(*images[-1].shape[:2])
-        blocks = generator.plan(grid, rng) if learn else []
-        if not learn or (generator.repeats and not ends):
-            blocks = blocks + generator.plan_context(grid)
+        sequencer, (height, width, _) = self.sequencer, images[-1].shape
+        blocks = sequencer.generator.plan(sequencer.layout.grid(height, width), rng) if learn else []
+        if not ends:
+            blocks = blocks + sequencer.context_blocks(height, width, drawn=learn)
         for block in blocks:
-            placed = place_block(self.sequencer.scheme, self.next, block)
-            self.segments.append(Segment(block.kind, placed.ids, block=block, image=index))
+            placed = place_block(sequencer.scheme, self.next, block)
+            self.segments.append(Segment(block.kind, placed.ids, block=block, image=len(images) - 1))
             if block.complete and not block.private:  # what others see keeps its ids to itself; so does a session
                 self.next = placed.following
 
@@ -228,11 +252,14 @@ class PackedSequence:
     text_reads: Int[Tensor, " M"]  # whose hidden state predicts ...
     text_targets: Int[Tensor, " M"]  # ... this id
     image_reads: Int[Tensor, " T"]  # whose hidden state each learned image token is read from
-    images: tuple[Float[Tensor, "_ 3 _ _"], ...]  # one tensor a size; numbered through
+    images: tuple[Float[Tensor, "_ 3 _ _"], ...]  # one tensor a size; numbered through ...
+    tokenized: int  # ... those first whose tokens are asked for: so many tensors
     learned_images: tuple[int, ...]  # numbers of the images that are learned
     learned_blocks: tuple[Block, ...]  # of all of them, one or several an image
     context_images: tuple[int, ...]
     context_blocks: tuple[Block, ...]
+    understood_images: tuple[int, ...]  # image of each block of understanding features
+    understood_blocks: tuple[Block, ...]
     kind: str  # of its documents, or "" when they differ
     step_counts: dict[str, int] = field(default_factory=dict)  # targets of the whole optimizer step, by loss
     position: tuple[int, ...] = ()  # of the data stream behind this pack (or its whole step, once announced)
@@ -247,6 +274,12 @@ class PackedSequence:
     def documents(self) -> int:
         """How many documents are packed."""
         return len(self.table.document_lengths)
+
+    @property
+    def understood(self) -> list[Float[Tensor, "3 _ _"]]:
+        """Images whose understanding features are asked for, one a block."""
+        every = [image for group in self.images for image in group] if self.understood_images else []
+        return [every[i] for i in self.understood_images]
 
     def __len__(self) -> int:
         return len(self.inverse)
@@ -297,6 +330,7 @@ def pack(
 
     learned = [i for i, (_, s) in enumerate(segments) if s.kind == TokenKind.LEARNED and s.block]
     context = [i for i, (_, s) in enumerate(segments) if s.kind == TokenKind.CLEAN and s.block]
+    understood = [i for i, (_, s) in enumerate(segments) if s.kind == TokenKind.UNDERSTANDING and s.block]
     blocks = [s.block for _, s in segments]
     begins = [
         (b := blocks[i]) is not None and b.offset == 0 for i in learned + context
@@ -309,7 +343,8 @@ def pack(
     text_ids = np.array([i for _, s in segments if s.kind == TokenKind.TEXT for i in s.ids], dtype=np.int64)
     text_at = by_kind[TokenKind.TEXT][target] - 1  # a text token is predicted by the one before it
 
-    images, numbers = _gather_images(documents)
+    with_tokens = {(segments[i][0], segments[i][1].image) for i in learned + context}
+    images, tokenized, numbers = _gather_images(documents, with_tokens)
 
     def image_numbers(held: list[int]) -> tuple[int, ...]:
         """Of the images whose first block is among the segments `held`."""
@@ -329,10 +364,13 @@ def pack(
         text_targets=torch.from_numpy(text_ids[target]),
         image_reads=torch.from_numpy(inverse[learned_at]),
         images=images,
+        tokenized=tokenized,
         learned_images=image_numbers(learned),
         learned_blocks=tuple(b for i in learned if (b := blocks[i])),
         context_images=image_numbers(context),
         context_blocks=tuple(b for i in context if (b := blocks[i])),
+        understood_images=image_numbers(understood),
+        understood_blocks=tuple(b for i in understood if (b := blocks[i])),
         kind=document_kinds.pop() if len(document_kinds) == 1 else "",
         position=position,
     )
@@ -356,13 +394,16 @@ def _fill(
 
 
 def _gather_images(
-    documents: Sequence[SequencedDocument],
-) -> tuple[tuple[Float[Tensor, "_ 3 _ _"], ...], dict[tuple[int, int], int]]:
-    """Images stacked by size, and the number of image i of document d under (d, i)."""
+    documents: Sequence[SequencedDocument], tokenized: set[tuple[int, int]]
+) -> tuple[tuple[Float[Tensor, "_ 3 _ _"], ...], int, dict[tuple[int, int], int]]:
+    """Images stacked by size, and the number of image i of document d under (d, i).
+
+    Those in `tokenized` come first, in as many stacks as the second value says.
+    """
     sizes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for d, document in enumerate(documents):
-        for i, image in enumerate(document.images):
-            sizes.setdefault(tuple(image.shape), []).append((d, i))
+    names = [(d, i) for d, document in enumerate(documents) for i in range(len(document.images))]
+    for d, i in sorted(names, key=lambda name: name not in tokenized):
+        sizes.setdefault(((d, i) not in tokenized, *documents[d].images[i].shape), []).append((d, i))
     stacks = tuple(to_tensor([documents[d].images[i] for d, i in members]) for members in sizes.values())
     ordered = [member for members in sizes.values() for member in members]
-    return stacks, {member: number for number, member in enumerate(ordered)}
+    return stacks, sum(not rest for rest, *_ in sizes), {member: number for number, member in enumerate(ordered)}

@@ -2,11 +2,13 @@
 
 from unimodal_generators.autoregressive import Autoregressive, AutoregressiveSettings
 from unimodal_generators.base import Block, ImageGenerator, SamplingSettings, TokenKind
+from unimodal_generators.denoisers import Denoiser, DiT, Sana
 from unimodal_generators.diffusion import Diffusion, DiffusionSettings
 from unimodal_generators.flow import Flow, FlowSettings
 from unimodal_generators.masked import Masked, MaskedSettings, ParallelNext
 from unimodal_generators.next_scale import NextScale, NextScaleSettings
 from unimodal_generators.patch_coders import ConvNeXtCoder, LinearCoder, UNetCoder
+from unimodal_generators.queries import Queries
 from unimodal_generators.regression import Regression, RegressionSettings
 from unimodal_generators.token_diffusion import TokenDiffusion, TokenDiffusionSettings
 
@@ -15,6 +17,8 @@ __all__ = [
     "AutoregressiveSettings",
     "Block",
     "ConvNeXtCoder",
+    "Denoiser",
+    "DiT",
     "Diffusion",
     "DiffusionSettings",
     "Flow",
@@ -26,9 +30,11 @@ __all__ = [
     "NextScale",
     "NextScaleSettings",
     "ParallelNext",
+    "Queries",
     "Regression",
     "RegressionSettings",
     "SamplingSettings",
+    "Sana",
     "TokenDiffusion",
     "TokenDiffusionSettings",
     "TokenKind",

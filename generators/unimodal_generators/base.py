@@ -29,7 +29,10 @@ class TokenKind(IntEnum):
 
 @dataclass(frozen=True)
 class Block:
-    """One image (or a part of one) as the packed sequence sees it. Host side: no tensors, no weights."""
+    """One image (or a part of one) as the packed sequence sees it. Host side: no tensors, no weights.
+
+    `grid` is of its tokens in the sequence, which need not be the image's: queries have one of their own.
+    """
 
     grid: Grid
     kind: TokenKind
@@ -240,7 +243,10 @@ class Known:
 
 @runtime_checkable
 class DecodingSession(Protocol):
-    """Documents being decoded, with their key/value cache. Branches are the conditions of guidance."""
+    """Documents being decoded, with their key/value cache. Branches are the conditions of guidance.
+
+    Hidden states have C channels of each of the generator's `layers`.
+    """
 
     @property
     def branches(self) -> int:
@@ -248,7 +254,7 @@ class DecodingSession(Protocol):
 
     @property
     def last(self) -> Float[Tensor, "G R C"]:
-        """Hidden state at the last position of each document."""
+        """Hidden state of the last layer at the last position of each document."""
 
     def append(self, embeddings: Embeddings, blocks: Sequence[Block]) -> Float[Tensor, "G T C"]:
         """One block a document; its tokens enter the cache for good."""
@@ -273,6 +279,7 @@ class ImageGenerator(nn.Module, ABC):
     reads: Literal["own", "previous"]
     repeats: bool  # a learned image that is followed by something appears again in its context form
     inpaints: bool = False  # whether `sample` can be given some of the tokens
+    layers: tuple[int, ...] = (-1,)  # of the backbone, whose hidden states it gets, side by side
     conditions: bool = False  # whether `embed` gives a condition an image, which backbone.adaln reads
     layout: TokenLayout
     sampling: SamplingSettings

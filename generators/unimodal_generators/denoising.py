@@ -38,7 +38,7 @@ TimeInput = Literal["add", "token", "adaln"]
 Estimate = Callable[[Tensor, float], Tensor]  # of x (T, D) at t
 
 
-class Denoiser(ImageGenerator):
+class DenoisingGenerator(ImageGenerator):
     """Learns something of a noised copy, from which a subclass's solver goes from noise to data.
 
     Args:

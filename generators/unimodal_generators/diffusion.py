@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unimodal_generators.base import DenoisingSettings, SamplingSettings
-from unimodal_generators.denoising import Denoiser, Estimate, TimeInput, draw_noise
+from unimodal_generators.denoising import DenoisingGenerator, Estimate, TimeInput, draw_noise
 from unimodal_generators.patch_coders import LinearCoder, PatchCoder
 from unimodal_generators.schedulers import MULTISTEP, check_solver, run_diffusion_scheduler
 from unimodal_tokenizers import diffusion
@@ -68,7 +68,7 @@ class DiffusionSettings(DenoisingSettings):
         return [round(noisiest * (1 - t)) for t in times]
 
 
-class Diffusion(Denoiser):
+class Diffusion(DenoisingGenerator):
     """Learns to tell the noise of a noised copy; samples from noise to data step by step.
 
     Args:
@@ -77,7 +77,7 @@ class Diffusion(Denoiser):
         schedule: "cosine" (as Transfusion), "linear" (DDPM) or "scaled_linear" (latent diffusion).
         predicts: what the network gives and what the loss is of: the noise (DDPM, eq. 14), "v" (arXiv 2202.00512, appendix
             D), or the data.
-        time: how the network is told the time: "add", "token" or "adaln"; see `Denoiser`.
+        time: how the network is told the time: "add", "token" or "adaln"; see `DenoisingGenerator`.
         coder: between token vectors and the backbone.
         sampling: defaults of the sampler.
     """

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unimodal_generators.base import DenoisingSettings, SamplingSettings
-from unimodal_generators.denoising import Denoiser, Estimate, TimeInput
+from unimodal_generators.denoising import DenoisingGenerator, Estimate, TimeInput
 from unimodal_generators.patch_coders import LinearCoder, PatchCoder
 from unimodal_generators.schedulers import FLOW_SCHEDULERS, check_solver, run_flow_scheduler
 from unimodal_tokenizers import diffusion
@@ -50,7 +50,7 @@ class FlowSettings(DenoisingSettings):
         return diffusion.sampling_times(self.steps, diffusion.shift_of(self.shift, tokens), like)
 
 
-class Flow(Denoiser):
+class Flow(DenoisingGenerator):
     """Learns v = data - noise of a noised copy (rectified flow, arXiv 2209.03003); samples by solving dx/dt = v.
 
     Args:
@@ -61,7 +61,7 @@ class Flow(Denoiser):
         time_draw: how training times are drawn before that: "logit_normal" (SD3, section 3.1) or "uniform" in [0, 1).
         time_mean: of the normal of "logit_normal".
         time_std: likewise.
-        time: how the network is told the time: "add", "token" or "adaln"; see `Denoiser`.
+        time: how the network is told the time: "add", "token" or "adaln"; see `DenoisingGenerator`.
         predicts: what the network gives: the velocity, or the data, whose velocity is (data - x_t) / (1 - t). The loss is
             the velocity's in both cases (JiT, arXiv 2511.13720: data lie near few dimensions, noise does not).
         coder: between token vectors and the backbone.
@@ -124,14 +124,19 @@ class Flow(Denoiser):
     ) -> Iterator[tuple[float, Float[Tensor, "T D"]]]:
         """dx/dt = v."""
         assert isinstance(settings, FlowSettings)
-        shifts = {diffusion.shift_of(settings.shift, grid.length) for grid in grids}
-        if len(shifts) != 1:
-            raise ValueError(
-                f"shift: by a rule, images of one call need one number of tokens, got {sorted(set(grids))}"
-            )
-        times = settings.times(grids[0].length)
-        if settings.solver in diffusion.SOLVERS:
-            states = diffusion.SOLVERS[settings.solver](estimate, noise, times)
-        else:
-            states = run_flow_scheduler(settings.solver, estimate, noise, times)
-        yield from zip(times[1:], states, strict=True)
+        return solve_flow(estimate, noise, grids, settings)
+
+
+def solve_flow(
+    estimate: Estimate, noise: Float[Tensor, "T D"], grids: Sequence[Grid], settings: FlowSettings
+) -> Iterator[tuple[float, Float[Tensor, "T D"]]]:
+    """Solve dx/dt = v(x, t) from noise; time and state after each step of the solver."""
+    shifts = {diffusion.shift_of(settings.shift, grid.length) for grid in grids}
+    if len(shifts) != 1:
+        raise ValueError(f"shift: by a rule, images of one call need one number of tokens, got {sorted(set(grids))}")
+    times = settings.times(grids[0].length)
+    if settings.solver in diffusion.SOLVERS:
+        states = diffusion.SOLVERS[settings.solver](estimate, noise, times)
+    else:
+        states = run_flow_scheduler(settings.solver, estimate, noise, times)
+    yield from zip(times[1:], states, strict=True)

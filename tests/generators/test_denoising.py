@@ -10,7 +10,7 @@ import torch
 
 from unimodal_generators import Diffusion, DiffusionSettings, Flow, FlowSettings
 from unimodal_generators.base import Block, Corrupted, Embeddings, Grid, ImageTokens, Known, SamplingSettings, per_token
-from unimodal_generators.denoising import Denoiser
+from unimodal_generators.denoising import DenoisingGenerator
 from unimodal_generators.schedulers import FLOW_SCHEDULERS, MULTISTEP
 from unimodal_tokenizers.base import TokenLayout
 from unimodal_tokenizers.diffusion import LogShift, RootShift
@@ -31,7 +31,7 @@ def posterior(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rho: float) -> 
     return data.flatten(0, 1), ((x - a * data) / b).flatten(0, 1)
 
 
-def exact(generator: Denoiser, rho: float = 0.0) -> Denoiser:
+def exact(generator: DenoisingGenerator, rho: float = 0.0) -> DenoisingGenerator:
     """The generator, knowing what its network would have to learn."""
 
     def embed(corrupted: Corrupted) -> Embeddings:
@@ -72,14 +72,14 @@ class Echo:
 
 
 def drawn(
-    generator: Denoiser, settings: SamplingSettings, grids: Sequence[Grid], known: Known | None = None,
+    generator: DenoisingGenerator, settings: SamplingSettings, grids: Sequence[Grid], known: Known | None = None,
     session: Echo | None = None, seed: int = 0,
 ) -> list[ImageTokens]:  # fmt: skip
     rngs = [torch.Generator().manual_seed(seed + i) for i in range(len(grids))]
     return list(generator.sample(session or Echo(), grids, settings, rngs, known))
 
 
-def error(generator: Denoiser, settings: FlowSettings | DiffusionSettings) -> float:
+def error(generator: DenoisingGenerator, settings: FlowSettings | DiffusionSettings) -> float:
     """Wasserstein-2 distance of what is drawn from what the equation's exact solution draws.
 
     Each step is affine in x, so the map from noise to data is y + k x, and two tokens give y and k.
@@ -131,7 +131,7 @@ def test_diffusions_of_a_gaussian_meet_the_closed_form(
     (Diffusion, DiffusionSettings(solver="heun", steps=1), 25, 49, 2),
 ])  # fmt: skip
 def test_the_error_falls_at_the_solver_s_order(
-    made: type[Denoiser], settings: FlowSettings, few: int, many: int, order: int
+    made: type[DenoisingGenerator], settings: FlowSettings, few: int, many: int, order: int
 ) -> None:
     errors = [error(made(LAYOUT, 8), settings.override(steps=n)) for n in (few, many)]  # type: ignore[arg-type, call-arg]
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)

@@ -13,7 +13,7 @@ from unimodal.model import UnifiedModel
 from unimodal.packing import Run, pack
 from unimodal_generators import Diffusion, DiffusionSettings, Flow, FlowSettings
 from unimodal_generators.base import Block, Branch, Grid, ImageTokens, TokenKind
-from unimodal_generators.denoising import Denoiser
+from unimodal_generators.denoising import DenoisingGenerator
 from unimodal_tokenizers.base import TokenLayout
 from unimodal_tokenizers.diffusion import (
     alpha_bars,
@@ -164,7 +164,7 @@ def quarters(seed: int) -> Image.Image:
 def test_overfits_four_images(make: Callable[..., UnifiedModel], generator: str) -> None:
     """Each of four captions draws its own image: a mean error below 20 of 255 levels, where the others are over 50 away."""
     model = make(generator, time="add", learn_end=False, drop_text=0.0, context_length=96)
-    assert isinstance(model.generator, Flow if generator != "diffusion" else Denoiser)
+    assert isinstance(model.generator, Flow if generator != "diffusion" else DenoisingGenerator)
     words = ["one", "two", "three", "four"]
     learned = [Document((Part(word, learn=False), Part(quarters(i))), "") for i, word in enumerate(words)]
     steps = 200

@@ -8,7 +8,15 @@ from torch import nn
 
 from unimodal_generators.base import TokenKind
 
-TAKEN = ("shared", "embedding", "head", "modulation", "generator")  # names of other parts of a model
+TAKEN = (
+    "shared",
+    "embedding",
+    "head",
+    "modulation",
+    "generator",
+    "vision",
+    "connector",
+)  # names of other parts of a model
 PARTS = ("attention", "mlp", "norms")
 Part = Literal["attention", "mlp", "norms"]
 

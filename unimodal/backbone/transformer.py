@@ -286,9 +286,11 @@ class Backbone(nn.Module):
         attention: PackedAttention,
         rows: Rows | None = None,
         tokens: Sequence[int] | None = None,
-    ) -> Float[Tensor, "S C"]:
-        """Embeddings in expert order to hidden states in expert order, after the last norm.
+        layers: Sequence[int] = (-1,),
+    ) -> Float[Tensor, "S LC"]:
+        """Embeddings in expert order to hidden states in expert order, of each of `layers` side by side.
 
+        `layers`: counted as Python does; the last is read after the last norm, others as they leave their layer.
         `rows`: conditions of images (N, C), and for each expert the image of its tokens, counted from 1 (0: none).
         `tokens`: how many rows of each slice of `splits` are tokens, which come first; all of them where nothing is said.
         """
@@ -304,24 +306,28 @@ class Backbone(nn.Module):
         self._router_losses = []
         if not torch.is_grad_enabled():
             if self._stack is not None and isinstance(attention, CacheView):
-                return self._stack(xs, rotary, attention.packed(), used, rows, real)
-            return self.stack(xs, rotary, attention, used, rows, real)
+                return self._stack(xs, rotary, attention.packed(), used, rows, real, tuple(layers))
+            return self.stack(xs, rotary, attention, used, rows, real, layers)
+        states = _States(layers, len(self.layers))
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             args = layer, xs, rotary, attention.layer(i), used, rows, real
             xs, loss = checkpoint(self._layer, *args, use_reentrant=False) if self.checkpointing else self._layer(*args)
             self._router_losses += [] if loss is None else [loss]
-        return self.last_norm(xs, used)
+            states.add(i, xs)
+        return states.together(self.last_norm(xs, used))
 
     def stack(
         self, xs: list[Tensor], rotary: list[tuple[Tensor, Tensor]], attention: PackedAttention,
-        experts: tuple[int, ...], rows: Rows | None, tokens: Sequence[int] | None,
-    ) -> Float[Tensor, "S C"]:  # fmt: skip
-        """Every layer without gradients; see `DecoderLayer.forward`."""
+        experts: tuple[int, ...], rows: Rows | None, tokens: Sequence[int] | None, layers: Sequence[int] = (-1,),
+    ) -> Float[Tensor, "S LC"]:  # fmt: skip
+        """Every layer without gradients; see `forward` and `DecoderLayer.forward`."""
+        states = _States(layers, len(self.layers))
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             xs, _ = layer(xs, rotary, attention.layer(i), experts, rows, tokens)
-        return self.last_norm(xs, experts)
+            states.add(i, xs)
+        return states.together(self.last_norm(xs, experts))
 
     def last_norm(self, xs: list[Tensor], experts: tuple[int, ...]) -> Float[Tensor, "S C"]:
         """Slices after the last layer, normed and put together."""
@@ -345,6 +351,24 @@ class Backbone(nn.Module):
         """Scores over the vocabulary, in fp32 or better."""
         scores = torch.cat([F.linear(hidden, table) for table in self.tables], dim=-1)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+class _States:
+    """Hidden states of the layers that are asked for, kept while the stack is gone through."""
+
+    def __init__(self, layers: Sequence[int], depth: int) -> None:
+        self.wanted = [-1 if layer in (-1, depth - 1) else layer % depth for layer in layers]
+        self.kept: dict[int, Tensor] = {}
+
+    def add(self, number: int, xs: list[Tensor]) -> None:
+        """The stream behind layer `number`."""
+        if number in self.wanted:
+            self.kept[number] = torch.cat(xs)
+
+    def together(self, last: Float[Tensor, "S C"]) -> Float[Tensor, "S LC"]:
+        """All of them side by side, `last` in the place of the last."""
+        found = [last if layer == -1 else self.kept[layer] for layer in self.wanted]
+        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
 
 
 def _symbolic(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ class Flops(NamedTuple):
     head: int
     generator: int
     tokenizer: int  # forward only: it is frozen
+    vision: int  # the encoder of understanding features, and its connector
 
     @property
     def total(self) -> int:
@@ -60,27 +61,37 @@ def head_flops(backbone: Backbone, packed: PackedSequence) -> int:
     return round(len(packed.text_targets) * sum(_per_row(table) for table in backbone.tables))
 
 
-def image_flops(model: UnifiedModel, packed: PackedSequence) -> tuple[int, int]:
-    """Of the generator and of the image tokenizer, counted while they run: their networks are their own affair."""
+def image_flops(model: UnifiedModel, packed: PackedSequence) -> tuple[int, int, int]:
+    """Of generator, tokenizer and vision encoder, counted while they run: their networks are their own affair."""
     with FlopCounterMode(display=False) as tokenizer, torch.no_grad():
-        model.encode(packed.images)
-    gradients = [(p, p.grad) for p in model.generator.parameters()]
-    model.generator.zero_grad()
+        model.encode(packed.images[: packed.tokenized])
     with FlopCounterMode(display=False) as both:
-        generator_loss(model, packed).backward()
+        _backward(generator_loss(model, packed), model)
+    with FlopCounterMode(display=False) as vision:
+        if packed.understood_images:
+            _backward(model.understand(packed.understood).sum(), model)
+    tokens = tokenizer.get_total_flops()
+    return both.get_total_flops() - tokens, tokens, vision.get_total_flops()
+
+
+def _backward(loss: Tensor, model: UnifiedModel) -> None:
+    """Where anything learns; gradients stay as they were."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    model.zero_grad()
+    if loss.requires_grad:
+        loss.backward()
     for parameter, gradient in gradients:
         parameter.grad = gradient
-    return both.get_total_flops() - tokenizer.get_total_flops(), tokenizer.get_total_flops()
 
 
 def generator_loss(model: UnifiedModel, packed: PackedSequence) -> Tensor:
     """What the generator makes of a pack's images and of hidden states (zeros here), as one sum."""
     with torch.no_grad():
-        tokens = model.encode(packed.images)
+        tokens = model.encode(packed.images[: packed.tokenized])
     generator = model.generator
     learned = generator.corrupt(tokens.select(packed.learned_images), packed.learned_blocks)
     embedded = [generator.embed(learned), generator.embed(generator.context(tokens.select(packed.context_images)))]
-    hidden = embedded[0].values.new_zeros(len(packed.image_reads), model.backbone.config.width).requires_grad_()
+    hidden = embedded[0].values.new_zeros(len(packed.image_reads), model.image_channels).requires_grad_()
     losses = generator.loss(hidden, embedded[0], learned)
     outputs = [term.sum for term in losses.values()]
     outputs += [x.sum() for e in embedded for x in (e.values, e.condition) if x is not None]

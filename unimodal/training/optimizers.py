@@ -54,10 +54,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 def _is_exempt(part: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     """Whether the parameter `name` of `part` is not decayed."""
-    names = getattr(part, "no_weight_decay", ())
-    return (
-        name in (names() if callable(names) else names) or parameter.dim() < 2 or isinstance(part, NORMS + EMBEDDINGS)
-    )
+    named = getattr(part, "no_weight_decay", ())
+    named = named() if callable(named) else named  # networks of timm have a method of this name
+    return name in named or parameter.dim() < 2 or isinstance(part, NORMS + EMBEDDINGS)
 
 
 def learning_rate_scale(step: int, warmup_steps: int, total_steps: int, schedule: Schedule, floor: float) -> float:

@@ -191,7 +191,8 @@ class _Probe:
         backbone.checkpointing = model.backbone.checkpointing
         self.layers = backbone.layers
         self.model, self.backbone = copy.copy(model), backbone
-        parts = {"generator": model.generator.to(device), "tokenizer": model.tokenizer.to(device)}
+        names = ("generator", "tokenizer", "vision", "connector")
+        parts = {name: part.to(device) for name in names if (part := getattr(model, name)) is not None}
         self.model._modules = {**model._modules, **parts, "backbone": backbone}
 
     def run(self, depth: int, *, backward: bool) -> Tensor:
@@ -203,7 +204,8 @@ class _Probe:
             return torch.randn(rows, weight.shape[1], device=self.device, dtype=weight.dtype, requires_grad=True)
 
         embeddings = {TokenKind.TEXT: values(len(packed.text_ids))}
-        for kind, blocks in ((TokenKind.LEARNED, packed.learned_blocks), (TokenKind.CLEAN, packed.context_blocks)):
+        blocks_of = {TokenKind.LEARNED: packed.learned_blocks, TokenKind.CLEAN: packed.context_blocks}
+        for kind, blocks in (blocks_of | {TokenKind.UNDERSTANDING: packed.understood_blocks}).items():
             embeddings[kind] = values(sum(block.length for block in blocks))
         images = len(packed.learned_images) + len(packed.context_images)
         hidden = self.model.hidden(embeddings, packed, values(images) if self.backbone.config.adaln else None)
@@ -211,8 +213,8 @@ class _Probe:
             hidden.backward(torch.randn_like(hidden))
         return hidden
 
-    def image_flops(self) -> tuple[int, int]:
-        """Of generator and tokenizer."""
+    def image_flops(self) -> tuple[int, int, int]:
+        """Of generator, tokenizer and vision encoder."""
         return image_flops(self.model, self.packed)
 
     def kept(self) -> tuple[int, int]:
@@ -221,7 +223,9 @@ class _Probe:
         one = _saved(lambda: self.run(1, backward=False), self.model)
         two = _saved(lambda: self.run(2, backward=False), self.model)
         self.backbone.checkpointing = again
-        return two - one, one - (two - one) + _saved(lambda: generator_loss(self.model, self.packed), self.model)
+        images = _saved(lambda: generator_loss(self.model, self.packed), self.model)
+        images += _saved(lambda: self.model.understand(self.packed.understood), self.model)
+        return two - one, one - (two - one) + images
 
     def layer_seconds(self) -> tuple[float, float]:
         """Of one layer, forward and backward, and of all that is around the layers."""

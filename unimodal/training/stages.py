@@ -22,7 +22,7 @@ def freeze(model: UnifiedModel, names: Sequence[str]) -> None:
         model: whose.
         names: EXPERT (all its parts) or EXPERT.PART with PART attention, mlp or norms; `shared` is the expert of what all
             experts use, and an adapter is its own expert's; `embedding` and `head` are the table of the vocabulary, whose
-            added rows go on learning; `modulation`; `generator`.
+            added rows go on learning; `modulation`; `generator`; `vision`, the encoder, and `connector`, what leads from it.
 
     Raises:
         ValueError: a name this model has not, or nothing would be left to learn.
@@ -49,6 +49,8 @@ def parts(model: UnifiedModel) -> Named:
     modulation = [module for module in backbone.modules() if isinstance(module, Modulation)]
     found["modulation"] = [p for module in modulation for p in module.parameters()]
     found["generator"] = list(model.generator.parameters())
+    for name, module in (("vision", model.vision), ("connector", model.connector)):
+        found[name] = [] if module is None else list(module.parameters())
     return {name: parameters for name, parameters in found.items() if parameters}
 
 

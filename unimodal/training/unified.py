@@ -47,6 +47,7 @@ class UnifiedTraining(LightningModule):
         image_weight: of the image loss.
         ema_decay: of the weights' moving average, which is validated and exported; 0 keeps no history.
         tokenizer_weights: an export of the image tokenizer, trained before.
+        vision_weights: of model.vision: a file in timm's format, or `hub` (`hub:TAG`) to have timm download its own.
         init: an export of a whole model to start from, text tokenizer included.
         compile: whether training runs through `torch.compile`, layer by layer; needs a C++ compiler.
         checkpoint_layers: whether each layer's activations are computed again in backward rather than kept.
@@ -72,6 +73,7 @@ class UnifiedTraining(LightningModule):
         image_weight: float = 1.0,
         ema_decay: float = 0.999,
         tokenizer_weights: Path | None = None,
+        vision_weights: str | None = None,
         init: Path | None = None,
         compile: bool = False,
         checkpoint_layers: bool = False,
@@ -96,6 +98,10 @@ class UnifiedTraining(LightningModule):
         self.predicted: list[Document] = []
         if tokenizer_weights is not None:
             load_weights(model.tokenizer, read_weights(Path(tokenizer_weights)), str(tokenizer_weights))
+        if vision_weights is not None:
+            if model.vision is None:
+                raise ValueError(f"vision_weights: expected model.vision to load them into, got {vision_weights} alone")
+            model.vision.load(vision_weights)
         if init is not None and init_from is not None:
             raise ValueError(f"init_from: expected none beside init {init}, got {init_from}")
         if init is not None:
