@@ -153,6 +153,6 @@ class Sana(Denoiser):
     ) -> Float[Tensor, "B n D"]:
         """See `Denoiser`."""
         dtype = self.network.proj_out.weight.dtype
-        latents = x.to(dtype).mT.unflatten(2, grid)  # (B, n, D) -> (B, D, h, w)
+        latents = x.to(dtype).mT.unflatten(2, (grid.h, grid.w))  # (B, n, D) -> (B, D, h, w)
         (out,) = self.network(latents, condition[:, -1].to(dtype), 1000 * (1 - t).to(dtype), return_dict=False)
         return -out.flatten(2).mT

@@ -195,7 +195,7 @@ def on_grids(
     out: dict[int, Tensor] = {}
     for grid in dict.fromkeys(grids):
         members = [i for i, other in enumerate(grids) if other == grid]
-        images = torch.stack([pieces[i] for i in members]).unflatten(1, grid)  # (B, h, w, _)
+        images = torch.stack([pieces[i] for i in members]).unflatten(1, (grid.h, grid.w))  # (B, h, w, _)
         done = run(images.permute(0, 3, 1, 2), time[members])
         out |= zip(members, done.flatten(2).transpose(1, 2))  # (n, _) each
     return torch.cat([out[i] for i in range(len(grids))])

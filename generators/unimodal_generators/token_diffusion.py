@@ -2,7 +2,7 @@
 
 MAR (arXiv 2406.11838), UniFluid (arXiv 2503.13436), Ming-UniVision (arXiv 2510.06590).
 
-Letters: N images, T tokens of all of them, n tokens of one image, m tokens that are learned or drawn, M noise draws a
+Letters: N images, T tokens of all of them, n tokens of one image, m tokens that are learned or drawn, K noise draws a
 token, D channels of a token, C width of the backbone, W width of the head, G guidance branches, K backbone evaluations.
 z a hidden state, x_t a noised token, v its velocity.
 """
@@ -75,8 +75,8 @@ class CorruptedTokens(Corrupted):
     """What the backbone reads, and what the head learns of it: of `targets` those at `masked`, or all."""
 
     masked: Int[Tensor, " m"] | None = None  # which tokens are not read but replaced by the mask
-    noise: Float[Tensor, "m M D"] | None = None
-    head_time: Float[Tensor, "m M"] | None = None
+    noise: Float[Tensor, "m K D"] | None = None
+    head_time: Float[Tensor, "m K"] | None = None
 
 
 class TokenDiffusion(ImageGenerator):
@@ -164,7 +164,7 @@ class TokenDiffusion(ImageGenerator):
         return share
 
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> CorruptedTokens:
-        """The tokens, which of them are masked, and for every one that is learned M draws of noise and time."""
+        """The tokens, which of them are masked, and for every one that is learned K draws of noise and time."""
         data, dim = tokens.values, self.layout.dim
         masked: list[Tensor] = [torch.empty(0, dtype=torch.long)]
         read: list[Tensor] = [torch.empty(0, dim)]
@@ -214,9 +214,9 @@ class TokenDiffusion(ImageGenerator):
         z = hidden
         if corrupted.masked is not None:
             z, targets = hidden[corrupted.masked], targets[corrupted.masked]  # (m, C), (m, D)
-        data, rows = targets.repeat_interleave(self.multiply, 0), noise.flatten(0, 1)  # (m M, D)
+        data, rows = targets.repeat_interleave(self.multiply, 0), noise.flatten(0, 1)  # (m K, D)
         x = diffusion.interpolate(rows, data, time.flatten()[:, None])
-        v = self.head(z[:, None], x.view_as(noise), time)  # (m, M, D): z is projected once, whatever M
+        v = self.head(z[:, None], x.view_as(noise), time)  # (m, K, D): z is projected once, whatever K
         error = F.mse_loss(v, diffusion.velocity(rows, data).view_as(noise), reduction="none").mean((1, 2))  # (m,)
         return {"image": LossTerm(error.sum(), len(targets))}
 

@@ -20,7 +20,7 @@ from unimodal.training.optimizers import parameter_groups
 from unimodal.training.stages import freeze, parts
 from unimodal.vision import VisionEncoder
 from unimodal_generators import Flow
-from unimodal_generators.base import TokenKind
+from unimodal_generators.base import Grid, TokenKind
 from unimodal_tokenizers import PatchTokenizer
 
 Make = Callable[..., UnifiedModel]
@@ -85,7 +85,7 @@ def test_features_are_a_block_that_all_see(make: Make) -> None:
     assert p.table.bidirectional[at]
     assert not p.table.private[at]
     (block,) = p.understood_blocks
-    assert (block.grid, block.kind) == ((2, 2), U)
+    assert (block.grid, block.kind) == (Grid(2, 2), U)
 
 
 def test_only_images_whose_tokens_are_asked_for_are_tokenized(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

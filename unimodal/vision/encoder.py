@@ -149,9 +149,9 @@ class VisionEncoder(nn.Module):
         x = self.network.forward_features(((images + 1) / 2 - self.mean) / self.std)
         if x.ndim == 3:
             x = x[:, getattr(self.network, "num_prefix_tokens", 0) :]  # (B, h w, D)
-        elif x.shape[1:] == (self.layout.dim, *grid):
+        elif x.shape[1:] == (self.layout.dim, grid.h, grid.w):
             x = x.flatten(2).mT  # (B, D, h, w) -> (B, h w, D)
-        elif x.shape[1:] == (*grid, self.layout.dim):
+        elif x.shape[1:] == (grid.h, grid.w, self.layout.dim):
             x = x.flatten(1, 2)
         if x.shape[1:] != (grid.length, self.layout.dim):
             expected = f"{grid.length} features of {self.layout.dim} channels an image"
