@@ -14,7 +14,7 @@ from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequenceRules
 from unimodal.text import TextTokenizer
-from unimodal_generators import Autoregressive, Flow
+from unimodal_generators import Autoregressive, Depth, Flow
 from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
 
@@ -40,8 +40,32 @@ class GrayLevels(ImageTokenizer):
         return tokens.float()[:, None] / 7.5 - 1
 
 
+class GrayDigits(GrayLevels):
+    """The same gray level as two digits of base 4: two codebooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layout = TokenLayout("discrete", dim=1, stride=2, codebooks=(4, 4))
+
+    def encode_batch(self, images: torch.Tensor, rng: torch.Generator | None = None) -> torch.Tensor:
+        level = super().encode_batch(images, rng)
+        return torch.stack([level // 4, level % 4], dim=-1)
+
+    def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
+        return super().decode_batch(tokens[..., 0] * 4 + tokens[..., 1], grid, rng)
+
+    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().lookup(tokens[:, 0] * 4 + tokens[:, 1])
+
+
 CORPUS = ["a handwritten seven", "a handwritten three", "three plus seven equals ten", "grün, 数字 and \U0001f600"]
 FULL = Experts(attention=True, mlp=True, norms=True)
+DIGITS = ("digits", "depth", "squares")  # generators of two codebooks
+NEXT_TOKEN = {
+    "autoregressive": {}, "codes": {"inputs": "codes", "token_noise": 0.2}, "shared": {"vocabulary": "shared"},
+    "rows": {"end_of_row": True}, "digits": {"token_noise": 0.2}, "depth": {"depth": Depth(2, 16, 2), "inputs": "codes"},
+    "squares": {"shuffle": 2, "end_of_row": True, "depth": Depth(1, 16, 2)},
+}  # fmt: skip
 
 
 def build(
@@ -54,10 +78,9 @@ def build(
     shape |= {"positions": "block" if generator == "flow" else "sequential", "adaln": time == "adaln"}
     config = BackboneConfig(experts=experts, **shape | (backbone or {}))
     settings = {"image_sizes": [(8, 8), (4, 8)], "context_length": 192, "drop_text": 0.1, **rules}
-    tokenizer = PatchTokenizer(2) if generator == "flow" else GrayLevels()
-    codes = functools.partial(Autoregressive, inputs="codes", token_noise=0.2)
+    tokenizer = PatchTokenizer(2) if generator == "flow" else GrayDigits() if generator in DIGITS else GrayLevels()
     flow = functools.partial(Flow, time=time)
-    made = {"flow": flow, "autoregressive": Autoregressive, "codes": codes}[generator]
+    made = {"flow": flow, **{n: functools.partial(Autoregressive, **s) for n, s in NEXT_TOKEN.items()}}[generator]
     model = UnifiedModel(tokenizer, made, config, SequenceRules(**settings))
     model.text = TextTokenizer.train(CORPUS, 300)
     with torch.no_grad():
@@ -104,7 +127,7 @@ def make() -> Callable[..., UnifiedModel]:
     return build
 
 
-@pytest.fixture(scope="session", params=["flow", "autoregressive", "codes"])
+@pytest.fixture(scope="session", params=["flow", *NEXT_TOKEN])
 def model(request: pytest.FixtureRequest) -> UnifiedModel:
     """One model a generator."""
     return build(request.param)

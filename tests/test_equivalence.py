@@ -214,7 +214,7 @@ def test_peek_leaves_no_trace(model: UnifiedModel) -> None:
     grid = model.tokenizer.layout.grid(8, 8)
     block = model.generator.plan_context(grid)[0]
     with torch.no_grad():
-        session.peek(Embeddings(torch.randn(2 * grid.length, 32)), [block, block])
+        session.peek(Embeddings(torch.randn(2 * block.length, 32)), [block, block])
     assert cache.lengths == lengths == [3, 2, 1, 1]
     assert session._state.next == following
     assert torch.equal(session.last, last)

@@ -198,7 +198,8 @@ class DecodingSettings:
         top_k: of the text; 0 is all.
         top_p: of the text; 1 is all.
         image: of the images; None takes the recipe's.
-        size: (height, width) of drawn images; None takes the recipe's first.
+        size: (height, width) of drawn images; None takes the recipe's first, or what the model writes where
+            sequence.write_size lets it.
     """
 
     start: Literal["text", "image"] = "text"
@@ -229,6 +230,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)  # of the text being written
     tokens: int = 0
     images: int = 0
+    grid: Grid = Grid(0, 0)  # of the image that is due
     state: Literal["text", "image", "done"] = "text"
 
 
@@ -240,12 +242,14 @@ class _Decoder:
     ) -> None:
         self.model, self.settings, self.special = model, settings, model.text.special
         self.image = settings.image or model.generator.sampling
-        height, width = settings.size or model.sequence.image_sizes[0]
-        self.grid = model.tokenizer.layout.grid(height, width)
+        sizes = model.sequence.image_sizes if model.sequence.write_size else model.sequence.image_sizes[:1]
+        sizes = sizes if settings.size is None else [settings.size]
+        self.sizes = {model.sequencer.size(*size): model.tokenizer.layout.grid(*size) for size in sizes}  # as written
+        self.room = max(len(ids) + self._length(grid) for ids, grid in self.sizes.items())  # an image's, at most
         branches = self.image.branches
         self.capacity = model.sequence.context_length
         prompt = max(self._tokens(run) for run in runs)
-        wanted = prompt + settings.max_tokens + settings.max_images * (self._length(self.grid) + 2)
+        wanted = prompt + settings.max_tokens + settings.max_images * (self.room + 2)
         self.session = Session.start(model, len(runs), branches, min(self.capacity, wanted))
         self.rows = [_Row(torch.Generator().manual_seed(seed)) for seed in seeds]
         self._prefill(runs)
@@ -322,7 +326,7 @@ class _Decoder:
         return self.rows[i].tokens < self.settings.max_tokens and self.session.length(i) < self.capacity
 
     def _may_draw(self, i: int) -> bool:
-        fits = self.session.length(i) + self._length(self.grid) + 2 <= self.capacity
+        fits = self.session.length(i) + self.room + 2 <= self.capacity
         return self.rows[i].images < self.settings.max_images and fits
 
     def _begin_images(self, rows: Iterable[int]) -> None:
@@ -330,17 +334,37 @@ class _Decoder:
         for i in rows:
             if not self._may_draw(i):
                 raise ValueError(
-                    f"prompt {i}: {self.session.length(i)} tokens and an image of {self._length(self.grid)} are more than "
+                    f"prompt {i}: {self.session.length(i)} tokens and an image of {self.room} are more than "
                     f"this recipe's sequence.context_length {self.capacity}"
                 )
             self._close_text(i)
             self.rows[i].state = "image"
         self.session.rows(rows).append_text([Run((self.special.boi,), (True,))] * len(rows))
+        self._write_sizes(rows)
+
+    def _write_sizes(self, rows: list[int]) -> None:
+        """Each document writes until that is one of the sizes; a token that only one size has is not asked for."""
+        written: dict[int, tuple[int, ...]] = dict.fromkeys(rows, ())
+        while writing := [i for i in rows if written[i] not in self.sizes]:
+            logits = self.model.backbone.logits(self.session.rows(writing).last[0])  # (R, V)
+            for row, i in zip(logits, writing, strict=True):
+                ways = {s[len(written[i])] for s in self.sizes if s[: len(written[i])] == written[i]}
+                (token,) = ways if len(ways) == 1 else self._choose(row[None], sorted(ways), self.rows[i].rng)
+                written[i] += (token,)
+            self.session.rows(writing).append_text([Run(written[i][-1:], (True,)) for i in writing])
+        for i in rows:
+            self.rows[i].grid = self.sizes[written[i]]
+
+    def _choose(self, logits: Float[Tensor, "1 V"], ways: list[int], rng: torch.Generator) -> list[int]:
+        s = self.settings
+        return [ways[i] for i in choose(logits[:, ways], [rng], s.temperature, s.top_k, s.top_p).tolist()]
 
     def _draw(self, images: list[int]) -> None:
+        """The images that are due and of one size with the first."""
+        images = [i for i in images if self.rows[i].grid == self.rows[images[0]].grid]
         generator, view = self.model.generator, self.session.rows(images)
         rngs = [self.rows[i].rng for i in images]
-        *_, tokens = generator.sample(view, [self.grid] * len(images), self.image, rngs)
+        *_, tokens = generator.sample(view, [self.rows[i].grid for i in images], self.image, rngs)
         for i, pixels in zip(images, self.model.tokenizer.decode_each(tokens), strict=True):
             self.rows[i].parts.append(Part(to_image(pixels), role=GENERATED))
             self.rows[i].images += 1

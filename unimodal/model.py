@@ -42,16 +42,16 @@ class UnifiedModel(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         self.generator = generator(tokenizer.layout, backbone.width)
-        self.generator.bind(tokenizer.lookup)
         _check_condition(self.generator, backbone)
-        self.backbone = Backbone(backbone)
+        self.backbone = Backbone(backbone, self.generator.image_ids)
+        self.generator.bind(tokenizer.lookup, self.backbone.image_rows if self.generator.image_ids else None)
         self.sequence = sequence
         self.scheme = SCHEMES[backbone.positions]
         self.kinds = kind_order(backbone.experts)
         self._text: TextTokenizer | None = None
         self.config: dict[str, Any] | None = None  # what an export says it was built from
         for height, width in sequence.image_sizes:
-            tokenizer.layout.grid(height, width)  # refuses a size the tokenizer cannot cut
+            self.generator.plan_context(tokenizer.layout.grid(height, width))  # each refuses what it cannot cut
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "UnifiedModel":
@@ -158,7 +158,8 @@ class UnifiedModel(nn.Module):
         """Tokens of images grouped by size."""
         if not images:
             layout = self.tokenizer.layout
-            shape = (0, layout.dim) if layout.kind == "continuous" else (0, *layout.codebooks[1:2])
+            books = len(layout.codebooks)
+            shape = (0, layout.dim) if layout.kind == "continuous" else (0, books) if books > 1 else (0,)
             dtype = self.backbone.embedding.weight.dtype if layout.kind == "continuous" else torch.long
             return ImageTokens(torch.empty(shape, dtype=dtype, device=self.device), ())
         return ImageTokens.cat(

@@ -2,12 +2,14 @@
 
 from unimodal_generators.autoregressive import Autoregressive, AutoregressiveSettings
 from unimodal_generators.base import Block, ImageGenerator, SamplingSettings, TokenKind
+from unimodal_generators.depth import Depth
 from unimodal_generators.flow import Flow, FlowSettings
 
 __all__ = [
     "Autoregressive",
     "AutoregressiveSettings",
     "Block",
+    "Depth",
     "Flow",
     "FlowSettings",
     "ImageGenerator",

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -215,6 +215,14 @@ class Known:
             raise ValueError(f"known: expected a mask of {len(self.tokens.values)} tokens, got {list(self.mask.shape)}")
 
 
+class ImageRows(NamedTuple):
+    """The model's vocabulary as a generator sees it whose ids are rows of it, behind all others."""
+
+    embedding: Float[Tensor, "V C"]  # of image ids alone
+    head: list[Float[Tensor, "_ C"]]  # tables of all ids; the last is that of image ids
+    scale: float  # embeddings are multiplied by it
+
+
 @runtime_checkable
 class DecodingSession(Protocol):
     """Documents being decoded, with their key/value cache. Branches are the conditions of guidance."""
@@ -251,12 +259,16 @@ class ImageGenerator(nn.Module, ABC):
     inpaints: ClassVar[bool] = False  # whether `sample` can be given some of the tokens
     repeats: ClassVar[bool]  # a learned image that is followed by something appears again in its context form
     conditions: bool = False  # whether `embed` gives a condition an image, which backbone.adaln reads
+    image_ids: int = 0  # rows that are added to the model's vocabulary for this generator
     layout: TokenLayout
     sampling: SamplingSettings
 
-    def bind(self, lookup: Callable[[Tensor], Tensor]) -> None:
-        """Called once by the model with its tokenizer's `lookup`, for generators that read code vectors."""
-        self.lookup = lookup
+    def bind(self, lookup: Callable[[Tensor], Tensor], rows: Callable[[], ImageRows] | None = None) -> None:
+        """Called once by the model: its tokenizer's `lookup`, for code vectors, and the rows of `image_ids`.
+
+        Bound methods, so that a copy of the model is bound to the copies.
+        """
+        self.lookup, self.rows = lookup, rows
 
     def check(self, layout: TokenLayout) -> None:
         """Refuse a tokenizer this generator cannot learn."""
@@ -326,5 +338,5 @@ def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[T
 
 __all__ = [
     "Block", "Branch", "Corrupted", "DecodingSession", "DenoisingSettings", "Embeddings", "Grid", "ImageGenerator",
-    "ImageTokens", "Known", "LossBreakdown", "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout", "guide",
+    "ImageRows", "ImageTokens", "Known", "LossBreakdown", "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout", "guide",
 ]  # fmt: skip

@@ -64,8 +64,8 @@ def image_flops(model: UnifiedModel, packed: PackedSequence) -> tuple[int, int]:
     """Of the generator and of the image tokenizer, counted while they run: their networks are their own affair."""
     with FlopCounterMode(display=False) as tokenizer, torch.no_grad():
         model.encode(packed.images)
-    gradients = [(p, p.grad) for p in model.generator.parameters()]
-    model.generator.zero_grad()
+    gradients = [(p, p.grad) for p in model.parameters()]  # a shared vocabulary's are the backbone's
+    model.zero_grad()
     with FlopCounterMode(display=False) as both:
         generator_loss(model, packed).backward()
     for parameter, gradient in gradients:

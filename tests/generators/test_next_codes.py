@@ -1,0 +1,495 @@
+"""Next-token prediction of several codebooks, squares of tokens, row ends and a shared vocabulary."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from unimodal.backbone import Experts
+from unimodal.decoding import DecodingSettings, Session, decode, to_image
+from unimodal.documents import Document, Part
+from unimodal.model import UnifiedModel
+from unimodal.packing import Run, pack, to_tensor
+from unimodal.training.optimizers import parameter_groups
+from unimodal.training.stages import freeze
+from unimodal_generators import Autoregressive, AutoregressiveSettings, Depth
+from unimodal_generators.base import Branch, Grid, ImageRows, ImageTokens, Known
+from unimodal_generators.shuffle import windows
+from unimodal_tokenizers.base import TokenLayout
+
+Make = Callable[..., UnifiedModel]
+ONE = TokenLayout("discrete", dim=1, stride=2, codebooks=(16,))
+TWO = TokenLayout("discrete", dim=1, stride=2, codebooks=(5, 7))
+GRIDS = (Grid(4, 4), Grid(2, 4))
+KINDS = ["autoregressive", "codes", "shared", "rows", "digits", "depth", "squares"]
+GREEDY = AutoregressiveSettings(temperature=0.0)
+
+
+def built(layout: TokenLayout = TWO, **settings: object) -> Autoregressive:
+    torch.manual_seed(0)
+    made = Autoregressive(layout, 32, **settings).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def tokens(layout: TokenLayout = TWO) -> ImageTokens:
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.stack([torch.randint(k, (24,), generator=rng) for k in layout.codebooks], dim=1)
+    return ImageTokens(ids[:, 0] if len(layout.codebooks) == 1 else ids, GRIDS)
+
+
+def blocks(made: Autoregressive) -> list:
+    return [made.plan(grid, np.random.default_rng(0))[0] for grid in GRIDS]
+
+
+# ---- what is learned, written out position by position
+
+
+def slow_states(made: Autoregressive, hidden: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """(number of a token in images end to end, the state that predicts it)."""
+    states, s, at, first = [], made.side, 0, 0
+    for grid in GRIDS:
+        for row in range(grid.h // s):
+            for column in range(grid.w // s):
+                parts = hidden[at][None] if made.shuffle is None else made.shuffle.part(hidden[at])
+                for j, state in enumerate(parts):
+                    token = (row * s + j // s) * grid.w + column * s + j % s
+                    states.append((first + token, state))
+                at += 1
+            at += made.row_end is not None
+        first += grid.length
+    assert at == len(hidden)
+    return states
+
+
+def slow_scores(made: Autoregressive, state: torch.Tensor, codes: list[int]) -> torch.Tensor:
+    """Of the codebook that follows `codes`."""
+    q = len(codes)
+    if isinstance(made.head, torch.nn.Sequential):
+        first = sum(made.codebooks[:q])
+        return made.head(state)[first : first + made.codebooks[q]]
+    head = made.head
+    x = [head.project(state) + head.place[0]]
+    for d in range(1, q + 1):
+        x.append(head.place[d] + sum(head.embeddings[e].weight[codes[e]] for e in range(d)))
+    v = torch.stack(x)
+    for layer in head.layers:
+        n = layer.attention_norm(v)
+        q_, k_, v_ = (layer.qkv(n) @ torch.eye(3 * v.shape[1]).double()).chunk(3, dim=-1)
+        size = v.shape[1] // layer.heads
+        out = []
+        for h in range(layer.heads):
+            part = slice(h * size, (h + 1) * size)
+            scores = (q_[:, part] @ k_[:, part].T) / size**0.5
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+            out.append(scores.softmax(-1) @ v_[:, part])
+        v = v + layer.o(torch.cat(out, dim=1))
+        v = v + layer.mlp(layer.mlp_norm(v))
+    return head.heads[q](head.norm(v)[-1])
+
+
+SETTINGS: dict[str, dict] = {
+    "parallel": {}, "depth": {"depth": Depth(2, 12, 3)}, "rows": {"end_of_row": True}, "squares": {"shuffle": 2},
+    "all": {"shuffle": 2, "end_of_row": True, "depth": Depth(1, 8, 2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [ONE, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_loss_and_its_gradients_are_those_of_a_loop(settings: dict, layout: TokenLayout) -> None:
+    made, data = built(layout, **settings), tokens(layout)
+    corrupted = made.corrupt(data, blocks(made))
+    length = sum(block.length for block in blocks(made))
+    hidden = torch.randn(length, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    term = made.loss(hidden, made.embed(corrupted), corrupted)["image"]
+    term.sum.backward()
+    found = [hidden.grad, *(p.grad for p in made.parameters())]
+    made.zero_grad()
+    hidden.grad = None
+    ids = data.values.view(24, -1).tolist()
+    total = torch.zeros(())
+    for token, state in slow_states(made, hidden):
+        for q, code in enumerate(ids[token]):
+            loss = -slow_scores(made, state, ids[token][:q]).log_softmax(-1)[code]
+            total = total + loss / len(ids[token])
+    total.backward()
+    torch.testing.assert_close(term.sum, total, atol=1e-10, rtol=1e-10)
+    assert term.count == 24 == sum(block.n_targets for block in blocks(made))
+    for one, other in zip(found, [hidden.grad, *(p.grad for p in made.parameters())], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-7)
+
+
+def test_what_is_read_written_out() -> None:
+    """Rows of the codebooks added up, squares merged, a row's end behind each row."""
+    made, data = built(shuffle=2, end_of_row=True), tokens()
+    read = made.embed(made.context(data)).values
+    table, shuffle = made.embedding.weight, made.shuffle
+    assert isinstance(made.embedding, torch.nn.Embedding) and shuffle is not None
+    x = table[data.values[:, 0]] + table[5 + data.values[:, 1]]
+    expected = []
+    for first, grid in ((0, GRIDS[0]), (16, GRIDS[1])):
+        image = x[first : first + grid.length].view(*grid, 32)
+        for row in range(0, grid.h, 2):
+            for column in range(0, grid.w, 2):
+                square = image[row : row + 2, column : column + 2].reshape(4, 32)
+                expected.append(shuffle.before(shuffle.compress(square).flatten()))
+            expected.append(made.row_end)
+    torch.testing.assert_close(read, torch.stack(expected))
+    assert [b.grid for b in blocks(made)] == [Grid(2, 3), Grid(1, 3)]
+    assert [b.n_targets for b in blocks(made)] == [16, 8]
+
+
+def test_windows_by_hand() -> None:
+    assert windows(Grid(2, 4), 2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert windows(Grid(4, 2), 2).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert torch.equal(windows(Grid(3, 5), 1), torch.arange(15))
+
+
+# ---- what reduces to what
+
+
+def test_one_codebook_without_options_is_a_table_and_a_small_network() -> None:
+    made = built(ONE, shuffle=1)
+    shapes = {name: list(value.shape) for name, value in made.state_dict().items()}
+    assert shapes == {
+        "embedding.weight": [16, 32], "head.0.weight": [32, 32], "head.0.bias": [32], "head.2.weight": [16, 32],
+        "head.2.bias": [16],
+    }  # fmt: skip
+    data = tokens(ONE)
+    assert torch.equal(made.embed(made.context(data)).values, made.embedding.weight[data.values])
+    hidden = torch.randn(24, 32, dtype=torch.float64)
+    corrupted = made.corrupt(data, blocks(made))
+    term = made.loss(hidden, made.embed(corrupted), corrupted)["image"]
+    torch.testing.assert_close(term.sum, F.cross_entropy(made.head(hidden), data.values, reduction="sum"))
+
+
+def test_a_depth_transformer_of_one_codebook_is_a_head() -> None:
+    made = built(ONE, depth=Depth(2, 12, 3))
+    head, hidden = made.head, torch.randn(3, 4, 32, dtype=torch.float64)
+    assert len(head.embeddings) == 0
+    none = torch.zeros(3, 4, 0, dtype=torch.long)
+    scores = head.logits(hidden, none)
+    x = head.project(hidden) + head.place[0]
+    for layer in head.layers:  # alone, a token attends to itself
+        x = x + layer.o(layer.qkv(layer.attention_norm(x))[..., -12:])
+        x = x + layer.mlp(layer.mlp_norm(x))
+    torch.testing.assert_close(scores, head.heads[0](head.norm(x)))
+    ids = torch.randint(16, (12, 1))
+    expected = F.cross_entropy(scores.flatten(0, 1), ids[:, 0], reduction="sum")
+    torch.testing.assert_close(head.loss(hidden.flatten(0, 1), ids), expected)
+
+
+def test_codes_are_told_apart_by_depth_alone() -> None:
+    """Heads at once know nothing of each other; a depth transformer's second code knows the first, and not the other way."""
+    hidden, a, b = torch.randn(1, 32, dtype=torch.float64), torch.tensor([[0]]), torch.tensor([[3]])
+    parallel, deep = built().head, built(depth=Depth(1, 8, 2)).head
+    assert torch.equal(parallel.logits(hidden, a), parallel.logits(hidden, b))
+    assert not torch.equal(deep.logits(hidden, a), deep.logits(hidden, b))
+    one, two = (deep.states(hidden, torch.tensor([[c]]))[0] for c in (0, 3))
+    assert torch.equal(one[0], two[0])
+    assert deep.logits(hidden, a).shape == (1, 7)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_no_images_are_an_exact_zero(settings: dict) -> None:
+    made, none = built(**settings), ImageTokens(torch.empty(0, 2, dtype=torch.long), ())
+    read = made.corrupt(none, [])
+    embeddings = made.embed(read)
+    assert embeddings.values.shape == (0, 32)
+    term = made.loss(torch.empty(0, 32, dtype=torch.float64), embeddings, read)["image"]
+    assert (term.sum.detach().item(), term.count) == (0.0, 0)
+    (term.sum + embeddings.values.sum()).backward()  # a rank without images fails at nothing
+
+
+def test_noise_falls_on_codes_one_by_one() -> None:
+    made, grid = built(token_noise=0.25), Grid(16, 16)
+    ids = torch.zeros(256, 2, dtype=torch.long)
+    (block,) = made.plan(grid, np.random.default_rng(0))
+    read = made.corrupt(ImageTokens(ids, (grid,)), [block])
+    assert torch.equal(read.targets, ids)
+    changed = (read.inputs != ids).double()
+    assert (changed.mean(0) > 0.14).all() and (changed.mean(0) < 0.28).all()
+    assert not torch.equal(changed[:, 0], changed[:, 1])
+    assert read.inputs[:, 0].max() <= 4 < read.inputs[:, 1].max() <= 6
+
+
+# ---- sampling
+
+
+def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
+    """A session in which every prompt waits for an image."""
+    session = Session.start(model, len(prompts), [Branch()] + [Branch(text=False)] * guided, 96)
+    special = model.text.special
+    all_ids = [(special.bos, *model.text.encode(prompt), special.boi) for prompt in prompts]
+    with torch.no_grad():
+        session.append_text([Run(ids, (True, *[False] * (len(ids) - 2), True)) for ids in all_ids])
+    return session
+
+
+def sampled(
+    model: UnifiedModel, prompts: Sequence[str], settings: AutoregressiveSettings = GREEDY, seeds: Sequence[int] = (),
+    grid: Grid = GRIDS[0], known: Known | None = None,
+) -> ImageTokens:  # fmt: skip
+    session, rngs = begun(model, prompts, settings.guidance != 1), [torch.Generator().manual_seed(s) for s in seeds]
+    with torch.no_grad():
+        (final,) = model.generator.sample(
+            session, [grid] * len(prompts), settings, rngs or [torch.Generator()] * len(prompts), known
+        )
+    return final
+
+
+def likeliest(model: UnifiedModel, prompts: Sequence[str], images: ImageTokens, monkeypatch: pytest.MonkeyPatch):
+    """Of every code of drawn images, what a training pass finds likeliest there; in the order of tokens."""
+    pixels = [to_image(p) for p in model.tokenizer.decode_each(images)]
+    documents = [Document((Part(p, learn=False), Part(i))) for p, i in zip(prompts, pixels, strict=True)]
+    sequenced = [model.sequencer.document(d, (0, i), train=False) for i, d in enumerate(documents)]
+    seen = []
+    head, noise = model.generator.head, model.generator.token_noise
+    loss = head.loss
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(model.generator, "token_noise", 0.0)
+        patch.setattr(type(head), "loss", lambda self, *a: seen.append(a) or loss(*a))
+        model(pack(sequenced, model.backbone.config.experts, "previous"))
+    assert noise == model.generator.token_noise
+    ((hidden, ids),) = seen
+    best = [head.logits(hidden, ids[:, :q]).argmax(-1) for q in range(ids.shape[1])]
+    order = [windows(grid, model.generator.side) + 16 * i for i, grid in enumerate(images.grids)]
+    found = torch.empty_like(ids)
+    found[torch.cat(order)] = torch.stack(best, dim=1)
+    return found.view(images.values.shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_ids_are_the_likeliest_of_a_training_pass(
+    make: Make, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = make(kind).double(), ["seven", "a handwritten three"]
+    final = sampled(model, prompts)
+    books = len(model.tokenizer.layout.codebooks)
+    assert final.values.shape == ((32,) if books == 1 else (32, books))
+    assert torch.equal(likeliest(model, prompts, final, monkeypatch), final.values)
+    assert final.values.unique().numel() > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_has_exactly_its_tokens_and_positions(make: Make, kind: str) -> None:
+    model = make(kind)
+    session = begun(model, ["seven", "a handwritten three"], guided=True)
+    before, following = list(session._state.cache.lengths), list(session._state.next)
+    with torch.no_grad():
+        (final,) = model.generator.sample(
+            session, [Grid(2, 4)] * 2, AutoregressiveSettings(guidance=2.0), [torch.Generator(), torch.Generator()]
+        )
+    (block,) = model.generator.plan_context(Grid(2, 4))
+    assert block.length == {"rows": 10, "squares": 3}.get(kind, 8)
+    assert len(final.values) == 16
+    assert final.values.view(16, -1).max(0).values.lt(torch.tensor(model.tokenizer.layout.codebooks)).all()
+    assert session._state.cache.lengths == [n + block.length for n in before]
+    assert session._state.next == [n + block.length for n in following]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_does_not_depend_on_its_neighbours(make: Make, kind: str) -> None:
+    model, prompts, seeds = make(kind).double(), ["a handwritten seven", "three", ""], [3, 4, 5]
+    settings = AutoregressiveSettings(guidance=2.0, top_k=12, top_p=0.9, temperature=1.3)
+    together = sampled(model, prompts, settings, seeds)
+    assert torch.equal(sampled(model, prompts, settings, seeds).values, together.values)
+    for i, one in enumerate(together.split()):
+        assert torch.equal(sampled(model, [prompts[i]], settings, [seeds[i]]).values, one.values)
+    other = sampled(model, prompts, settings, [3, 4, 6]).values
+    assert torch.equal(other[:32], together.values[:32])
+    assert not torch.equal(other[32:], together.values[32:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_given_tokens_are_kept_and_the_others_follow(make: Make, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = make(kind).double(), ["seven", "a handwritten three"]
+    free = sampled(model, prompts)
+    books, rng = torch.tensor(model.tokenizer.layout.codebooks), torch.Generator().manual_seed(3)
+    values = (torch.rand(32, len(books), generator=rng) * books).long().view(free.values.shape)
+    mask = torch.zeros(32, dtype=torch.bool)
+    mask[[5, 6, 12]] = mask[[16 + 10, 16 + 15]] = True
+    some = sampled(model, prompts, known=Known(ImageTokens(values, free.grids), mask))
+    assert torch.equal(some.values[mask], values[mask])
+    best = likeliest(model, prompts, some, monkeypatch)
+    assert torch.equal(best[~mask], some.values[~mask])  # each given all before it, what was put there included
+    early = torch.arange(16 if kind != "squares" else 0)[:5]
+    assert torch.equal(some.values[early], free.values[early])  # before the first given one nobody knows of it
+    assert not torch.equal(some.values, free.values)
+    everything = Known(ImageTokens(values, free.grids), torch.ones(32, dtype=torch.bool))
+    assert torch.equal(sampled(model, prompts, known=everything).values, values)
+    nothing = Known(ImageTokens(values, free.grids), torch.zeros(32, dtype=torch.bool))
+    assert torch.equal(sampled(model, prompts, known=nothing).values, free.values)
+    alone = Known(ImageTokens(values[16:], free.grids[1:]), mask[16:])
+    assert torch.equal(sampled(model, prompts[1:], known=alone).values, some.values[16:])
+
+
+@pytest.mark.parametrize("kind", ["digits", "depth", "squares", "shared"])
+def test_guidance_is_on_the_scores_of_each_code(make: Make, kind: str) -> None:
+    model = make(kind).double()
+    settings = AutoregressiveSettings(guidance=3.0, temperature=0.0)
+    final = sampled(model, ["seven"], settings)
+    generator = model.generator
+    with torch.no_grad():
+        states = begun(model, ["seven"], guided=True).last[:, 0]
+        states = states if generator.shuffle is None else generator.shuffle.part(states)[:, 0]
+        codes: list[int] = []
+        for _ in model.tokenizer.layout.codebooks:
+            c, u = generator.head.logits(states, torch.tensor([codes, codes], dtype=torch.long).view(2, -1))
+            codes.append(int((u + 3.0 * (c - u)).argmax()))
+    assert final.values[0].view(-1).tolist() == codes
+
+
+@pytest.mark.parametrize("kind", ["shared", "digits", "depth", "squares"])
+def test_overfits_four_images(make: Make, kind: str) -> None:
+    """Drawn greedily, each of four captions gives the very ids of its image."""
+    model = make(kind, learn_end=False, drop_text=0.0, context_length=96)
+    model.generator.token_noise = 0.0
+    words = ["one", "two", "three", "four"]
+    noise = [np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8) for i in range(4)]
+    learned = [Document((Part(w, learn=False), Part(Image.fromarray(n)))) for w, n in zip(words, noise, strict=True)]
+    p = pack(
+        [model.sequencer.document(d, (0, i)) for i, d in enumerate(learned)], model.backbone.config.experts, "previous"
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3, weight_decay=0)
+    for _ in range(80):
+        term = model(p)["image"]
+        optimizer.zero_grad()
+        (term.sum / term.count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert term.count == p.counts["image"] == 64
+    settings = DecodingSettings(start="image", max_tokens=0, max_images=1, image=GREEDY)
+    drawn = decode(model, [Document((Part(word, learn=False),)) for word in words], settings, [1, 2, 3, 4])
+    expected = model.tokenizer.encode(to_tensor(noise)).values
+    got = model.tokenizer.encode(to_tensor([np.asarray(d.images[0]) for d in drawn])).values
+    assert (got == expected).double().mean() == 1.0, float(term.sum.detach()) / 64
+
+
+# ---- a shared vocabulary
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("added", [0, 6])
+def test_shared_rows_are_the_model_s(make: Make, mixed: list[Document], tied: bool, added: int) -> None:
+    """One softmax over words, special tokens and image ids, for both losses; tied rows where the head is."""
+    settings = {"tied_head": tied, "added_tokens": added, "embedding_scale": 3.0}
+    model = make("shared", experts=Experts(), backbone=settings).double()
+    backbone = model.backbone
+    assert not list(model.generator.parameters())
+    owners = ["embedding"] if tied else ["embedding", "head"]
+    rows = [n for n, p in model.named_parameters() if list(p.shape) == [16, 32]]
+    assert rows == [f"backbone.{owner}.images" for owner in owners]
+    ids = torch.arange(16)
+    read = model.generator.embed(model.generator.context(ImageTokens(ids, (Grid(4, 4),)))).values
+    assert torch.equal(read, 3.0 * backbone.embedding.images)
+    p = pack([model.sequencer.document(mixed[0], (0, 0))], backbone.config.experts, "previous")
+    states: list[torch.Tensor] = []
+    handle = backbone.register_forward_hook(lambda module, inputs, output: states.append(output))
+    losses = model(p)
+    handle.remove()
+    table = torch.cat((backbone.embedding if tied else backbone.head).tables)
+    assert len(table) == 300 + added + 16
+    targets = model.encode(p.images).values + 300 + added
+    scores = states[0] @ table.T
+    for name, reads, wanted in (("image", p.image_reads, targets), ("text", p.text_reads, p.text_targets)):
+        expected = F.cross_entropy(scores[reads], wanted, reduction="sum")
+        torch.testing.assert_close(losses[name].sum, expected)
+    assert torch.equal(backbone.logits(states[0]), scores)
+
+
+def test_words_are_never_image_ids_and_images_never_words(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that wants to say nothing but the others' ids."""
+    model = make("shared")
+    with torch.no_grad():
+        model.backbone.embedding.images.mul_(50.0)
+    said: list[int] = []
+    monkeypatch.setattr(model.text, "decode", lambda ids: said.extend(ids) or "text")
+    settings = DecodingSettings(max_tokens=12, max_images=2, temperature=50.0)
+    decode(model, [Document((Part("seven", learn=False),))] * 3, settings, [0, 1, 2])
+    assert len(said) > 5
+    assert max(said) < model.text.special.bos
+    with torch.no_grad():
+        model.backbone.embedding.weight.mul_(5000.0)
+    drawn = sampled(model, ["seven"] * 2, AutoregressiveSettings(temperature=5.0), [0, 1])
+    assert 0 <= drawn.values.min() <= drawn.values.max() < 16
+
+
+def test_a_copy_is_bound_to_its_own_rows(make: Make) -> None:
+    model = make("shared")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.backbone.embedding.images.zero_()
+    data = ImageTokens(torch.arange(16), (Grid(4, 4),))
+    assert not other.generator.embed(other.generator.context(data)).values.any()
+    assert model.generator.embed(model.generator.context(data)).values.any()
+    assert not other.generator.head.logits(torch.ones(1, 32), torch.zeros(1, 0, dtype=torch.long)).any()
+
+
+def test_shared_rows_learn_without_decay_and_beside_a_frozen_table(make: Make) -> None:
+    """Anole (arXiv 2407.06135): image rows alone learn."""
+    model = make("shared")
+    images = model.backbone.embedding.images
+    plain = [g["params"] for g in parameter_groups(model, 0.1) if g["weight_decay"] == 0]
+    assert any(images is p for p in plain[0])
+    freeze(model, ["text", "image", "embedding"])
+    assert [p for p in model.parameters() if p.requires_grad] == [images]
+
+
+def test_two_codebooks_share_too(make: Make) -> None:
+    rows = ImageRows(torch.randn(12, 32), [torch.randn(9, 32), torch.randn(12, 32)], 1.0)
+    made = Autoregressive(TWO, 32, vocabulary="shared")
+    made.bind(lambda ids: ids, lambda: rows)
+    data = tokens()
+    read = made.corrupt(data, blocks(made))
+    assert made.image_ids == 12
+    expected = rows.embedding[data.values[:, 0]] + rows.embedding[5 + data.values[:, 1]]
+    torch.testing.assert_close(made.embed(read).values, expected)
+    hidden = torch.randn(24, 32)
+    scores = hidden @ torch.cat(rows.head).T
+    total = sum(F.cross_entropy(scores, data.values[:, q] + (9, 14)[q], reduction="sum") for q in range(2)) / 2
+    torch.testing.assert_close(made.loss(hidden, made.embed(read), read)["image"].sum, total)
+    torch.testing.assert_close(made.head.logits(hidden, torch.zeros(24, 1, dtype=torch.long)), scores[:, 14:])
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shuffle": 0}, r"generator\.shuffle: expected at least 1 \(no shuffle\), got 0"),
+        ({"shuffle": 3}, r"generator\.shuffle: 3 needs a backbone\.width that 9 divides, got 32"),
+        ({"vocabulary": "shared", "inputs": "codes"}, r"generator\.vocabulary: shared rows need inputs: ids"),
+        ({"vocabulary": "shared", "depth": Depth(1, 8, 1)}, r"generator\.vocabulary: shared rows need .* no depth"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Autoregressive(ONE, 32, **settings)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((0, 8, 2), r"generator\.depth\.layers: expected at least 1, got 0"),
+        ((1, 8, 0), r"generator\.depth\.heads: expected at least 1, got 0"),
+        ((1, 8, 3), r"generator\.depth\.width: expected a multiple of heads 3, got 8"),
+    ],
+)
+def test_shapes_that_mean_nothing_are_refused(shape: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Depth(*shape)
+
+
+def test_an_image_that_squares_do_not_tile_is_refused_when_the_model_is_built(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"generator\.shuffle: expected images of multiples of 2 tokens, got 3x4"):
+        make("squares", image_sizes=[(8, 8), (6, 8)])
