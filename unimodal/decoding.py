@@ -230,7 +230,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)  # of the text being written
     tokens: int = 0
     images: int = 0
-    grid: Grid = Grid(0, 0)  # of the image that is due
+    grid: Grid | None = None  # of the image that is due
     state: Literal["text", "image", "done"] = "text"
 
 
@@ -361,10 +361,12 @@ class _Decoder:
 
     def _draw(self, images: list[int]) -> None:
         """The images that are due and of one size with the first."""
-        images = [i for i in images if self.rows[i].grid == self.rows[images[0]].grid]
+        grid = self.rows[images[0]].grid
+        assert grid is not None
+        images = [i for i in images if self.rows[i].grid == grid]
         generator, view = self.model.generator, self.session.rows(images)
         rngs = [self.rows[i].rng for i in images]
-        *_, tokens = generator.sample(view, [self.rows[i].grid for i in images], self.image, rngs)
+        *_, tokens = generator.sample(view, [grid] * len(images), self.image, rngs)
         for i, pixels in zip(images, self.model.tokenizer.decode_each(tokens), strict=True):
             self.rows[i].parts.append(Part(to_image(pixels), role=GENERATED))
             self.rows[i].images += 1

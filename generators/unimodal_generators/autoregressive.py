@@ -3,8 +3,8 @@
 Several codebooks: RQ-Transformer (arXiv 2203.01941), VILA-U (arXiv 2409.04429). Several tokens a position: Token-Shuffle
 (arXiv 2504.17789). Row ends: Emu3 (arXiv 2409.18869).
 
-Letters: R documents of a session, T tokens of all images, S positions of their blocks, n tokens of one image, s tokens of one
-position, Q codebooks, V entries of one, C width, G guidance branches.
+Letters: R documents of a session, T tokens of all images, S positions of their blocks, n tokens of one image, s tokens of
+one position, Q codebooks, V entries of one, C width, G guidance branches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -95,13 +95,13 @@ class Autoregressive(ImageGenerator):
             raise ValueError("generator.vocabulary: shared rows need inputs: ids and no depth, got another")
         self.layout, self.token_noise, self.sampling = layout, token_noise, sampling
         self.codebooks = list(layout.codebooks)
-        self.embedding: nn.Module | None = None
+        self.embedding: nn.Embedding | nn.Sequential | None = None
         if vocabulary == "shared":
             self.image_ids = sum(self.codebooks)
         else:
-            self.embedding = nn.Embedding(sum(self.codebooks), width) if inputs == "ids" else _code_mlp(layout.dim, width)
-            codes = self.codebooks
-            self.head = ParallelHeads(width, codes) if depth is None else DepthTransformer(depth, width, codes)
+            books, dim = self.codebooks, layout.dim
+            self.embedding = nn.Embedding(sum(books), width) if inputs == "ids" else _code_mlp(dim, width)
+            self.head = ParallelHeads(width, books) if depth is None else DepthTransformer(depth, width, books)
         if isinstance(self.embedding, nn.Embedding):
             nn.init.normal_(self.embedding.weight, std=0.02)
         self.side, self.shuffle = shuffle, TokenShuffle(width, shuffle) if shuffle > 1 else None
@@ -133,7 +133,8 @@ class Autoregressive(ImageGenerator):
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
         """The ids, to be read (some of them replaced) and to be predicted."""
         ids = tokens.values
-        read = torch.cat([ids[:0], *(self._noised(i, b) for i, b in zip(ids.split(tokens.lengths), blocks, strict=True))])
+        images = zip(ids.split(tokens.lengths), blocks, strict=True)
+        read = torch.cat([ids[:0], *(self._noised(image, block) for image, block in images)])
         return Corrupted(read, torch.ones(len(tokens), device=ids.device), tokens.grids, ids)
 
     def _noised(self, ids: Int[Tensor, "n *Q"], block: Block) -> Int[Tensor, "n *Q"]:
@@ -163,18 +164,17 @@ class Autoregressive(ImageGenerator):
         return x if self.shuffle is None else self.shuffle.merge(x)
 
     def _embedded(self, ids: Int[Tensor, "T Q"]) -> Float[Tensor, "T C"]:
-        if self.embedding is not None and not isinstance(self.embedding, nn.Embedding):
+        if isinstance(self.embedding, nn.Sequential):
             codes = self.lookup(ids[:, 0] if len(self.codebooks) == 1 else ids)
             return self.embedding(codes.to(next(self.parameters()).dtype))
-        shared = None if self.embedding is not None else self._rows()
-        weight = self.embedding.weight if shared is None else shared.embedding
-        found = [F.embedding(i, rows) for i, rows in zip(ids.unbind(1), weight.split(self.codebooks), strict=True)]
+        if self.embedding is not None:
+            table, scale = self.embedding.weight, 1.0
+        else:
+            assert self.rows is not None
+            table, _, scale = self.rows()
+        found = [F.embedding(i, rows) for i, rows in zip(ids.unbind(1), table.split(self.codebooks), strict=True)]
         x = sum(found[1:], found[0])
-        return x if shared is None else x * shared.scale
-
-    def _rows(self) -> ImageRows:
-        assert self.rows is not None
-        return self.rows()
+        return x if scale == 1.0 else x * scale
 
     def loss(self, hidden: Float[Tensor, "S C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
         """Cross-entropy of each token's ids given everything before its position."""

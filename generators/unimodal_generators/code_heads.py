@@ -41,6 +41,7 @@ class ParallelHeads(nn.Sequential):
         *inner, last = self
         for module in inner:
             hidden = module(hidden)
+        assert isinstance(last, nn.Linear)
         rows, biases = last.weight.split(self.codebooks), last.bias.split(self.codebooks)
         terms = [linear_cross_entropy(hidden, [rows[q]], i, biases[q]) for q, i in enumerate(ids.unbind(1))]
         return torch.stack(terms).mean()

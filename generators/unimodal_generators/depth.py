@@ -43,9 +43,7 @@ class DepthTransformer(nn.Module):
         super().__init__()
         self.project = nn.Linear(width, depth.width)
         self.place = nn.Parameter(0.02 * torch.randn(len(codebooks), depth.width))
-        self.embeddings = nn.ModuleList(nn.Embedding(entries, depth.width) for entries in codebooks[:-1])
-        for embedding in self.embeddings.children():
-            nn.init.normal_(embedding.weight, std=0.02)
+        self.embeddings = nn.ModuleList(_table(entries, depth.width) for entries in codebooks[:-1])
         self.layers = nn.ModuleList(_Layer(depth.width, depth.heads) for _ in range(depth.layers))
         self.norm = nn.RMSNorm(depth.width)
         self.heads = nn.ModuleList(nn.Linear(depth.width, entries) for entries in codebooks)
@@ -75,6 +73,12 @@ class DepthTransformer(nn.Module):
             assert isinstance(head, nn.Linear)
             terms.append(linear_cross_entropy(state, [head.weight], target, head.bias))
         return torch.stack(terms).mean()
+
+
+def _table(entries: int, width: int) -> nn.Embedding:
+    table = nn.Embedding(entries, width)
+    nn.init.normal_(table.weight, std=0.02)
+    return table
 
 
 class _Layer(nn.Module):

@@ -132,7 +132,8 @@ def test_what_is_read_written_out() -> None:
     made, data = built(shuffle=2, end_of_row=True), tokens()
     read = made.embed(made.context(data)).values
     table, shuffle = made.embedding.weight, made.shuffle
-    assert isinstance(made.embedding, torch.nn.Embedding) and shuffle is not None
+    assert isinstance(made.embedding, torch.nn.Embedding)
+    assert shuffle is not None
     x = table[data.values[:, 0]] + table[5 + data.values[:, 1]]
     expected = []
     for first, grid in ((0, GRIDS[0]), (16, GRIDS[1])):
@@ -216,7 +217,8 @@ def test_noise_falls_on_codes_one_by_one() -> None:
     read = made.corrupt(ImageTokens(ids, (grid,)), [block])
     assert torch.equal(read.targets, ids)
     changed = (read.inputs != ids).double()
-    assert (changed.mean(0) > 0.14).all() and (changed.mean(0) < 0.28).all()
+    assert (changed.mean(0) > 0.14).all()
+    assert (changed.mean(0) < 0.28).all()
     assert not torch.equal(changed[:, 0], changed[:, 1])
     assert read.inputs[:, 0].max() <= 4 < read.inputs[:, 1].max() <= 6
 

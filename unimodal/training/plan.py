@@ -183,7 +183,7 @@ class _Probe:
     def __init__(self, model: UnifiedModel, packed: PackedSequence, device: torch.device) -> None:
         self.packed, self.device = packed.to(device), device
         with torch.device(device):
-            small = {} if model.generator.image_ids else {"vocabulary": 1, "added_tokens": 0}
+            small: dict[str, Any] = {} if model.generator.image_ids else {"vocabulary": 1, "added_tokens": 0}
             backbone = Backbone(replace(model.backbone.config, depth=2, **small), model.generator.image_ids)
             self.dtype = (torch.ones(1, 1) @ torch.ones(1, 1)).dtype  # under autocast, that of matrix products
         backbone.to(model.backbone.embedding.weight.dtype)
