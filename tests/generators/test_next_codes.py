@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from PIL import Image
 from unimodal.backbone import Experts
 from unimodal.decoding import DecodingSettings, Session, decode, to_image
 from unimodal.documents import Document, Part
+from unimodal.export import ExportInfo, build, load_export, save_export
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, pack, to_tensor
+from unimodal.text import TextTokenizer
 from unimodal.training.optimizers import parameter_groups
 from unimodal.training.stages import freeze
 from unimodal_generators import Autoregressive, AutoregressiveSettings, Depth
@@ -444,6 +447,40 @@ def test_shared_rows_learn_without_decay_and_beside_a_frozen_table(make: Make) -
     assert any(images is p for p in plain[0])
     freeze(model, ["text", "image", "embedding"])
     assert [p for p in model.parameters() if p.requires_grad] == [images]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vocabulary": "shared", "end_of_row": True},
+        {"shuffle": 2, "depth": {"layers": 1, "width": 8, "heads": 2}, "inputs": "codes"},
+    ],
+    ids=["shared", "squares"],
+)
+def test_an_export_comes_back_as_it_was(settings: dict, tmp_path: Path) -> None:
+    name = "init_args"
+    config = {
+        "class_path": "unimodal.model.UnifiedModel",
+        name: {
+            "tokenizer": {
+                "class_path": "unimodal_tokenizers.VQTokenizer",
+                name: {"codebook": 16, "dim": 4, "channels": [8, 8], "blocks": 1},
+            },
+            "generator": {"class_path": "unimodal_generators.Autoregressive", name: settings},
+            "backbone": {
+                "width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "mlp_width": 16, "vocabulary": 300,
+                "positions": "sequential",
+            },
+            "sequence": {"image_sizes": [[8, 8]], "context_length": 96, "write_size": True},
+        },
+    }  # fmt: skip
+    model = build(config, "model").eval()
+    model.text = TextTokenizer.train(["seven"], 300)
+    save_export(tmp_path / "export", model, config, ExportInfo("model", "raw", "test", "none"))
+    again = load_export(tmp_path / "export", "model")
+    assert list(again.state_dict()) == list(model.state_dict())
+    one, other = sampled(model, ["seven"]), sampled(again, ["seven"])
+    assert torch.equal(one.values, other.values)
 
 
 def test_two_codebooks_share_too(make: Make) -> None:
