@@ -9,6 +9,7 @@ import torch
 from unimodal_generators import (
     Autoregressive,
     ConvNeXtCoder,
+    Depth,
     Diffusion,
     DiffusionSettings,
     DiT,
@@ -43,6 +44,24 @@ class GrayLevels(ImageTokenizer):
 
     def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.float()[:, None] / 7.5 - 1
+
+
+class GrayDigits(GrayLevels):
+    """The same gray level as two digits of base 4: two codebooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layout = TokenLayout("discrete", dim=1, stride=2, codebooks=(4, 4))
+
+    def encode_batch(self, images: torch.Tensor, rng: torch.Generator | None = None) -> torch.Tensor:
+        level = super().encode_batch(images, rng)
+        return torch.stack([level // 4, level % 4], dim=-1)
+
+    def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
+        return super().decode_batch(tokens[..., 0] * 4 + tokens[..., 1], grid, rng)
+
+    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().lookup(tokens[:, 0] * 4 + tokens[:, 1])
 
 
 class GrayPyramid(MultiscaleTokenizer):
@@ -101,6 +120,11 @@ CASES = {
     "diffusion": Case(made(Diffusion, sampling=DiffusionSettings(steps=8, eta=1.0)), squares),
     "autoregressive": Case(Autoregressive, GrayLevels),
     "codes": Case(made(Autoregressive, inputs="codes", token_noise=0.2), GrayLevels),
+    "shared": Case(made(Autoregressive, vocabulary="shared"), GrayLevels),
+    "rows": Case(made(Autoregressive, end_of_row=True), GrayLevels),
+    "digits": Case(made(Autoregressive, token_noise=0.2), GrayDigits),
+    "depth": Case(made(Autoregressive, depth=Depth(2, 16, 2), inputs="codes"), GrayDigits),
+    "squares": Case(made(Autoregressive, shuffle=2, end_of_row=True, depth=Depth(1, 16, 2)), GrayDigits),
     "masked": Case(Masked, GrayLevels),
     "bound": Case(made(Masked, inputs="codes", schedule="linear", weighting="bound"), GrayLevels, whole=False),
     "parallel": Case(ParallelNext, GrayLevels),

@@ -213,7 +213,8 @@ class DecodingSettings:
         top_k: of the text; 0 is all.
         top_p: of the text; 1 is all.
         image: of the images; None takes the recipe's.
-        size: (height, width) of drawn images; None takes the recipe's first.
+        size: (height, width) of drawn images; None takes the recipe's first, or what the model writes where
+            sequence.write_size lets it.
         stop: a document ends before any of these, where a text of it would hold one.
     """
 
@@ -295,6 +296,7 @@ class _Row:
     told: int = 0  # characters of it that were streamed
     tokens: int = 0
     images: int = 0
+    grid: Grid | None = None  # of the image that is due
     state: Literal["text", "image", "done"] = "text"
 
 
@@ -308,13 +310,14 @@ class _Decoder:
         self.model, self.settings, self.special = model, settings, model.text.special
         self.streaming = streaming
         self.image = settings.image or model.generator.sampling
-        height, width = settings.size or model.sequence.image_sizes[0]
-        self.grid = model.tokenizer.layout.grid(height, width)
+        sizes = model.sequence.image_sizes if model.sequence.write_size else model.sequence.image_sizes[:1]
+        sizes = sizes if settings.size is None else [settings.size]
+        self.sizes = {model.sequencer.size(*size): model.tokenizer.layout.grid(*size) for size in sizes}  # as written
+        self.room = max(len(ids) + self._drawn(grid) for ids, grid in self.sizes.items())  # an image's, at most
         branches = self.image.branches
         self.capacity = model.sequence.context_length
         prompt = max(self._tokens(run) for run in runs)
-        self.drawn = self._drawn(self.grid)
-        wanted = prompt + settings.max_tokens + settings.max_images * (self.drawn + 2)
+        wanted = prompt + settings.max_tokens + settings.max_images * (self.room + 2)
         self.session = Session.start(model, len(runs), branches, min(self.capacity, wanted))
         self.rows = [_Row(torch.Generator().manual_seed(seed)) for seed in seeds]
         self._prefill(runs)
@@ -430,7 +433,7 @@ class _Decoder:
         return self.rows[i].tokens < self.settings.max_tokens and self.session.length(i) < self.capacity
 
     def _may_draw(self, i: int) -> bool:
-        fits = self.session.length(i) + self.drawn + 2 <= self.capacity
+        fits = self.session.length(i) + self.room + 2 <= self.capacity
         return self.rows[i].images < self.settings.max_images and fits
 
     def _begin_images(self, rows: Iterable[int]) -> Iterator[Piece]:
@@ -438,18 +441,39 @@ class _Decoder:
         for i in rows:
             if not self._may_draw(i):
                 raise ValueError(
-                    f"prompt {i}: {self.session.length(i)} tokens and an image of {self.drawn} are more than "
+                    f"prompt {i}: {self.session.length(i)} tokens and an image of {self.room} are more than "
                     f"this recipe's sequence.context_length {self.capacity}"
                 )
             yield from self._close_text(i)
             self.rows[i].state = "image"
         self.session.rows(rows).append_text([Run((self.special.boi,), (True,))] * len(rows))
+        self._write_sizes(rows)
+
+    def _write_sizes(self, rows: list[int]) -> None:
+        """Each document writes until that is one of the sizes; a token that only one size has is not asked for."""
+        written: dict[int, tuple[int, ...]] = dict.fromkeys(rows, ())
+        while writing := [i for i in rows if written[i] not in self.sizes]:
+            logits = self.model.backbone.logits(self.session.rows(writing).last[0])  # (R, V)
+            for row, i in zip(logits, writing, strict=True):
+                ways = {s[len(written[i])] for s in self.sizes if s[: len(written[i])] == written[i]}
+                (token,) = ways if len(ways) == 1 else self._choose_among(row[None], sorted(ways), self.rows[i].rng)
+                written[i] += (token,)
+            self.session.rows(writing).append_text([Run(written[i][-1:], (True,)) for i in writing])
+        for i in rows:
+            self.rows[i].grid = self.sizes[written[i]]
+
+    def _choose_among(self, logits: Float[Tensor, "1 V"], ways: list[int], rng: torch.Generator) -> list[int]:
+        s = self.settings
+        return [ways[i] for i in choose(logits[:, ways], [rng], s.temperature, s.top_k, s.top_p).tolist()]
 
     def _draw(self, images: list[int]) -> Iterator[Piece]:
+        """The images that are due and of one size with the first."""
+        grid = self.rows[images[0]].grid
+        assert grid is not None
+        images = [i for i in images if self.rows[i].grid == grid]
         generator, view = self.model.generator, self.session.rows(images)
-        rngs = [self.rows[i].rng for i in images]
-        grids, newest = [self.grid] * len(images), None
-        for tokens in generator.sample(view, grids, self.image, rngs, self._known(images)):
+        rngs, newest = [self.rows[i].rng for i in images], None
+        for tokens in generator.sample(view, [grid] * len(images), self.image, rngs, self._known(images, grid)):
             if newest is not None and self.streaming == "previews":
                 for i, pixels in zip(images, self.model.tokenizer.decode_each(newest), strict=True):
                     yield Piece(i, preview=to_image(pixels))
@@ -472,24 +496,37 @@ class _Decoder:
                 self.session.rows(rows).append(embedded, blocks)
             self.session.rows(rows).append_text([Run((self.special.eoi,), (True,))] * len(rows))
 
-    def _known(self, images: Sequence[int]) -> Known | None:
+    def _known(self, images: Sequence[int], grid: Grid) -> Known | None:
         """Tokens that are given of the images about to be drawn; None where all is to be drawn."""
         inpainted = [self.rows[i].inpaint if self.rows[i].images == 0 else None for i in images]
         if not any(inpainted):
             return None
-        height, width = self.settings.size or self.model.sequence.image_sizes[0]
-        weight, masks, pixels = self.model.backbone.embedding.weight, [], []
+        stride, weight = self.model.tokenizer.layout.stride, self.model.backbone.embedding.weight
+        height, width = grid.h * stride, grid.w * stride
+        masks, pixels = [], []
         for i, inpaint in zip(images, inpainted, strict=True):
             if inpaint is None:
-                masks.append(torch.zeros(self.grid.length, dtype=torch.bool))
+                masks.append(torch.zeros(grid.length, dtype=torch.bool))
                 pixels.append(weight.new_zeros(3, height, width))
                 continue
             if inpaint.image.size != (width, height):
                 w, h = inpaint.image.size
                 raise ValueError(f"prompt {i}: inpaint: expected an image of {width}x{height} pixels, got {w}x{h}")
-            masks.append(inpaint.given(self.grid))
+            masks.append(inpaint.given(grid))
             pixels.append(to_tensor([np.asarray(to_rgb(inpaint.image))])[0].to(weight))
         return Known(self.model.tokenizer.encode_each(pixels), torch.cat(masks))
+
+    def give(self, inpaint: Sequence[Inpaint | None]) -> None:
+        """What is given of each document's first image; refused at once where it could not be kept."""
+        for row, one in zip(self.rows, inpaint, strict=True):
+            row.inpaint = one
+        if any(inpaint):
+            if len(self.sizes) > 1:
+                raise ValueError(
+                    "size: expected one beside inpaint, where the model may choose among several, got none"
+                )
+            (grid,) = self.sizes.values()
+            self.model.generator.check_known(self._known(range(len(self.rows)), grid))
 
     def _close_text(self, i: int) -> Iterator[Piece]:
         row = self.rows[i]
@@ -583,9 +620,8 @@ def _decoder(
     with _inference(model):
         runs = [model.sequencer.prompt(document) for document in documents]
         decoder = _Decoder(model, runs, settings, seeds, streaming)
-        for row, one in zip(decoder.rows, inpaint or [], strict=False):
-            row.inpaint = one
-        model.generator.check_known(decoder._known(range(len(documents))))
+        if inpaint is not None:
+            decoder.give(inpaint)
     return decoder
 
 

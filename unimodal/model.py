@@ -45,13 +45,13 @@ class UnifiedModel(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         self.generator = generator(tokenizer.layout, backbone.width)
-        self.generator.bind(tokenizer)
         _check_condition(self.generator, backbone)
         _check_layers(self.generator, backbone)
         _check_vision(vision, sequence)
         self.vision = vision
         self.connector = None if vision is None else vision.connect(backbone.width)
-        self.backbone = Backbone(backbone)
+        self.backbone = Backbone(backbone, self.generator.image_ids)
+        self.generator.bind(tokenizer, self.backbone.image_rows if self.generator.image_ids else None)
         self.sequence = sequence
         last = self.generator.layers[-1] in (-1, backbone.depth - 1)
         self.layers = self.generator.layers if last else (*self.generator.layers, -1)  # the text's is the last of them
@@ -61,7 +61,7 @@ class UnifiedModel(nn.Module):
         self._text: TextTokenizer | None = None
         self.config: dict[str, Any] | None = None  # what an export says it was built from
         for height, width in sequence.image_sizes:
-            tokenizer.layout.grid(height, width)  # refuses a size the tokenizer cannot cut
+            self.generator.plan_context(tokenizer.layout.grid(height, width))  # each refuses what it cannot cut
             if vision is not None:
                 vision.grid(height, width)
 

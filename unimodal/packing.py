@@ -45,6 +45,8 @@ class SequenceRules:
         context: what an image is to what follows it: its clean tokens, features of `vision`, or the one and then the other
             (BAGEL). Learned tokens that are their own context (`repeats` false: next-token generators) stand for the clean
             form of a drawn image and always stay; `understanding` then is of given images alone (Janus).
+        write_size: whether an image's size in pixels is written before it, between its boundary tokens (Emu3, arXiv
+            2409.18869): learned where the image is, so that a model with several sizes chooses one.
     """
 
     image_sizes: list[tuple[int, int]]
@@ -53,6 +55,7 @@ class SequenceRules:
     drop_images: float = 0.0
     learn_end: bool = True
     context: Literal["clean", "understanding", "both"] = "clean"
+    write_size: bool = False
 
     def __post_init__(self) -> None:
         if not self.image_sizes:
@@ -128,11 +131,12 @@ class Sequencer:
                 if not dropped:
                     draft.add_text(self.text.encode(part.content), part.learn)
                 continue
-            draft.add_text([self.text.special.boi], learn=part.learn and not dropped)
+            pixels = fit_image(part.content, self.rules.image_sizes)
+            draft.add_text([self.text.special.boi, *self.size(*pixels.shape[:2])], learn=part.learn and not dropped)
             if blind and not part.learn:
                 draft.add_text([self.text.special.eoi], learn=False)
                 continue
-            images.append(fit_image(part.content, self.rules.image_sizes))
+            images.append(pixels)
             ends = part.learn and number == len(parts) and not self.rules.learn_end
             draft.add_image(images, np.random.default_rng((*key, 2, number)), learn=part.learn, ends=ends)
             if ends:
@@ -140,6 +144,13 @@ class Sequencer:
             draft.add_text([self.text.special.eoi], learn=False)
         draft.add_text([self.text.special.eos], learn=bool(parts) and parts[-1].learn and not dropped)
         return SequencedDocument(draft.finish(), tuple(images), document.kind)
+
+    def size(self, height: int, width: int) -> tuple[int, ...]:
+        """Ids of a size as it is written; none where the rules write none.
+
+        Width x height, and a newline, so that no size is how another one begins.
+        """
+        return tuple(self.text.encode(f"{width}x{height}\n")) if self.rules.write_size else ()
 
     def prompt(self, document: Document) -> list[Run]:
         """Runs of a document that is to be continued."""
@@ -150,8 +161,10 @@ class Sequencer:
                 new = self.text.encode(part.content)
                 ids, structural = ids + new, structural + [False] * len(new)
             else:
-                runs.append(Run((*ids, self.text.special.boi), (*structural, True)))
-                runs.append(Run(image=fit_image(part.content, self.rules.image_sizes)))
+                pixels = fit_image(part.content, self.rules.image_sizes)
+                begin = self.text.special.boi, *self.size(*pixels.shape[:2])
+                runs.append(Run((*ids, *begin), (*structural, *[True] * len(begin))))
+                runs.append(Run(image=pixels))
                 ids, structural = [self.text.special.eoi], [True]
         return [*runs, Run(tuple(ids), tuple(structural))]
 

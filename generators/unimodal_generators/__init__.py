@@ -3,6 +3,7 @@
 from unimodal_generators.autoregressive import Autoregressive, AutoregressiveSettings
 from unimodal_generators.base import Block, ImageGenerator, SamplingSettings, TokenKind
 from unimodal_generators.denoisers import Denoiser, DiT, Sana
+from unimodal_generators.depth import Depth
 from unimodal_generators.diffusion import Diffusion, DiffusionSettings
 from unimodal_generators.flow import Flow, FlowSettings
 from unimodal_generators.masked import Masked, MaskedSettings, ParallelNext
@@ -18,6 +19,7 @@ __all__ = [
     "Block",
     "ConvNeXtCoder",
     "Denoiser",
+    "Depth",
     "DiT",
     "Diffusion",
     "DiffusionSettings",

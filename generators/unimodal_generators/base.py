@@ -5,10 +5,10 @@ backbone, S tokens without prefixes, K channels that skip the backbone, R docume
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 import numpy as np
 import torch
@@ -241,6 +241,14 @@ class Known:
             raise ValueError(f"known: expected a mask of {len(self.tokens.values)} tokens, got {list(self.mask.shape)}")
 
 
+class ImageRows(NamedTuple):
+    """The model's vocabulary as a generator sees it whose ids are rows of it, behind all others."""
+
+    embedding: Float[Tensor, "V C"]  # of image ids alone
+    head: list[Float[Tensor, "_ C"]]  # tables of all ids; the last is that of image ids
+    scale: float  # embeddings are multiplied by it
+
+
 @runtime_checkable
 class DecodingSession(Protocol):
     """Documents being decoded, with their key/value cache. Branches are the conditions of guidance.
@@ -281,15 +289,17 @@ class ImageGenerator(nn.Module, ABC):
     inpaints: bool = False  # whether `sample` can be given some of the tokens
     layers: tuple[int, ...] = (-1,)  # of the backbone, whose hidden states it gets, side by side
     conditions: bool = False  # whether `embed` gives a condition an image, which backbone.adaln reads
+    image_ids: int = 0  # rows that are added to the model's vocabulary for this generator
     layout: TokenLayout
     sampling: SamplingSettings
 
-    def bind(self, tokenizer: ImageTokenizer) -> None:
-        """Called once by the model with its tokenizer, for generators that read what its tokens say.
+    def bind(self, tokenizer: ImageTokenizer, rows: Callable[[], ImageRows] | None = None) -> None:
+        """Called once by the model: its tokenizer, for what tokens say, and the rows of `image_ids`.
 
-        Only its methods are kept: the tokenizer is no part of the generator, which would train and export it.
+        Bound methods alone are kept: the tokenizer is no part of the generator, which would train and export it, and a copy
+        of the model is bound to the copies.
         """
-        self.lookup = tokenizer.lookup
+        self.lookup, self.rows = tokenizer.lookup, rows
 
     def check(self, layout: TokenLayout) -> None:
         """Refuse a tokenizer this generator cannot learn."""
@@ -368,6 +378,6 @@ def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[T
 
 __all__ = [
     "Block", "Branch", "Corrupted", "DecodingSession", "DenoisingSettings", "Embeddings", "Grid", "ImageGenerator",
-    "ImageTokens", "Known", "LossBreakdown", "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout", "guide",
-    "per_token",
+    "ImageRows", "ImageTokens", "Known", "LossBreakdown", "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout",
+    "guide", "per_token",
 ]  # fmt: skip

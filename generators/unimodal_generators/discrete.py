@@ -32,7 +32,7 @@ class Discrete(ImageGenerator):
             raise ValueError(f"tokenizer: {type(self).__name__} learns one codebook, got {len(layout.codebooks)}")
         self.layout = layout
         (self.entries,) = layout.codebooks
-        self.embedding = nn.Embedding(self.entries, width) if inputs == "ids" else _code_mlp(layout.dim, width)
+        self.embedding = nn.Embedding(self.entries, width) if inputs == "ids" else code_mlp(layout.dim, width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, self.entries))
         if isinstance(self.embedding, nn.Embedding):
             nn.init.normal_(self.embedding.weight, std=0.02)
@@ -59,7 +59,7 @@ class Discrete(ImageGenerator):
         return linear_cross_entropy(hidden, [last.weight], targets, last.bias, weights)
 
 
-def _code_mlp(dim: int, width: int) -> nn.Sequential:
+def code_mlp(dim: int, width: int) -> nn.Sequential:
     """Codes of length 1 to vectors of entries about 1, which added position embeddings do not drown."""
     first, second = nn.Linear(dim, width), nn.Linear(width, width)
     nn.init.normal_(first.weight, std=1.0)

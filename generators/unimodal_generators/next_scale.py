@@ -28,6 +28,7 @@ from unimodal_generators.base import (
     DecodingSession,
     Embeddings,
     ImageGenerator,
+    ImageRows,
     Known,
     LossBreakdown,
     LossTerm,
@@ -82,9 +83,9 @@ class NextScale(ImageGenerator):
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, entries))
         nn.init.normal_(self.code_in.weight, std=1.0)  # entries about 1, which added positions do not drown
 
-    def bind(self, tokenizer: ImageTokenizer) -> None:
+    def bind(self, tokenizer: ImageTokenizer, rows: Callable[[], ImageRows] | None = None) -> None:
         """Keeps how the tokenizer's scales add up."""
-        super().bind(tokenizer)
+        super().bind(tokenizer, rows)
         if not isinstance(tokenizer, MultiscaleTokenizer):
             raise ValueError(f"tokenizer: NextScale needs a MultiscaleTokenizer, got {type(tokenizer).__name__}")
         self.accumulate = tokenizer.accumulate

@@ -74,7 +74,8 @@ CASES: list[tuple[dict[str, Any], list[str]]] = [
     ({"time": "adaln"}, []), ({"time": "adaln"}, ["modulation"]), ({"time": "token"}, []),
     ({"backbone": {"qkv_bias": True, "tied_head": False, "added_tokens": 8, "head_dim": 12}}, ["head"]),
     ({"experts": Experts(), "backbone": {"moe": MOE}}, []),
-    ({"generator": "autoregressive"}, []), ({"generator": "codes"}, ["generator"]),
+    ({"generator": "autoregressive"}, []), ({"generator": "codes"}, ["generator"]), ({"generator": "squares"}, []),
+    ({"generator": "shared", "backbone": {"tied_head": False}}, []), ({"generator": "shared"}, ["embedding"]),
 ]  # fmt: skip
 
 

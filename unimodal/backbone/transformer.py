@@ -22,6 +22,7 @@ from unimodal.backbone.adapters import LoraLinear
 from unimodal.backbone.config import BackboneConfig, Experts, Part
 from unimodal.backbone.moe import RoutedMLP
 from unimodal.backbone.positions import SCHEMES, Rotary, rotate
+from unimodal_generators.base import ImageRows
 
 
 class Routed(nn.Module):
@@ -208,23 +209,24 @@ class AdaptedSwiGLU(nn.Module):
 
 
 class Vocabulary(nn.Module):
-    """An embedding (or head) row an id; the rows of added tokens are a parameter of their own."""
+    """An embedding (or head) row an id; the rows of added tokens, and those of image ids, are parameters of their own."""
 
-    no_weight_decay = ("weight", "added")
+    no_weight_decay = ("weight", "added", "images")
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, image_ids: int = 0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocabulary, config.width))
         self.added = nn.Parameter(torch.empty(config.added_tokens, config.width)) if config.added_tokens else None
+        self.images = nn.Parameter(torch.empty(image_ids, config.width)) if image_ids else None
         self.scale = config.embedding_scale
 
     @property
     def tables(self) -> list[Float[Tensor, "_ C"]]:
-        """Both, in the order of ids."""
-        return [self.weight] if self.added is None else [self.weight, self.added]
+        """All of them, in the order of ids."""
+        return [table for table in (self.weight, self.added, self.images) if table is not None]
 
     def forward(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n C"]:
-        """Their embeddings, scaled."""
+        """Embeddings of text, scaled."""
         known = len(self.weight)
         if self.added is None:
             x = F.embedding(ids, self.weight)
@@ -235,16 +237,21 @@ class Vocabulary(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Text embedding, decoder layers, last norm, text head."""
+    """Text embedding, decoder layers, last norm, text head.
 
-    def __init__(self, config: BackboneConfig) -> None:
+    Args:
+        config: its shape.
+        image_ids: rows of the vocabulary behind those of text, which a generator reads and predicts (Chameleon).
+    """
+
+    def __init__(self, config: BackboneConfig, image_ids: int = 0) -> None:
         super().__init__()
         self.config = config
         self.rotary = Rotary(SCHEMES[config.positions], config.head_size, config.rope_theta, config.rope_scaling)
-        self.embedding = Vocabulary(config)
+        self.embedding = Vocabulary(config, image_ids)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
         self.norm = Routed(lambda: RMSNorm(config.width, config.norm_eps), config.experts, "norms")
-        self.head = None if config.tied_head else Vocabulary(config)
+        self.head = None if config.tied_head else Vocabulary(config, image_ids)
         self.checkpointing = False  # recompute each layer in backward
         self._layer: Callable[..., tuple[list[Tensor], Tensor | None]] = DecoderLayer.forward
         self._stack: Callable[..., Tensor] | None = None
@@ -346,6 +353,11 @@ class Backbone(nn.Module):
     def tables(self) -> list[Float[Tensor, "_ C"]]:
         """Rows of the text head, in the order of ids."""
         return (self.embedding if self.head is None else self.head).tables
+
+    def image_rows(self) -> ImageRows:
+        """The vocabulary, for a generator that has rows in it."""
+        assert self.embedding.images is not None
+        return ImageRows(self.embedding.images, self.tables, self.config.embedding_scale)
 
     def logits(self, hidden: Float[Tensor, "n C"]) -> Float[Tensor, "n V"]:
         """Scores over the vocabulary, in fp32 or better."""

@@ -161,7 +161,8 @@ def _loss_bytes(model: UnifiedModel, packed: PackedSequence, dtype: torch.dtype)
     """What the text loss holds at once: a chunk of logits and of their softmax, and gradients."""
     config, targets = model.backbone.config, len(packed.text_targets)
     exact = torch.promote_types(dtype, torch.float32).itemsize
-    chunk = min(targets, max(1, BUDGET // config.rows)) * config.rows
+    ids = sum(len(table) for table in model.backbone.tables)
+    chunk = min(targets, max(1, BUDGET // ids)) * ids
     size = chunk * (2 * exact + dtype.itemsize) + targets * config.width * dtype.itemsize
     for table in model.backbone.tables:
         cast = dtype.itemsize if dtype != table.dtype else 0
@@ -182,7 +183,8 @@ class _Probe:
     def __init__(self, model: UnifiedModel, packed: PackedSequence, device: torch.device) -> None:
         self.packed, self.device = packed.to(device), device
         with torch.device(device):
-            backbone = Backbone(replace(model.backbone.config, depth=2, vocabulary=1, added_tokens=0))
+            small: dict[str, Any] = {} if model.generator.image_ids else {"vocabulary": 1, "added_tokens": 0}
+            backbone = Backbone(replace(model.backbone.config, depth=2, **small), model.generator.image_ids)
             self.dtype = (torch.ones(1, 1) @ torch.ones(1, 1)).dtype  # under autocast, that of matrix products
         backbone.to(model.backbone.embedding.weight.dtype)
         for layer in backbone.layers:
@@ -194,6 +196,11 @@ class _Probe:
         names = ("generator", "tokenizer", "vision", "connector")
         parts = {name: part.to(device) for name in names if (part := getattr(model, name)) is not None}
         self.model._modules = {**model._modules, **parts, "backbone": backbone}
+        if model.generator.image_ids:  # the model's own table stays where it is
+            model.generator.bind(model.tokenizer, backbone.image_rows)
+            learns = {name: parameter.requires_grad for name, parameter in model.backbone.named_parameters()}
+            for name, parameter in backbone.named_parameters():
+                parameter.requires_grad_(learns.get(name, True))
 
     def run(self, depth: int, *, backward: bool) -> Tensor:
         """The first layers over random embeddings of the pack."""
