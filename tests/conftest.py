@@ -45,7 +45,7 @@ FULL = Experts(attention=True, mlp=True, norms=True)
 GENERATORS: dict[str, Callable[..., Any]] = {
     "flow": Flow,
     "unet": functools.partial(Flow, coder=functools.partial(UNetCoder, patch=2, channels=8)),
-    "convnext": functools.partial(Flow, coder=functools.partial(ConvNeXtCoder, channels=8)),
+    "convnext": functools.partial(Flow, coder=functools.partial(ConvNeXtCoder, channels=16)),
     "diffusion": functools.partial(Diffusion, sampling=DiffusionSettings(steps=8, eta=1.0)),
     "autoregressive": Autoregressive,
     "codes": functools.partial(Autoregressive, inputs="codes", token_noise=0.2),
