@@ -116,8 +116,8 @@ small = {"head_width": 16, "head_depth": 1, "multiply": 2}
 CASES = {
     "flow": Case(Flow, squares),
     "unet": Case(made(Flow, coder=made(UNetCoder, patch=2, channels=8)), squares),
-    "convnext": Case(made(Flow, coder=made(ConvNeXtCoder, channels=8)), squares, whole=False),
-    "diffusion": Case(made(Diffusion, sampling=DiffusionSettings(steps=8, eta=1.0)), squares),
+    "convnext": Case(made(Flow, coder=made(ConvNeXtCoder, channels=16)), squares, whole=False),
+    "diffusion": Case(made(Diffusion, predicts="data", sampling=DiffusionSettings(steps=8, eta=1.0)), squares),
     "autoregressive": Case(Autoregressive, GrayLevels),
     "codes": Case(made(Autoregressive, inputs="codes", token_noise=0.2), GrayLevels),
     "shared": Case(made(Autoregressive, vocabulary="shared"), GrayLevels),

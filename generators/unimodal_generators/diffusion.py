@@ -39,11 +39,14 @@ class DiffusionSettings(DenoisingSettings):
         steps: network evaluations, exactly.
         solver: ddim, heun (of dx/dphi = v, a = cos phi), or a scheduler of diffusers by its class name (`MULTISTEP`).
         eta: of ddim, how much of the noise is drawn anew: 0 nothing, 1 as DDPM's ancestral sampler does.
+        clip: largest value the data are taken to have, as DDPM does with pixels (1.0); None leaves them. Predicted noise
+            needs it where next to nothing is left of the data, and errors are divided by that.
     """
 
     steps: int = 50
     solver: str = "ddim"
     eta: float = 0.0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +55,8 @@ class DiffusionSettings(DenoisingSettings):
             raise ValueError(f"eta: expected a share from 0 to 1, got {self.eta}")
         if self.eta and self.solver != "ddim":
             raise ValueError(f"eta: {self.solver} draws no noise, expected 0, got {self.eta}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip: expected none, or a number above 0, got {self.clip}")
         self.points(STEPS)  # refuses what cannot be
 
     def points(self, noisiest: int) -> list[int]:
@@ -138,7 +143,9 @@ class Diffusion(DenoisingGenerator):
             """The data and the noise that x_n is taken to come from."""
             a, b = (s[0] for s in self._shares(x.new_tensor([[1 - n / STEPS]]), x))
             given = {"noise": diffusion.from_noise, "v": diffusion.from_angular_velocity, "data": diffusion.from_data}
-            return given[self.predicts](x, estimate(x, 1 - n / STEPS), a, b)
+            data, noise = given[self.predicts](x, estimate(x, 1 - n / STEPS), a, b)
+            clip = settings.clip
+            return (data, noise) if clip is None else diffusion.from_data(x, data.clamp(-clip, clip), a, b)
 
         if settings.solver == "ddim":
             states = self._ddim(parts, noise, points, settings.eta, lambda: draw_noise(grids, rngs, self.layout.dim))

@@ -137,7 +137,7 @@ class ConvNeXtCoder(PatchCoder):
     Args:
         layout: of the image tokenizer.
         width: of the backbone.
-        channels: inside.
+        channels: inside; with fewer than a token has, some of its noise cannot be told.
         depth: blocks each way.
     """
 
@@ -149,7 +149,7 @@ class ConvNeXtCoder(PatchCoder):
         self.back = nn.Sequential(_ChannelNorm(width), nn.Conv2d(width, channels, 1))
         self.join = nn.Conv2d(2 * channels, channels, 1)
         self.outward = nn.ModuleList(_ConvNeXt(channels, width) for _ in range(depth))
-        self.last = nn.Sequential(_ChannelNorm(channels), zeroed(nn.Conv2d(channels, layout.dim, 1)))
+        self.last = zeroed(nn.Conv2d(channels, layout.dim, 1))  # no norm: noise has a length that must get through
 
     def encode(
         self, x: Float[Tensor, "T D"], time: Float[Tensor, "N C"], grids: Sequence[Grid]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from generator_cases import GrayDigits
 
 from unimodal_generators import Autoregressive, Depth
 from unimodal_generators.base import Block, Grid, ImageRows, ImageTokens
@@ -213,7 +214,7 @@ def test_noise_falls_on_codes_one_by_one() -> None:
 def test_two_codebooks_share_too() -> None:
     rows = ImageRows(torch.randn(12, 32), [torch.randn(9, 32), torch.randn(12, 32)], 1.0)
     made = Autoregressive(TWO, 32, vocabulary="shared")
-    made.bind(lambda ids: ids, lambda: rows)
+    made.bind(GrayDigits(), lambda: rows)
     data = tokens()
     read = made.corrupt(data, blocks(made))
     assert made.image_ids == 12

@@ -211,6 +211,18 @@ def test_eta_one_is_the_ancestral_sampler() -> None:
         torch.testing.assert_close(state.values, x)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "heun", *MULTISTEP])
+def test_clipped_data_lie_within(solver: str) -> None:
+    """Of any solver; what lies within already is left alone."""
+    settings = DiffusionSettings(steps=9, solver=solver)
+    *_, free = drawn(exact(diffusion_of()), settings, [Grid(4, 4)])
+    *_, wide = drawn(exact(diffusion_of()), settings.override(clip=1e9), [Grid(4, 4)])
+    *_, narrow = drawn(exact(diffusion_of()), settings.override(clip=0.5), [Grid(4, 4)])
+    torch.testing.assert_close(wide.values, free.values)
+    assert float(free.values.max()) > 0.7
+    assert float(narrow.values.max()) < 0.55  # Heun's last step keeps a little noise
+
+
 # ---- guidance
 
 
@@ -348,6 +360,7 @@ def test_larger_images_are_shifted_more(rule: RootShift | LogShift, shifts: dict
     (lambda: DiffusionSettings(steps=1001), r"steps: expected 1 to 1000 network evaluations, got 1001"),
     (lambda: DiffusionSettings(steps=0), r"steps: expected 1 to 1000 network evaluations, got 0"),
     (lambda: DiffusionSettings(steps=4, solver="heun"), r"steps: .* odd .* got 4"),
+    (lambda: DiffusionSettings(clip=0.0), r"clip: expected none, or a number above 0, got 0"),
     (lambda: DiffusionSettings(eta=1.5), r"eta: expected a share from 0 to 1, got 1.5"),
     (lambda: DiffusionSettings(eta=0.5, steps=5, solver="heun"), r"eta: heun draws no noise, expected 0, got 0.5"),
 ])  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from generator_cases import GrayLevels
 from PIL import Image
 
 from unimodal.decoding import DecodingSettings, Session, decode
@@ -30,7 +31,7 @@ Make = Callable[..., UnifiedModel]
 def masked(kind: type[Masked] = Masked, **settings: object) -> Masked:
     torch.manual_seed(0)
     made = kind(LAYOUT, 32, **settings)
-    made.bind(lambda ids: ids[:, None] / 7.5 - 1)
+    made.bind(GrayLevels())
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

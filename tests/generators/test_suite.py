@@ -20,7 +20,7 @@ from unimodal.packing import pack
 Make = Callable[..., UnifiedModel]
 NAMES = ("one", "two plus", "three three three", "seven")
 DRAWING = DecodingSettings("image", max_tokens=0, max_images=1)
-STEPS = 500
+STEPS = 250
 
 
 def picture(seed: int) -> Image.Image:
@@ -36,7 +36,7 @@ def captioned() -> list[Document]:
 def losses(model: UnifiedModel, documents: Sequence[Document], steps: int) -> Iterator[float]:
     """Image losses of so many steps of training."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 20) * (1 - 0.98 * i / steps))
     for step in range(steps):
         sequenced = [model.sequencer.document(d, (0, step, i), train=True) for i, d in enumerate(documents * 4)]
