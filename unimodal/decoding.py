@@ -370,9 +370,7 @@ class _Decoder:
         going = [r for r, i in enumerate(images) if self.rows[i].state == "text"]
         if going:
             rows = [images[r] for r in going]
-            pictures = [
-                np.asarray(self.rows[i].parts[-1].content) for i in rows
-            ]  # as a reader of the document sees them
+            pictures = [np.asarray(self.rows[i].parts[-1].content) for i in rows]  # as whoever reads on sees them
             for embedded, blocks in self._context(pictures, tokens.select(going)):
                 self.session.rows(rows).append(embedded, blocks)
             self.session.rows(rows).append_text([Run((self.special.eoi,), (True,))] * len(rows))
