@@ -113,10 +113,14 @@ class VisionEncoder(nn.Module):
         self.network.load_state_dict(network.state_dict())
 
     def connect(self, width: int) -> nn.Module:
-        """A connector from features to vectors of the backbone's `width`."""
-        if self.kind == "linear":
-            return nn.Linear(self.layout.dim, width)
-        return nn.Sequential(nn.Linear(self.layout.dim, width), nn.GELU(), nn.Linear(width, width))
+        """A connector from features to vectors of the backbone's `width`.
+
+        Its entries are about 1 at the start, for features of that size: added position embeddings do not drown them.
+        """
+        first, second = nn.Linear(self.layout.dim, width), nn.Linear(width, width)
+        nn.init.normal_(first.weight, std=self.layout.dim**-0.5)
+        nn.init.normal_(second.weight, std=1.5 * width**-0.5)  # a GELU leaves 0.43 of the variance
+        return first if self.kind == "linear" else nn.Sequential(first, nn.GELU(), second)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """The network stays in evaluation mode; whether it learns is a matter of its gradients."""
