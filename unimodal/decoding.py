@@ -1,7 +1,6 @@
 """Decoding: documents that go on where they stop, many at once, text and images in turn.
 
-Letters: R documents, G guidance branches (N = G * R cached sequences, branch by branch), T new tokens of all documents,
-C width.
+Letters: R documents, V rows of the vocabulary, n tokens of one image, H, W pixels.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
@@ -108,9 +107,16 @@ class Inpaint:
             (w, h), (mw, mh) = self.image.size, self.redraw.size
             raise ValueError(f"redraw: expected a mask of {w}x{h} pixels, as the image has, got {mw}x{mh}")
 
+    def shown(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The image without what is to be drawn: a tokenizer that looks around a token must not see it."""
+        return np.where(self._free()[..., None], np.uint8(128), np.asarray(to_rgb(self.image)))
+
+    def _free(self) -> Bool[np.ndarray, "H W"]:
+        return np.asarray(self.redraw.convert("L")) > 0
+
     def given(self, grid: Grid) -> Bool[Tensor, " n"]:
         """Which tokens of the image are given, row by row."""
-        free = np.asarray(self.redraw.convert("L")) > 0  # (H, W)
+        free = self._free()
         h, w = free.shape
         cells = free.reshape(grid.h, h // grid.h, grid.w, w // grid.w)
         return torch.from_numpy(~cells.any(axis=(1, 3)).flatten())
@@ -342,7 +348,7 @@ class _Decoder:
                 w, h = inpaint.image.size
                 raise ValueError(f"prompt {i}: inpaint: expected an image of {width}x{height} pixels, got {w}x{h}")
             masks.append(inpaint.given(grid))
-            pixels.append(to_tensor([np.asarray(to_rgb(inpaint.image))])[0].to(weight))
+            pixels.append(to_tensor([inpaint.shown()])[0].to(weight))
         return Known(self.model.tokenizer.encode_each(pixels), torch.cat(masks))
 
     def give(self, inpaint: Sequence[Inpaint | None]) -> None:
@@ -350,12 +356,15 @@ class _Decoder:
         for row, one in zip(self.rows, inpaint, strict=True):
             row.inpaint = one
         if any(inpaint):
+            if not self.model.generator.inpaints:
+                name = type(self.model.generator).__name__
+                raise ValueError(f"inpaint: {name} cannot keep what is given of an image, expected none")
             if len(self.sizes) > 1:
                 raise ValueError(
                     "size: expected one beside inpaint, where the model may choose among several, got none"
                 )
             (grid,) = self.sizes.values()
-            self.model.generator.check_known(self._known(range(len(self.rows)), grid))
+            self._known(range(len(self.rows)), grid)  # refuses images of another size
 
     def _close_text(self, i: int) -> Iterator[Piece]:
         row = self.rows[i]
@@ -479,13 +488,12 @@ def _inference(model: UnifiedModel) -> Iterator[None]:
 
 def _check_guidance(model: UnifiedModel, image: SamplingSettings) -> None:
     """A condition that was never dropped in training has no model without it."""
-    rules = model.sequence
-    for name, scale, key, share in (
-        ("guidance", image.guidance, "drop_text", rules.drop_text),
-        ("image_guidance", image.image_guidance, "drop_images", rules.drop_images),
+    for name, key, dropped, share in (
+        ("guidance", "drop_text", any(not b.text for b in image.branches), model.sequence.drop_text),
+        ("image_guidance", "drop_images", any(not b.images for b in image.branches), model.sequence.drop_images),
     ):
-        if scale != 1 and share == 0:
-            what = key.removeprefix("drop_")
+        if dropped and share == 0:
+            what, scale = key.removeprefix("drop_"), getattr(image, name)
             raise ValueError(f"{name}: this recipe never dropped {what} in training (sequence.{key}), got {scale}")
 
 

@@ -30,7 +30,7 @@ from unimodal_generators.base import (
     SamplingSettings,
     TokenKind,
 )
-from unimodal_generators.choice import choose
+from unimodal_generators.choice import check_choice, choose
 from unimodal_generators.code_heads import CodeHeads, ParallelHeads, SharedHeads
 from unimodal_generators.depth import Depth, DepthTransformer
 from unimodal_generators.discrete import code_mlp
@@ -45,6 +45,10 @@ class AutoregressiveSettings(SamplingSettings):
     temperature: float = 1.0  # 0: the likeliest id
     top_k: int = 0  # 0: all
     top_p: float = 1.0  # 1: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.temperature, self.top_k, self.top_p)
 
 
 class Autoregressive(ImageGenerator):

@@ -6,9 +6,22 @@ backbone, S tokens without prefixes, K channels that skip the backbone, R docume
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
+from types import UnionType
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import numpy as np
 import torch
@@ -104,7 +117,8 @@ class SamplingSettings:
         combine: of two conditions, "nested" (BAGEL: text first, from the model that sees images alone; then images, from the
             one that sees text alone) or "additive" (InstructPix2Pix, arXiv 2211.09800, eq. 3: both from the one that sees
             neither, then the one that sees images alone).
-        interval: where guidance acts, as shares of the way from the first step to the last (arXiv 2404.07724).
+        interval: where guidance acts (arXiv 2404.07724): between two times t, where a sampler has them, or shares of its
+            steps.
     """
 
     guidance: float = 1.0
@@ -128,7 +142,7 @@ class SamplingSettings:
         return (whole, Branch(images=False)) if self.guidance == 1 else (whole, no_text, Branch(images=False))
 
     def active(self, progress: float) -> int:
-        """How many branches are needed at a share of the way: all of them, or the whole condition alone."""
+        """How many branches are needed at a time or share of the steps: all of them, or the whole condition alone."""
         low, high = self.interval
         return len(self.branches) if low <= progress <= high else 1
 
@@ -163,6 +177,11 @@ class SamplingSettings:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """A setting's value as its type has it."""
+    if get_origin(hint) in (Union, UnionType):
+        for member in get_args(hint):
+            with suppress(ValueError):
+                return _typed(name, value, member)
+        raise ValueError(f"{name}: expected {hint}, got {value!r}")
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ValueError(f"{name}: expected {' or '.join(map(str, get_args(hint)))}, got {value!r}")

@@ -200,7 +200,8 @@ class Masked(Discrete):
 
 
 class ParallelNext(Masked):
-    """Parallel prediction for a model that has learned the next id with `Autoregressive`, whose weights fit this one's.
+    """Parallel prediction for a model that has learned the next id with `Autoregressive`: one codebook of its own, no depth,
+    shuffle or row ends. Its weights fit; `hidden` is new, so they are loaded with `strict=False`, not by a recipe's `init`.
 
     As Emu3.5's discrete diffusion adaptation (arXiv 2510.26583): hidden copies see all of themselves and all that was
     before, clean ones stay causal; an id goes on being read from the position before its own, as that model learned.

@@ -35,7 +35,7 @@ from unimodal_generators.base import (
     SamplingSettings,
     TokenKind,
 )
-from unimodal_generators.choice import choose
+from unimodal_generators.choice import check_choice, choose
 from unimodal_generators.cross_entropy import linear_cross_entropy
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, MultiscaleTokenizer, TokenLayout
 
@@ -47,6 +47,10 @@ class NextScaleSettings(SamplingSettings):
     temperature: float = 1.0  # 0: the likeliest id
     top_k: int = 0  # 0: all
     top_p: float = 1.0  # 1: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.temperature, self.top_k, self.top_p)
 
 
 class NextScale(ImageGenerator):

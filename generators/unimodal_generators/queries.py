@@ -163,6 +163,7 @@ class Queries(ImageGenerator):
         known: Known | None = None,
     ) -> Iterator[ImageTokens]:
         """Ask the backbone once, for all branches; then solve dx/dt = v from noise without it."""
+        self.check_known(known)
         if not isinstance(settings, FlowSettings):
             raise ValueError(f"sampling: expected FlowSettings, got {type(settings).__name__}")
         count, lengths = len(grids), [grid.length for grid in grids]

@@ -64,6 +64,10 @@ class TokenDiffusionSettings(DenoisingSettings):
             raise ValueError(f"temperature: expected 0 (no noise) or more, got {self.temperature}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: expected at least 1 evaluation of the backbone, got {self.steps}")
+        try:
+            diffusion.sampling_times(self.head_steps, self.shift, self.solver)
+        except ValueError as error:
+            raise ValueError(f"head_{error}" if str(error).startswith("steps") else str(error)) from error
 
     def grown(self, share: float) -> "TokenDiffusionSettings":
         """Guidance once a share of the tokens is drawn: 1 + share (guidance - 1)."""

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from unimodal_generators import AutoregressiveSettings, FlowSettings, SamplingSettings
+from unimodal_generators import AutoregressiveSettings, FlowSettings, SamplingSettings, TokenDiffusionSettings
 from unimodal_generators.base import Block, Branch, DenoisingSettings, Grid, TokenKind, guide
+from unimodal_tokenizers import diffusion
 
 
 def outputs(branches: int) -> torch.Tensor:
@@ -180,3 +181,29 @@ def test_rescaling_brings_the_deviation_back() -> None:
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         DenoisingSettings(**settings)
+
+
+def every_settings() -> list[type[SamplingSettings]]:
+    """Of all generators."""
+    found, left = [], [SamplingSettings]
+    while left:
+        found.append(left.pop())
+        left += found[-1].__subclasses__()
+    return found
+
+
+@pytest.mark.parametrize("kind", every_settings())
+def test_every_setting_may_be_given_what_it_is(kind: type[SamplingSettings]) -> None:
+    """Whatever type it has: unions and classes too."""
+    made = kind()
+    for name in kind.__dataclass_fields__:
+        value = getattr(made, name)
+        assert getattr(made.override(**{name: value}), name) == value
+
+
+def test_unions_take_each_of_their_members() -> None:
+    assert FlowSettings().override(shift=3).shift == 3.0
+    assert FlowSettings().override(shift=diffusion.LogShift()).shift == diffusion.LogShift()
+    assert TokenDiffusionSettings().override(steps=8).steps == 8
+    with pytest.raises(ValueError, match=r"steps: expected .*int.*None.*, got 'many'"):
+        TokenDiffusionSettings().override(steps="many")

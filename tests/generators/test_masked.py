@@ -418,7 +418,9 @@ def test_a_model_of_next_ids_goes_on_in_parallel(make: Make) -> None:
     for one in (learned, model):
         session, generator = begun(one, ["seven"]), one.generator
         with torch.no_grad():
-            first = generator.logits(session.last)
+            no_codes = torch.empty(*session.last.shape[:2], 0, dtype=torch.long)
+            said = isinstance(generator, Autoregressive)
+            first = generator.head.logits(session.last, no_codes) if said else generator.logits(session.last)
             hidden = session.append(generator.embed(generator.context(image)), generator.plan_context(grid))
             session.append_text([Run(ids, (False,) * len(ids))])
         states.append((first, hidden, session.last))

@@ -141,7 +141,7 @@ class Representation(ImageTokenizer):
         if tuple(tokens.shape[1:]) != expected:
             raise ValueError(f"tokens: expected (N, D) = {expected} an image, got {tuple(tokens.shape[1:])}")
         weight = self.token_in.weight
-        places = build_sincos2d_pos_embed(list(grid), dim=len(weight), device=weight.device)  # (N, C)
+        places = build_sincos2d_pos_embed([grid.h, grid.w], dim=len(weight), device=weight.device)  # (N, C)
         hidden = self.decoder(self.token_in(tokens.to(weight.dtype)) + places.to(weight.dtype))  # (B, N, C)
         return rearrange(
             self.pixels_out(self.norm(hidden)), "B (h w) (p q c) -> B c (h p) (w q)",

@@ -379,8 +379,10 @@ def _judge_steps(answer: Answer) -> Verdict:
         joined = "" if images else "".join(part.text for part in group)
         texts += [joined] if joined.strip() else []
     causes: dict[str, list[str]] = {name: [] for name in _STEP_RULES}
-    if match.exact and (end := texts.pop()).strip() != END.strip():
-        causes["texts"].append(f"expected{END}, wrote {end.strip()[:60]}")
+    if len(texts) > 1 and texts[-1].strip() == END.strip():
+        texts.pop()
+    elif match.exact:
+        causes["texts"].append(f"expected{END}, wrote {texts.pop().strip()[:60]}")
     steps = [read_step(text) for text in texts]
     if not match.exact:
         causes["structure"].append(structure_cause(match, asked, made))

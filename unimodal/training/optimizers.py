@@ -116,6 +116,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self, matrices: list[Tensor], groups: list[dict[str, Any]], *, lr: float, muon_lr: float,
         betas: tuple[float, float], weight_decay: float,
     ) -> None:  # fmt: skip
+        if not matrices:
+            raise ValueError(f"muon_lr: expected None where freeze leaves no matrix of a layer to learn, got {muon_lr}")
         self.muon = torch.optim.Muon(
             matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
         )
@@ -133,7 +135,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         self._join()
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both."""
         loss = None
         if closure is not None:
