@@ -19,9 +19,9 @@ LIGHTNING_HELP = """usage: unimodal {command} -c FILE.yaml [-c FILE.yaml ...] [-
   -c FILE.yaml                    recipe; later files and options override earlier ones
   --trainer.KEY VALUE             Lightning Trainer: max_steps, precision, accelerator, devices, accumulate_grad_batches,
                                   gradient_clip_val, val_check_interval, default_root_dir (the run folder) ...
-  --model.KEY VALUE               lr, warmup_steps, schedule, weight_decay, betas, ema_decay, init, init_from, freeze,
-                                  tokenizer_weights, compile, checkpoint_layers, and below --model.model.: tokenizer,
-                                  generator, backbone, sequence
+  --model.KEY VALUE               lr, muon_lr, warmup_steps, schedule, weight_decay, betas, ema_decay, init, init_from,
+                                  freeze, tokenizer_weights, vision_weights, compile, checkpoint_layers, and below
+                                  --model.model.: tokenizer, generator, backbone, sequence, vision
   --data.KEY VALUE                batch_tokens, mixture (digits), weights and root (folder) ...
   --checkpoint.KEY VALUE          Lightning ModelCheckpoint: every_n_train_steps, save_top_k ...
   --seed_everything N             one seed for everything

@@ -206,7 +206,7 @@ def test_a_plan_is_printed_and_nothing_else_happens(
     assert said.strip() == describe(plan)
     assert [p.name for p in tmp_path.iterdir()] == ["small.yaml"]
     for word in ("text.attention", "image.mlp", "embedding", "head (the embedding)", "generator", "tokenizer",
-                 "moments of AdamW", "moving average", "if computed again", "one chunk of logits", "GFLOP/s",
+                 "moments of the optimizer", "moving average", "if computed again", "one chunk of logits", "GFLOP/s",
                  "checkpoint_layers: false", "bytes and seconds are estimates", "for 40 steps"):  # fmt: skip
         assert word in said, word
     assert max(map(len, said.splitlines())) <= 125

@@ -389,9 +389,14 @@ def _judge_steps(answer: Answer) -> Verdict:
     for i, (text, step) in enumerate(zip(texts, steps, strict=True)):
         if step is None or (step[1] is None) != (i == 0):
             causes["texts"].append(f"no step: {text.strip()[:60]}")
-    seen = _follow(steps, [part.image for part in answer.parts if part.is_image], causes)
-    # A rule that nothing could break says nothing: without a second text or a second image all would be in place.
-    asks = {"texts": len(texts) > 1, "things": len(seen) > 0, "places": len(seen) > 1, "kept": len(seen) > 1}
+    seen, compared = _follow(steps, [part.image for part in answer.parts if part.is_image], causes)
+    # A rule that nothing could break says nothing: where no thing is recognised, all would be in place.
+    asks = {
+        "texts": len(texts) > 1,
+        "things": len(seen) > 0,
+        "places": "places" in compared,
+        "kept": "kept" in compared,
+    }
     fields: dict[str, Any] = {"made": made}
     for name, found in causes.items():
         fields[f"{name}_right"] = not found if found or asks.get(name, True) else None
@@ -402,9 +407,13 @@ def _judge_steps(answer: Answer) -> Verdict:
 
 def _follow(
     steps: Sequence[tuple[Kind, str | None] | None], images: Sequence[Image.Image], causes: dict[str, list[str]]
-) -> list[list[Detection]]:
-    """Look at image after image with the steps told before each; adds causes, returns what was seen."""
+) -> tuple[list[list[Detection]], set[str]]:
+    """Look at image after image with the steps told before each; adds causes.
+
+    Returns what was seen, and which rules there was anything to compare for.
+    """
     seen: list[list[Detection]] = []
+    compared: set[str] = set()
     before: list[Detection | None] = []
     for number, image in enumerate(images, start=1):
         told = steps[:number]
@@ -423,13 +432,19 @@ def _follow(
         causes["things"] += [f"image {number} has {_noun(kind)} too many" for kind in (there - wanted).elements()]
         now = _identified(found, [kind for kind, _ in known], before)
         for (kind, _), old, seen_now in zip(known, before, now, strict=False):
-            if old is not None and (seen_now is None or iou(old.box, seen_now.box) < OVERLAP):
+            if old is None:
+                continue
+            compared.add("kept")
+            if seen_now is None or iou(old.box, seen_now.box) < OVERLAP:
                 causes["kept"].append(f"{_noun(kind)} of image {number - 1} did not stay")
         for ((other, _), first), ((kind, relation), new) in pairwise(zip(known, now, strict=True)):
-            if relation and first and new and relation not in relations(new.box, first.box):
+            if not (relation and first and new):
+                continue
+            compared.add("places")
+            if relation not in relations(new.box, first.box):
                 causes["places"].append(f"in image {number} {_noun(kind)} is not {relation} {_noun(other)}")
         before = now
-    return seen
+    return seen, compared
 
 
 def _identified(

@@ -23,6 +23,7 @@ from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence
 from unimodal.training import stages
 from unimodal.training.flops import Flops, generator_loss, head_flops, image_flops, layer_flops, matrices
+from unimodal.training.optimizers import split_matrices
 from unimodal.training.unified import UnifiedTraining
 from unimodal_generators.base import TokenKind
 from unimodal_generators.cross_entropy import BUDGET
@@ -114,7 +115,7 @@ def make_plan(module: LightningModule, data: Any, trainer: Trainer) -> Plan:
         flops = Flops(layers, attention, head_flops(model.backbone, packed), *probe.image_flops())
         per_layer = (layers + attention) / len(model.backbone.layers)
         seconds, around = probe.layer_seconds()
-        memory = _estimate_memory(model, packed, probe)
+        memory = _estimate_memory(model, packed, probe, _moments(module))
         products = probe.product_rate()
     trained = sum(count for count, _ in parameters.values())
     speed = Speed(products, per_layer / seconds, packing_seconds, around, probe.optimizer_seconds() * trained)
@@ -145,12 +146,21 @@ def _parameters(model: UnifiedModel) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def _estimate_memory(model: UnifiedModel, packed: PackedSequence, probe: "_Probe") -> Memory:
+def _moments(module: UnifiedTraining) -> int:
+    """Bytes of the optimizer's averages: two of each trained parameter by AdamW, one by Muon."""
+    trained = sum(_bytes(p) for p in module.model.parameters() if p.requires_grad)
+    if module.muon_lr is None:
+        return 2 * trained
+    matrices, _ = split_matrices(module.model, module.model.backbone.layers, module.weight_decay)
+    return 2 * trained - sum(_bytes(p) for p in matrices)
+
+
+def _estimate_memory(model: UnifiedModel, packed: PackedSequence, probe: "_Probe", moments: int) -> Memory:
     trained = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
     layer, around = probe.kept()
     weight = model.backbone.embedding.weight
     return Memory(
-        weights=sum(_bytes(t) for t in [*model.parameters(), *model.buffers()]), gradients=trained, moments=2 * trained,
+        weights=sum(_bytes(t) for t in [*model.parameters(), *model.buffers()]), gradients=trained, moments=moments,
         average=trained, layers=len(model.backbone.layers), layer=layer,
         layer_input=sum(packed.splits) * weight.shape[1] * weight.element_size(), around=around,
         loss=_loss_bytes(model, packed, probe.dtype),
@@ -334,7 +344,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     kept, again = m.layers * m.layer, m.layers * m.layer_input + m.layer
     used = "checkpoint_layers: true" if plan.checkpoint_layers else "checkpoint_layers: false"
     items = [
-        ("weights", m.weights, ""), ("gradients", m.gradients, ""), ("moments of AdamW", m.moments, ""),
+        ("weights", m.weights, ""), ("gradients", m.gradients, ""), ("moments of the optimizer", m.moments, ""),
         ("moving average", m.average, ""),
         ("activations", again if plan.checkpoint_layers else kept,
          f"{m.layers} layers, each {_size(m.layer)}, or {_size(m.layer_input)} if computed again"),

@@ -102,8 +102,9 @@ class UnifiedTraining(LightningModule):
             if model.vision is None:
                 raise ValueError(f"vision_weights: expected model.vision to load them into, got {vision_weights} alone")
             model.vision.load(vision_weights)
-        if init is not None and init_from is not None:
-            raise ValueError(f"init_from: expected none beside init {init}, got {init_from}")
+        for name, given in (("init_from", init_from), ("vision_weights", vision_weights)):
+            if init is not None and given is not None:  # `init` is a whole model
+                raise ValueError(f"{name}: expected none beside init {init}, got {given}")
         if init is not None:
             self._initialise(Path(init))
         if init_from is not None:
