@@ -134,7 +134,7 @@ def t2i(settings: Settings, name: str) -> Result:
     theirs = None if other is None else other.timing
     result = speedup(best.timing, theirs, peer="transfusion-pytorch", compiled=best.compiled)
     drawn = ours[best.way]()
-    assert counted(model.generator, "velocity", lambda: draw(model, side, EVALUATIONS)) == EVALUATIONS
+    assert counted(model.generator, "predict", lambda: draw(model, side, EVALUATIONS)) == EVALUATIONS
     exact = draw(copy.deepcopy(model).double(), side, EVALUATIONS)
     result.correct, result.tolerance = relative(drawn, exact), {"fp32": 1e-3, "bf16": 1e-1}[name]
     result.extra = {"evaluations": evaluations, "way": best.way, "peer_way": other and other.way,

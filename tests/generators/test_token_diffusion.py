@@ -466,12 +466,17 @@ def test_samples_that_cannot_be_are_refused(make: Callable[..., UnifiedModel]) -
         (random, mixed[:1], FlowSettings(), "sampling: expected TokenDiffusionSettings, got FlowSettings"),
         (random, mixed[:1], TokenDiffusionSettings(steps=17), r"steps: expected at most one a token \(16\), got 17"),
         (random, mixed, TokenDiffusionSettings(), "steps: images of several sizes need a number"),
-        (random, mixed[:1], TokenDiffusionSettings(head_steps=0), "steps: .* got 0"),
         (raster, mixed[:1], TokenDiffusionSettings(steps=4), "steps: raster order .* got 4"),
         (raster, mixed, TokenDiffusionSettings(), "raster-order images of one call need one size"),
     ):
         with pytest.raises(ValueError, match=message):
             sampled(begun(model, ["a"] * len(grids)), model, grids, settings, range(len(grids)))
+    for wrong, message in (
+        ({"head_steps": 0}, "head_steps: .* got 0"), ({"head_steps": 4, "solver": "heun"}, "head_steps: .* odd .* got 4"),
+        ({"shift": -1.0}, "shift: .* got -1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            TokenDiffusionSettings(**wrong)
 
 
 def test_context_is_the_tokens() -> None:
