@@ -309,4 +309,4 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], messag
 
 def test_another_generator_s_settings_are_refused(make: Make) -> None:
     model = make("autoregressive")
-    refused(model, "sampling: expected AutoregressiveSettings, got FlowSettings", start="image", image=FlowSettings())
+    refused(model, "sampling: expected ChoiceSettings, got FlowSettings", start="image", image=FlowSettings())

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -43,3 +49,36 @@ def contained_path(name: object, base: Path, where: str) -> Path:
     if not inside:
         raise ValueError(f"{where}: image: expected a file inside the folder {base}, got {name!r}")
     return resolved
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from what torch.save wrote, read with `weights_only=True`.
+
+    Raises:
+        ValueError: no such file, damaged, TorchScript, or anything but tensors in it.
+    """
+    import torch  # here: most that read and write files have no weights
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from torch import Tensor
+
+    # Whatever the two readers stumble over in a file of another kind.
+    damage = (
+        SafetensorError, OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+        struct.error, UnpicklingError,
+    )  # fmt: skip
+    if not path.is_file():
+        raise ValueError(f"weights: expected a file, got {path}, {'a folder' if path.is_dir() else 'which is missing'}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except damage as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"weights: expected .safetensors or a state dict of torch.save, got {path}: {line[:200]}"
+        ) from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights: expected names to tensors in {path}, got {type(state).__name__}")
+    return state

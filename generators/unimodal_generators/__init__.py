@@ -1,13 +1,14 @@
 """How image tokens are learned and sampled, behind one interface."""
 
-from unimodal_generators.autoregressive import Autoregressive, AutoregressiveSettings
+from unimodal_generators.autoregressive import Autoregressive
 from unimodal_generators.base import Block, ImageGenerator, SamplingSettings, TokenKind
+from unimodal_generators.choice import ChoiceSettings
 from unimodal_generators.denoisers import Denoiser, DiT, Sana
 from unimodal_generators.depth import Depth
 from unimodal_generators.diffusion import Diffusion, DiffusionSettings
 from unimodal_generators.flow import Flow, FlowSettings
 from unimodal_generators.masked import Masked, MaskedSettings, ParallelNext
-from unimodal_generators.next_scale import NextScale, NextScaleSettings
+from unimodal_generators.next_scale import NextScale
 from unimodal_generators.patch_coders import ConvNeXtCoder, LinearCoder, UNetCoder
 from unimodal_generators.queries import Queries
 from unimodal_generators.regression import Regression, RegressionSettings
@@ -15,8 +16,8 @@ from unimodal_generators.token_diffusion import TokenDiffusion, TokenDiffusionSe
 
 __all__ = [
     "Autoregressive",
-    "AutoregressiveSettings",
     "Block",
+    "ChoiceSettings",
     "ConvNeXtCoder",
     "Denoiser",
     "Depth",
@@ -30,7 +31,6 @@ __all__ = [
     "Masked",
     "MaskedSettings",
     "NextScale",
-    "NextScaleSettings",
     "ParallelNext",
     "Queries",
     "Regression",

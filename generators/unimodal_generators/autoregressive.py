@@ -8,7 +8,7 @@ one position, Q codebooks, V entries of one, C width, G guidance branches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -30,25 +30,12 @@ from unimodal_generators.base import (
     SamplingSettings,
     TokenKind,
 )
-from unimodal_generators.choice import check_choice, choose
+from unimodal_generators.choice import ChoiceSettings, choose
 from unimodal_generators.code_heads import CodeHeads, ParallelHeads, SharedHeads
 from unimodal_generators.depth import Depth, DepthTransformer
 from unimodal_generators.discrete import code_mlp
 from unimodal_generators.shuffle import TokenShuffle, windows
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout
-
-
-@dataclass(frozen=True)
-class AutoregressiveSettings(SamplingSettings):
-    """How an image's ids are drawn."""
-
-    temperature: float = 1.0  # 0: the likeliest id
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0  # 1: all
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.temperature, self.top_k, self.top_p)
 
 
 class Autoregressive(ImageGenerator):
@@ -88,7 +75,7 @@ class Autoregressive(ImageGenerator):
         depth: Depth | None = None,
         shuffle: int = 1,
         end_of_row: bool = False,
-        sampling: AutoregressiveSettings = AutoregressiveSettings(),
+        sampling: ChoiceSettings = ChoiceSettings(),
     ) -> None:
         super().__init__()
         self.check(layout)
@@ -205,8 +192,8 @@ class Autoregressive(ImageGenerator):
 
         Given ids are put where they are known; what comes before them does not see them.
         """
-        if not isinstance(settings, AutoregressiveSettings):
-            raise ValueError(f"sampling: expected AutoregressiveSettings, got {type(settings).__name__}")
+        if not isinstance(settings, ChoiceSettings):
+            raise ValueError(f"sampling: expected ChoiceSettings, got {type(settings).__name__}")
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: autoregressive images of one call need one size, got {sorted(set(grids))}")
         order, block, r = windows(grids[0], self.side), self._block(grids[0]), len(grids)
@@ -236,7 +223,7 @@ class Autoregressive(ImageGenerator):
     def _draw(
         self,
         hidden: Float[Tensor, "G R C"],
-        settings: AutoregressiveSettings,
+        settings: ChoiceSettings,
         rngs: Sequence[torch.Generator],
         given: Sequence[Tensor] | None,
     ) -> Int[Tensor, "R s Q"]:

@@ -4,10 +4,32 @@ Letters: R documents, V entries.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from unimodal_generators.base import SamplingSettings
+
+
+@dataclass(frozen=True)
+class ChoiceSettings(SamplingSettings):
+    """How the ids of an image are drawn.
+
+    Args:
+        temperature: 0 takes the likeliest.
+        top_k: 0 is all.
+        top_p: 1 is all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.temperature, self.top_k, self.top_p)
 
 
 def choose(

@@ -48,6 +48,7 @@ class DenoisingGenerator(ImageGenerator):
             (JanusFlow, Show-o2), or as a condition that scales, shifts and gates them in every layer (DiT; needs
             backbone.adaln).
         coder: between token vectors and the backbone; the layout and the width are passed to it.
+        bidirectional: whether patches of an image see each other, or only those before them (Transfusion's ablation).
         sampling: defaults of the sampler.
     """
 
@@ -63,11 +64,12 @@ class DenoisingGenerator(ImageGenerator):
         width: int,
         time: TimeInput,
         coder: Callable[[TokenLayout, int], PatchCoder],
+        bidirectional: bool,
         sampling: DenoisingSettings,
     ) -> None:
         super().__init__()
         self.check(layout)
-        self.layout, self.sampling = layout, sampling
+        self.layout, self.bidirectional, self.sampling = layout, bidirectional, sampling
         self.time, self.conditions, self.prefix = time, time == "adaln", int(time == "token")
         self.coder = coder(layout, width)
         self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -111,11 +113,11 @@ class DenoisingGenerator(ImageGenerator):
         return [replace(self._block(grid), time=time, seed=seed, n_targets=grid.length)]
 
     def plan_context(self, grid: Grid) -> list[Block]:
-        """One bidirectional block."""
+        """One block, seen as the noised one is."""
         return [replace(self._block(grid), kind=TokenKind.CLEAN, private=False)]
 
     def _block(self, grid: Grid) -> Block:
-        return Block(grid, TokenKind.LEARNED, bidirectional=True, private=True, prefix=self.prefix)
+        return Block(grid, TokenKind.LEARNED, bidirectional=self.bidirectional, private=True, prefix=self.prefix)
 
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
         """x_t of every image, and what is learned of it."""

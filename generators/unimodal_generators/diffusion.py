@@ -84,6 +84,7 @@ class Diffusion(DenoisingGenerator):
             D), or the data.
         time: how the network is told the time: "add", "token" or "adaln"; see `DenoisingGenerator`.
         coder: between token vectors and the backbone.
+        bidirectional: whether an image's patches see each other, or only those before them.
         sampling: defaults of the sampler.
     """
 
@@ -97,9 +98,10 @@ class Diffusion(DenoisingGenerator):
         predicts: Literal["noise", "v", "data"] = "noise",
         time: TimeInput = "add",
         coder: Callable[[TokenLayout, int], PatchCoder] = LinearCoder,
+        bidirectional: bool = True,
         sampling: DiffusionSettings = DiffusionSettings(),
     ) -> None:
-        super().__init__(layout, width, time, coder, sampling)
+        super().__init__(layout, width, time, coder, bidirectional, sampling)
         self.predicts = predicts
         self.shares = np.sqrt(diffusion.alpha_bars(schedule, STEPS))  # a_n: exact whatever the weights' type
         self.noisiest = int(np.flatnonzero(self.shares >= FAINTEST)[-1])

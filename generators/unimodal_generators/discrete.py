@@ -5,11 +5,11 @@ Letters: T ids of all images, M of them with a target, D channels of a code vect
 
 from typing import ClassVar, Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unimodal_generators.base import ImageGenerator
+from unimodal_generators.code_heads import exact
 from unimodal_generators.cross_entropy import linear_cross_entropy
 from unimodal_tokenizers.base import TokenLayout
 
@@ -45,8 +45,7 @@ class Discrete(ImageGenerator):
 
     def logits(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest V"]:
         """Scores over the codebook, in fp32 or better."""
-        logits = self.head(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return exact(self.head(hidden))
 
     def cross_entropy(
         self, hidden: Float[Tensor, "M C"], targets: Int[Tensor, " M"], weights: Float[Tensor, " M"] | None = None

@@ -65,6 +65,7 @@ class Flow(DenoisingGenerator):
         predicts: what the network gives: the velocity, or the data, whose velocity is (data - x_t) / (1 - t). The loss is
             the velocity's in both cases (JiT, arXiv 2511.13720: data lie near few dimensions, noise does not).
         coder: between token vectors and the backbone.
+        bidirectional: whether an image's patches see each other, or only those before them.
         sampling: defaults of the sampler.
     """
 
@@ -81,9 +82,10 @@ class Flow(DenoisingGenerator):
         time: TimeInput = "add",
         predicts: Literal["velocity", "data"] = "velocity",
         coder: Callable[[TokenLayout, int], PatchCoder] = LinearCoder,
+        bidirectional: bool = True,
         sampling: FlowSettings = FlowSettings(),
     ) -> None:
-        super().__init__(layout, width, time, coder, sampling)
+        super().__init__(layout, width, time, coder, bidirectional, sampling)
         if time_draw == "uniform" and (time_mean, time_std) != (0.0, 1.0):
             raise ValueError(f"time_mean, time_std: expected none with time_draw uniform, got {time_mean}, {time_std}")
         self.predicts, self.time_draw = predicts, time_draw

@@ -28,7 +28,7 @@ from unimodal_generators.base import (
     TokenKind,
     per_token,
 )
-from unimodal_generators.choice import check_choice, choose, gumbel
+from unimodal_generators.choice import ChoiceSettings, choose, gumbel
 from unimodal_generators.discrete import Discrete
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
@@ -45,28 +45,24 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 @dataclass(frozen=True)
-class MaskedSettings(SamplingSettings):
+class MaskedSettings(ChoiceSettings):
     """How hidden ids are drawn, and which of them stay.
 
     Args:
         steps: network evaluations, exactly; at most one an id of the image.
-        temperature: of the ids; 0 takes the likeliest ids, those the model is surest of first: nothing is random.
-        top_k: of the ids; 0 is all.
-        top_p: of the ids; 1 is all.
+        temperature: 0 takes the likeliest ids, those the model is surest of first: nothing is random.
+        top_k: 0 is all.
+        top_p: 1 is all.
         choice_temperature: of the Gumbel noise on the log-probabilities that say which ids stay; it falls linearly to 0.
     """
 
     steps: int = 8
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
     choice_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 1:
             raise ValueError(f"steps: expected 1 or more, got {self.steps}")
-        check_choice(self.temperature, self.top_k, self.top_p)
         if not 0 <= self.choice_temperature < math.inf:
             raise ValueError(f"choice_temperature: expected 0 (no noise) or more, got {self.choice_temperature}")
 

@@ -13,7 +13,6 @@ scales say together, on the finest grid. Images that are given are read in this 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -35,22 +34,9 @@ from unimodal_generators.base import (
     SamplingSettings,
     TokenKind,
 )
-from unimodal_generators.choice import check_choice, choose
-from unimodal_generators.cross_entropy import linear_cross_entropy
+from unimodal_generators.choice import ChoiceSettings, choose
+from unimodal_generators.code_heads import ParallelHeads, exact
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, MultiscaleTokenizer, TokenLayout
-
-
-@dataclass(frozen=True)
-class NextScaleSettings(SamplingSettings):
-    """How the ids of a scale are drawn, each by itself."""
-
-    temperature: float = 1.0  # 0: the likeliest id
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0  # 1: all
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.temperature, self.top_k, self.top_p)
 
 
 class NextScale(ImageGenerator):
@@ -74,17 +60,16 @@ class NextScale(ImageGenerator):
         layout: TokenLayout,
         width: int,
         token_noise: float = 0.0,
-        sampling: NextScaleSettings = NextScaleSettings(),
+        sampling: ChoiceSettings = ChoiceSettings(),
     ) -> None:
         super().__init__()
         self.check(layout)
         if not 0 <= token_noise < 1:
             raise ValueError(f"token_noise: expected a share from 0 to below 1, got {token_noise}")
         self.layout, self.token_noise, self.sampling = layout, token_noise, sampling
-        (entries,) = layout.codebooks
         self.code_in = nn.Linear(layout.dim, width)
         self.scale = nn.Embedding(len(layout.scales) + 1, width)  # the first starts an image, the last ends it
-        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, entries))
+        self.head = ParallelHeads(width, layout.codebooks)
         nn.init.normal_(self.code_in.weight, std=1.0)  # entries about 1, which added positions do not drown
 
     def bind(self, tokenizer: ImageTokenizer, rows: Callable[[], ImageRows] | None = None) -> None:
@@ -166,17 +151,12 @@ class NextScale(ImageGenerator):
 
     def logits(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest V"]:
         """Scores over the codebook, in fp32 or better."""
-        logits = self.head(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return exact(self.head(hidden))
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
         """Cross-entropy of each id given all coarser scales; ids of one scale do not see each other."""
         assert corrupted.targets is not None
-        *inner, last = self.head
-        assert isinstance(last, nn.Linear)
-        for module in inner:
-            hidden = module(hidden)
-        total = linear_cross_entropy(hidden, [last.weight], corrupted.targets, last.bias)
+        total = self.head.loss(hidden, corrupted.targets[:, None])
         return {"image": LossTerm(total, len(corrupted.targets))}
 
     def sample(
@@ -191,8 +171,8 @@ class NextScale(ImageGenerator):
 
         Grids of one call are equal.
         """
-        if not isinstance(settings, NextScaleSettings):
-            raise ValueError(f"sampling: expected NextScaleSettings, got {type(settings).__name__}")
+        if not isinstance(settings, ChoiceSettings):
+            raise ValueError(f"sampling: expected ChoiceSettings, got {type(settings).__name__}")
         self.check_known(known)
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: next-scale images of one call need one size, got {sorted(set(grids))}")

@@ -27,13 +27,13 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
+    per_token,
 )
 from unimodal_generators.denoisers import Denoiser
+from unimodal_generators.denoising import draw_noise
 from unimodal_generators.flow import FlowSettings, solve_flow
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
-
-SAMPLING = FlowSettings()
 
 
 class Queries(ImageGenerator):
@@ -70,7 +70,7 @@ class Queries(ImageGenerator):
         time_shift: float = 1.0,
         time_mean: float = 0.0,
         time_std: float = 1.0,
-        sampling: FlowSettings = SAMPLING,
+        sampling: FlowSettings = FlowSettings(),
     ) -> None:
         super().__init__()
         self.check(layout)
@@ -107,8 +107,7 @@ class Queries(ImageGenerator):
         drawn = [torch.randn(n, data.shape[1], generator=rng) for n, rng in zip(tokens.lengths, rngs, strict=True)]
         noise = torch.cat([data[:0], *(x.to(data) for x in drawn)])  # (T, D)
         time = data.new_tensor([block.time for block in blocks])  # (N,)
-        lengths = torch.tensor(tokens.lengths, dtype=torch.long, device=data.device)
-        t = time.repeat_interleave(lengths, output_size=len(data))[:, None]  # (T, 1)
+        t = per_token(time, tokens.grids)[:, None]  # (T, 1)
         return Corrupted(diffusion.interpolate(noise, data, t), time, tokens.grids, diffusion.velocity(noise, data))
 
     def context(self, tokens: ImageTokens) -> Corrupted:
@@ -170,8 +169,8 @@ class Queries(ImageGenerator):
         asked = Embeddings(self.queries.repeat(count, 1))
         ask = session.peek if self.private else session.append
         condition = self.connect(ask(asked, [self._block()] * count).flatten(0, 1))  # (G R, L, Q, K)
-        drawn = [torch.randn(n, self.layout.dim, generator=rng, dtype=torch.float64) for n, rng in zip(lengths, rngs)]
-        noise = torch.cat(drawn).to(condition.device, torch.promote_types(condition.dtype, torch.float32))  # (T, D)
+        exact = torch.promote_types(condition.dtype, torch.float32)
+        noise = draw_noise(grids, rngs, self.layout.dim).to(condition.device, exact)  # (T, D)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             branches = settings.active(t)

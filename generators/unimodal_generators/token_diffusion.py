@@ -31,7 +31,7 @@ from unimodal_generators.base import (
     SamplingSettings,
     TokenKind,
 )
-from unimodal_generators.denoising import timestep_embedding
+from unimodal_generators.denoising import draw_noise, timestep_embedding
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
@@ -76,9 +76,8 @@ class TokenDiffusionSettings(DenoisingSettings):
 
 @dataclass(frozen=True)
 class CorruptedTokens(Corrupted):
-    """What the backbone reads, and what the head learns of it: of `targets` those at `masked`, or all."""
+    """What the backbone reads, and what the head learns of it; at `where` it reads the mask instead of a token."""
 
-    masked: Int[Tensor, " m"] | None = None  # which tokens are not read but replaced by the mask
     noise: Float[Tensor, "m K D"] | None = None
     head_time: Float[Tensor, "m K"] | None = None
 
@@ -190,8 +189,8 @@ class TokenDiffusion(ImageGenerator):
             inputs=data + torch.cat(read).to(data) if self.input_noise else data,
             time=data.new_tensor([block.time for block in blocks]),
             grids=tokens.grids,
-            targets=data,
-            masked=at,
+            targets=data if at is None else data[at],
+            where=at,
             noise=torch.cat(noise).to(data),
             head_time=torch.cat(time).to(data),
         )
@@ -203,9 +202,8 @@ class TokenDiffusion(ImageGenerator):
     def embed(self, corrupted: Corrupted) -> Embeddings:
         """Linear tokens; the mask in the place of those that are masked."""
         values = self.token_in(corrupted.inputs.to(self.token_in.weight.dtype))  # (T, C)
-        masked = corrupted.masked if isinstance(corrupted, CorruptedTokens) else None
-        if masked is not None:
-            values = values.index_put((masked,), self.mask.to(values.dtype))
+        if corrupted.where is not None:
+            values = values.index_put((corrupted.where,), self.mask.to(values.dtype))
         return Embeddings(values)
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
@@ -215,9 +213,7 @@ class TokenDiffusion(ImageGenerator):
         assert noise is not None
         assert time is not None
         assert targets is not None
-        z = hidden
-        if corrupted.masked is not None:
-            z, targets = hidden[corrupted.masked], targets[corrupted.masked]  # (m, C), (m, D)
+        z = hidden if corrupted.where is None else hidden[corrupted.where]  # (m, C)
         data, rows = targets.repeat_interleave(self.multiply, 0), noise.flatten(0, 1)  # (m K, D)
         x = diffusion.interpolate(rows, data, time.flatten()[:, None])
         v = self.head(z[:, None], x.view_as(noise), time)  # (m, K, D): z is projected once, whatever K
@@ -271,7 +267,7 @@ class TokenDiffusion(ImageGenerator):
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: raster-order images of one call need one size, got {sorted(set(grids))}")
         block, n, dim = self._block(grids[0]), grids[0].length, self.layout.dim
-        noise = torch.stack(self._noise(grids, rngs)).to(self._exact())  # (R, n, D)
+        noise = draw_noise(grids, rngs, dim).to(self._exact()).unflatten(0, (len(grids), n))  # (R, n, D)
         given = None if known is None else (known.tokens.values.to(noise).view(-1, n, dim), known.mask.view(-1, n))
         drawn: list[Tensor] = []
         hidden = session.last  # (G, R, C)
@@ -296,7 +292,7 @@ class TokenDiffusion(ImageGenerator):
     ) -> Iterator[ImageTokens]:
         blocks = [self._block(grid) for grid in grids]
         orders = self._orders(grids, rngs, known)
-        noise = torch.cat(self._noise(grids, rngs)).to(self._exact())  # (T, D)
+        noise = draw_noise(grids, rngs, self.layout.dim).to(self._exact())  # (T, D)
         x = torch.zeros_like(noise)
         if known is not None:
             x = torch.where(known.mask.to(x.device)[:, None], known.tokens.values.to(x), x)
@@ -309,7 +305,7 @@ class TokenDiffusion(ImageGenerator):
             now = [order[: count[k]] if k < len(count) else order[:0] for order, count in zip(orders, counts)]
             orders, masked = [order[len(at) :] for order, at in zip(orders, now)], torch.cat(orders)
             if any(len(at) for at in now):
-                read = CorruptedTokens(x, time, tuple(grids), masked=masked.to(x.device))
+                read = Corrupted(x, time, tuple(grids), where=masked.to(x.device))
                 at = torch.cat(now).to(x.device)  # (m,)
                 z = session.peek(self.embed(read), blocks, settings.active(k / steps))[:, at]  # (G, m, C)
                 guided = settings.grown((k + 1) / steps)
@@ -326,13 +322,6 @@ class TokenDiffusion(ImageGenerator):
             orders.append(order if known is None else order[~known.mask.cpu()[order]])
             first += grid.length
         return orders
-
-    def _noise(self, grids: Sequence[Grid], rngs: Sequence[torch.Generator]) -> list[Float[Tensor, "n D"]]:
-        """Of each image, drawn before anything depends on how it is sampled."""
-        return [
-            torch.randn(grid.length, self.layout.dim, generator=rng, dtype=torch.float64)
-            for grid, rng in zip(grids, rngs, strict=True)
-        ]
 
     def _exact(self) -> Tensor:
         """An empty tensor on the weights' device, in fp32 or better."""

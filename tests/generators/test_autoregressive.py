@@ -11,7 +11,7 @@ from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, pack, to_tensor
-from unimodal_generators import Autoregressive, AutoregressiveSettings, FlowSettings
+from unimodal_generators import Autoregressive, ChoiceSettings, FlowSettings
 from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, TokenKind
 from unimodal_tokenizers.base import TokenLayout
 
@@ -103,7 +103,7 @@ def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> 
     return session
 
 
-def sampled(session: Session, model: UnifiedModel, grids: Sequence[Grid], settings: AutoregressiveSettings,
+def sampled(session: Session, model: UnifiedModel, grids: Sequence[Grid], settings: ChoiceSettings,
             seeds: Sequence[int]) -> list[ImageTokens]:  # fmt: skip
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_an_image_has_exactly_its_tokens(make: Callable[..., UnifiedModel], grid
     model = make("autoregressive")
     session = begun(model, ["seven", "a handwritten three"], guided=True)
     before, following = list(session._state.cache.lengths), list(session._state.next)
-    (final,) = sampled(session, model, [grid] * 2, AutoregressiveSettings(guidance=2.0), [0, 1])
+    (final,) = sampled(session, model, [grid] * 2, ChoiceSettings(guidance=2.0), [0, 1])
     assert final.values.shape == (2 * grid.length,)
     assert final.values.dtype == torch.long
     assert 0 <= final.values.min() <= final.values.max() < 16
@@ -128,7 +128,7 @@ def test_greedy_ids_by_hand(make: Callable[..., UnifiedModel]) -> None:
     """The likeliest id given everything before it, from a training pass over the whole image."""
     model = make("autoregressive").double()
     grid = Grid(4, 4)
-    (final,) = sampled(begun(model, ["seven"]), model, [grid], AutoregressiveSettings(temperature=0.0), [0])
+    (final,) = sampled(begun(model, ["seven"]), model, [grid], ChoiceSettings(temperature=0.0), [0])
     session, states = begun(model, ["seven"]), []
     states.append(session.last[0, 0])
     block = Block(grid, TokenKind.LEARNED, bidirectional=False, private=False)
@@ -140,7 +140,7 @@ def test_greedy_ids_by_hand(make: Callable[..., UnifiedModel]) -> None:
 
 def test_guidance_is_on_scores(make: Callable[..., UnifiedModel]) -> None:
     model = make("autoregressive").double()
-    settings = AutoregressiveSettings(guidance=3.0, temperature=0.0)
+    settings = ChoiceSettings(guidance=3.0, temperature=0.0)
     (final,) = sampled(begun(model, ["seven"], guided=True), model, [Grid(4, 4)], settings, [0])
     with torch.no_grad():
         c, u = scores_of(model.generator, begun(model, ["seven"], guided=True).last[:, 0])
@@ -150,7 +150,7 @@ def test_guidance_is_on_scores(make: Callable[..., UnifiedModel]) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_an_image_does_not_depend_on_its_neighbours(make: Callable[..., UnifiedModel], guidance: float) -> None:
     model = make("autoregressive").double()
-    settings = AutoregressiveSettings(guidance=guidance, top_k=12, top_p=0.9)
+    settings = ChoiceSettings(guidance=guidance, top_k=12, top_p=0.9)
     prompts, seeds, grid = ["a handwritten seven", "three", ""], [3, 4, 5], Grid(4, 4)
     (together,) = sampled(begun(model, prompts, guidance != 1), model, [grid] * 3, settings, seeds)
     for i, one in enumerate(together.split()):
@@ -164,12 +164,12 @@ def test_an_image_does_not_depend_on_its_neighbours(make: Callable[..., UnifiedM
 def test_sizes_of_one_call_are_equal(make: Callable[..., UnifiedModel]) -> None:
     model = make("autoregressive")
     with pytest.raises(ValueError, match="need one size"):
-        sampled(begun(model, ["a", "b"]), model, GRIDS, AutoregressiveSettings(), [0, 1])
+        sampled(begun(model, ["a", "b"]), model, GRIDS, ChoiceSettings(), [0, 1])
 
 
 def test_settings_of_another_generator_are_refused(make: Callable[..., UnifiedModel]) -> None:
     model = make("autoregressive")
-    with pytest.raises(ValueError, match="sampling: expected AutoregressiveSettings, got FlowSettings"):
+    with pytest.raises(ValueError, match="sampling: expected ChoiceSettings, got FlowSettings"):
         sampled(begun(model, ["a"]), model, [GRIDS[0]], FlowSettings(), [0])  # type: ignore[arg-type]
 
 
@@ -192,7 +192,7 @@ def test_overfits_four_images(make: Callable[..., UnifiedModel]) -> None:
         optimizer.step()
     assert float(term.sum.detach()) / term.count < 0.05
     prompts = [Document((Part(word, learn=False),)) for word in words]
-    image = AutoregressiveSettings(temperature=0.0)
+    image = ChoiceSettings(temperature=0.0)
     settings = DecodingSettings(start="image", max_tokens=0, max_images=1, image=image)
     drawn = decode(model, prompts, settings, [1, 2, 3, 4])
     expected = model.tokenizer.encode(to_tensor(noise)).values

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from unimodal_generators import AutoregressiveSettings, FlowSettings, SamplingSettings, TokenDiffusionSettings
+from unimodal_generators import ChoiceSettings, FlowSettings, SamplingSettings, TokenDiffusionSettings
 from unimodal_generators.base import Block, Branch, DenoisingSettings, Grid, TokenKind, guide
 from unimodal_tokenizers import diffusion
 
@@ -63,12 +63,12 @@ def test_override_changes_what_is_given() -> None:
 
 def test_override_refuses_another_generator_s_settings() -> None:
     with pytest.raises(ValueError, match=r"steps: .* it has guidance, .*temperature, top_k, top_p"):
-        AutoregressiveSettings().override(steps=3)
+        ChoiceSettings().override(steps=3)
     with pytest.raises(ValueError, match=r"temperature: .* it has guidance, .*steps, solver, shift"):
         FlowSettings().override(guidance=1.0, temperature=0.5)
     with pytest.raises(ValueError, match="sampler"):
         SamplingSettings().override(sampler="ddim")
-    assert AutoregressiveSettings().override(steps=None) == AutoregressiveSettings()
+    assert ChoiceSettings().override(steps=None) == ChoiceSettings()
 
 
 def test_pieces_of_a_block() -> None:

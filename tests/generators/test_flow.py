@@ -16,7 +16,7 @@ from unimodal.model import UnifiedModel
 from unimodal.packing import Run, SequenceRules, pack
 from unimodal_generators import (
     Autoregressive,
-    AutoregressiveSettings,
+    ChoiceSettings,
     ConvNeXtCoder,
     Flow,
     FlowSettings,
@@ -421,8 +421,8 @@ def test_an_image_does_not_depend_on_its_neighbours(make: Callable[..., UnifiedM
 
 def test_settings_of_another_generator_are_refused(make: Callable[..., UnifiedModel]) -> None:
     model = make("flow")
-    with pytest.raises(ValueError, match="sampling: expected FlowSettings, got AutoregressiveSettings"):
-        sampled(begun(model, ["seven"]), model, [Grid(4, 4)], AutoregressiveSettings(), [0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sampling: expected FlowSettings, got ChoiceSettings"):
+        sampled(begun(model, ["seven"]), model, [Grid(4, 4)], ChoiceSettings(), [0])  # type: ignore[arg-type]
     assert Autoregressive.accepts != Flow.accepts
 
 

@@ -19,14 +19,14 @@ from unimodal.packing import Run, pack, to_tensor
 from unimodal.text import TextTokenizer
 from unimodal.training.optimizers import parameter_groups
 from unimodal.training.stages import freeze
-from unimodal_generators import AutoregressiveSettings
+from unimodal_generators import ChoiceSettings
 from unimodal_generators.base import Branch, Grid, ImageTokens, Known
 from unimodal_generators.shuffle import windows
 
 Make = Callable[..., UnifiedModel]
 GRIDS = (Grid(4, 4), Grid(2, 4))
 KINDS = ["autoregressive", "codes", "shared", "rows", "digits", "depth", "squares"]
-GREEDY = AutoregressiveSettings(temperature=0.0)
+GREEDY = ChoiceSettings(temperature=0.0)
 
 
 # ---- sampling
@@ -43,7 +43,7 @@ def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> 
 
 
 def sampled(
-    model: UnifiedModel, prompts: Sequence[str], settings: AutoregressiveSettings = GREEDY, seeds: Sequence[int] = (),
+    model: UnifiedModel, prompts: Sequence[str], settings: ChoiceSettings = GREEDY, seeds: Sequence[int] = (),
     grid: Grid = GRIDS[0], known: Known | None = None,
 ) -> ImageTokens:  # fmt: skip
     session, rngs = begun(model, prompts, settings.guidance != 1), [torch.Generator().manual_seed(s) for s in seeds]
@@ -102,7 +102,7 @@ def test_an_image_has_exactly_its_tokens_and_positions(make: Make, kind: str) ->
     before, following = list(session._state.cache.lengths), list(session._state.next)
     with torch.no_grad():
         (final,) = model.generator.sample(
-            session, [Grid(2, 4)] * 2, AutoregressiveSettings(guidance=2.0), [torch.Generator(), torch.Generator()]
+            session, [Grid(2, 4)] * 2, ChoiceSettings(guidance=2.0), [torch.Generator(), torch.Generator()]
         )
     (block,) = model.generator.plan_context(Grid(2, 4))
     assert block.length == {"rows": 10, "squares": 3}.get(kind, 8)
@@ -115,7 +115,7 @@ def test_an_image_has_exactly_its_tokens_and_positions(make: Make, kind: str) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_does_not_depend_on_its_neighbours(make: Make, kind: str) -> None:
     model, prompts, seeds = make(kind).double(), ["a handwritten seven", "three", ""], [3, 4, 5]
-    settings = AutoregressiveSettings(guidance=2.0, top_k=12, top_p=0.9, temperature=1.3)
+    settings = ChoiceSettings(guidance=2.0, top_k=12, top_p=0.9, temperature=1.3)
     together = sampled(model, prompts, settings, seeds)
     assert torch.equal(sampled(model, prompts, settings, seeds).values, together.values)
     for i, one in enumerate(together.split()):
@@ -151,7 +151,7 @@ def test_given_tokens_are_kept_and_the_others_follow(make: Make, kind: str, monk
 @pytest.mark.parametrize("kind", ["digits", "depth", "squares", "shared"])
 def test_guidance_is_on_the_scores_of_each_code(make: Make, kind: str) -> None:
     model = make(kind).double()
-    settings = AutoregressiveSettings(guidance=3.0, temperature=0.0)
+    settings = ChoiceSettings(guidance=3.0, temperature=0.0)
     final = sampled(model, ["seven"], settings)
     generator = model.generator
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_words_are_never_image_ids_and_images_never_words(make: Make, monkeypatc
     assert max(said) < model.text.special.bos
     with torch.no_grad():
         model.backbone.embedding.weight.mul_(5000.0)
-    drawn = sampled(model, ["seven"] * 2, AutoregressiveSettings(temperature=5.0), [0, 1])
+    drawn = sampled(model, ["seven"] * 2, ChoiceSettings(temperature=5.0), [0, 1])
     assert 0 <= drawn.values.min() <= drawn.values.max() < 16
 
 

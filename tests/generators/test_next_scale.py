@@ -15,7 +15,7 @@ from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, Run, SequenceRules, pack, to_tensor
 from unimodal.text import TextTokenizer
-from unimodal_generators import AutoregressiveSettings, NextScale, NextScaleSettings
+from unimodal_generators import ChoiceSettings, FlowSettings, NextScale
 from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, Known, TokenKind
 from unimodal_generators.choice import choose
 from unimodal_tokenizers import MultiscaleVQ
@@ -210,7 +210,7 @@ def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> 
     return session
 
 
-def sampled(session: Session, model: UnifiedModel, grids: Sequence[Grid], settings: NextScaleSettings,
+def sampled(session: Session, model: UnifiedModel, grids: Sequence[Grid], settings: ChoiceSettings,
             seeds: Sequence[int], known: Known | None = None) -> list[ImageTokens]:  # fmt: skip
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_an_image_has_exactly_its_tokens_and_coarser_previews(
     grid = model.tokenizer.layout.grid(*size)
     session = begun(model, ["seven", "a handwritten three"], guided=True)
     before, following = list(session._state.cache.lengths), list(session._state.next)
-    *previews, final = sampled(session, model, [grid] * 2, NextScaleSettings(guidance=2.0), [0, 1])
+    *previews, final = sampled(session, model, [grid] * 2, ChoiceSettings(guidance=2.0), [0, 1])
     assert final.grids == (grid, grid)
     assert 0 <= final.values.min() <= final.values.max() < 16
     assert session._state.cache.lengths == [n + grid.length for n in before]
@@ -241,7 +241,7 @@ def test_an_image_has_exactly_its_tokens_and_coarser_previews(
 def test_greedy_ids_by_hand(make: Callable[..., UnifiedModel], guidance: float) -> None:
     """The likeliest ids of each scale given the coarser ones, from blocks that are all known beforehand."""
     model = make("next_scale").double()
-    settings = NextScaleSettings(temperature=0.0, guidance=guidance)
+    settings = ChoiceSettings(temperature=0.0, guidance=guidance)
     grid = model.tokenizer.layout.grid(8, 8)
     *_, final = sampled(begun(model, ["seven"], guidance != 1), model, [grid], settings, [0])
     session, out = begun(model, ["seven"], guidance != 1), []
@@ -268,7 +268,7 @@ def test_one_scale_is_one_parallel_step() -> None:
     model = UnifiedModel(tokenizer(4), NextScale, config, rules).double().eval()
     model.text = TextTokenizer.train(["seven"], 300)
     grid = model.tokenizer.layout.grid(8, 8)
-    (final,) = sampled(begun(model, ["seven"]), model, [grid], NextScaleSettings(), [5])
+    (final,) = sampled(begun(model, ["seven"]), model, [grid], ChoiceSettings(), [5])
     block = Block(grid, TokenKind.LEARNED, bidirectional=True, private=False)
     made = model.generator
     assert isinstance(made, NextScale)
@@ -283,7 +283,7 @@ def test_one_scale_is_one_parallel_step() -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_an_image_does_not_depend_on_its_neighbours(make: Callable[..., UnifiedModel], guidance: float) -> None:
     model = make("next_scale").double()
-    settings = NextScaleSettings(guidance=guidance, top_k=12, top_p=0.9)
+    settings = ChoiceSettings(guidance=guidance, top_k=12, top_p=0.9)
     prompts, seeds, grid = ["a handwritten seven", "three", ""], [3, 4, 5], model.tokenizer.layout.grid(8, 8)
     *_, together = sampled(begun(model, prompts, guidance != 1), model, [grid] * 3, settings, seeds)
     for i, one in enumerate(together.split()):
@@ -298,7 +298,7 @@ def test_guidance_outside_its_interval_is_left_out(make: Callable[..., UnifiedMo
     """Of three scales the first alone is guided: it changes, and drawing the rest is the conditional model's."""
     model = make("next_scale").double()
     grid = model.tokenizer.layout.grid(8, 8)
-    guided = NextScaleSettings(guidance=8.0, interval=(0.0, 0.0), temperature=0.0)
+    guided = ChoiceSettings(guidance=8.0, interval=(0.0, 0.0), temperature=0.0)
     *_, final = sampled(begun(model, ["seven"], True), model, [grid], guided, [0])
     made = model.generator
     assert isinstance(made, NextScale)
@@ -329,20 +329,20 @@ def test_sizes_of_one_call_are_equal(make: Callable[..., UnifiedModel]) -> None:
     model = make("next_scale")
     grids = [model.tokenizer.layout.grid(8, 8), model.tokenizer.layout.grid(4, 8)]
     with pytest.raises(ValueError, match="need one size"):
-        sampled(begun(model, ["a", "b"]), model, grids, NextScaleSettings(), [0, 1])
+        sampled(begun(model, ["a", "b"]), model, grids, ChoiceSettings(), [0, 1])
 
 
 def test_settings_of_another_generator_are_refused(make: Callable[..., UnifiedModel]) -> None:
     model = make("next_scale")
-    with pytest.raises(ValueError, match="sampling: expected NextScaleSettings, got AutoregressiveSettings"):
-        sampled(begun(model, ["a"]), model, [SQUARE], AutoregressiveSettings(), [0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sampling: expected ChoiceSettings, got FlowSettings"):
+        sampled(begun(model, ["a"]), model, [SQUARE], FlowSettings(), [0])  # type: ignore[arg-type]
 
 
 def test_given_tokens_are_refused(make: Callable[..., UnifiedModel]) -> None:
     model = make("next_scale")
     known = Known(ImageTokens(torch.zeros(21, dtype=torch.long), (SQUARE,)), torch.ones(21, dtype=torch.bool))
     with pytest.raises(ValueError, match="known: NextScale cannot keep given tokens"):
-        sampled(begun(model, ["a"]), model, [SQUARE], NextScaleSettings(), [0], known)
+        sampled(begun(model, ["a"]), model, [SQUARE], ChoiceSettings(), [0], known)
 
 
 def test_other_tokenizers_are_refused_by_name() -> None:
@@ -370,7 +370,7 @@ def test_overfits_four_images(make: Callable[..., UnifiedModel]) -> None:
         optimizer.step()
     assert float(term.sum.detach()) / term.count < 0.05
     expected = model.tokenizer.encode(to_tensor(noise)).values
-    settings = NextScaleSettings(temperature=0.0)
+    settings = ChoiceSettings(temperature=0.0)
     grid = model.tokenizer.layout.grid(8, 8)
     *_, drawn = sampled(begun(model, words), model, [grid] * 4, settings, [1, 2, 3, 4])
     assert torch.equal(drawn.values, expected)

@@ -18,7 +18,7 @@ from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, Run, SequenceRules, pack
 from unimodal.training.flops import useful_flops
 from unimodal.training.stages import freeze
-from unimodal_generators import AutoregressiveSettings, DiT, FlowSettings, Queries, Sana
+from unimodal_generators import ChoiceSettings, DiT, FlowSettings, Queries, Sana
 from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, TokenKind
 from unimodal_generators.denoisers import Attention, grid_embedding
 from unimodal_tokenizers.base import TokenLayout
@@ -448,7 +448,7 @@ def test_discrete_tokenizers_and_other_settings_are_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="tokenizer: Queries takes continuous tokens, got discrete"):
         Queries(TokenLayout("discrete", dim=8, stride=2, codebooks=(16,)), 32, DENOISER)
     model = make("queries")
-    with pytest.raises(ValueError, match="sampling: expected FlowSettings, got AutoregressiveSettings"):
-        sampled(begun(model, ["seven"]), model, [Grid(4, 4)], AutoregressiveSettings(), [0])
+    with pytest.raises(ValueError, match="sampling: expected FlowSettings, got ChoiceSettings"):
+        sampled(begun(model, ["seven"]), model, [Grid(4, 4)], ChoiceSettings(), [0])
     with pytest.raises(ValueError, match=r"steps: .* got 2"):
         sampled(begun(model, ["seven"]), model, [Grid(4, 4)], FlowSettings(steps=2, solver="heun"), [0])

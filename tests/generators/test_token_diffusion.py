@@ -88,10 +88,10 @@ def test_masks_and_draws_are_functions_of_the_block_s_seed() -> None:
             assert torch.equal(alone.noise, together.noise[at : at + n])
             assert torch.equal(alone.head_time, together.head_time[at : at + n])  # type: ignore[arg-type]
             if order == "random":
-                assert together.masked is not None
-                assert alone.masked is not None
+                assert together.where is not None
+                assert alone.where is not None
                 first = sum(g.length for g in GRIDS[:i])
-                assert torch.equal(alone.masked + first, together.masked[at : at + n])
+                assert torch.equal(alone.where + first, together.where[at : at + n])
             at += n
         assert at == len(together.noise)
         other = generator.corrupt(data, [replace(b, seed=b.seed ^ 1) for b in blocks])
@@ -101,13 +101,13 @@ def test_masks_and_draws_are_functions_of_the_block_s_seed() -> None:
 def test_masked_tokens_are_read_as_the_mask_and_only_they() -> None:
     generator, data = made(mask_min=0.3, mask_std=1.0), tokens()
     corrupted = generator.corrupt(data, planned(generator))
-    assert corrupted.masked is not None
+    assert corrupted.where is not None
     values = generator.embed(corrupted).values
-    hidden = set(corrupted.masked.tolist())
+    hidden = set(corrupted.where.tolist())
     assert 0 < len(hidden) < 27
     for i in range(27):
         torch.testing.assert_close(values[i], generator.mask if i in hidden else generator.token_in(data.values[i]))
-    spoilt = replace(corrupted, inputs=data.values.index_fill(0, corrupted.masked, 9.0))
+    spoilt = replace(corrupted, inputs=data.values.index_fill(0, corrupted.where, 9.0))
     assert torch.equal(generator.embed(spoilt).values, values)
 
 
@@ -124,12 +124,11 @@ def slow_loss(generator: TokenDiffusion, hidden: Tensor, corrupted: CorruptedTok
     assert corrupted.noise is not None
     assert corrupted.head_time is not None
     assert corrupted.targets is not None
-    learned = range(len(hidden)) if corrupted.masked is None else corrupted.masked.tolist()
+    learned = range(len(hidden)) if corrupted.where is None else corrupted.where.tolist()
     total, count = hidden.new_zeros(()), 0
     for row, i in enumerate(learned):
-        errors = []
+        errors, data = [], corrupted.targets[row]
         for noise, t in zip(corrupted.noise[row], corrupted.head_time[row], strict=True):
-            data = corrupted.targets[i]
             v = generator.head(hidden[i], (1 - t) * noise + t * data, t)
             errors.append(((v - (data - noise)) ** 2).mean())
         total, count = total + torch.stack(errors).mean(), count + 1

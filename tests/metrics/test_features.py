@@ -17,10 +17,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torchmetrics.image.fid import NoTrainInceptionV3
 
+from unimodal.files import read_state
 from unimodal.metrics import clip, inception
 from unimodal.metrics.clip import ClipFeatures, ShortestFirst, SquareFirst
 from unimodal.metrics.dino import DinoFeatures, shrunk_positions
-from unimodal.metrics.features import PixelFeatures, as_drawn, centre_square, load_strictly, read_weights
+from unimodal.metrics.features import PixelFeatures, as_drawn, centre_square, load_strictly
 from unimodal.metrics.inception import RESIZES, InceptionFeatures
 
 
@@ -229,11 +230,11 @@ def test_weights_that_are_missing_pickled_or_others_fail_at_once(tmp_path: Path,
     (tmp_path / "text.safetensors").write_text("hello")
     for name in ("bomb.pth", "script.pt", "text.pth", "text.safetensors"):
         with pytest.raises(ValueError, match=r"expected \.safetensors or a state dict of torch\.save") as caught:
-            read_weights(tmp_path / name)
+            read_state(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert not Bomb.fired
     with pytest.raises(ValueError, match="expected names to tensors"):
-        read_weights(tmp_path / "tensor.pth")
+        read_state(tmp_path / "tensor.pth")
     with pytest.raises(ValueError, match=r"it lacks .* and \d+ others, has another shape of fc.weight"):
         InceptionFeatures(tmp_path / "other.pth")
     with pytest.raises(ValueError, match="it also has more"):

@@ -22,13 +22,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from unimodal.files import read_state
 from unimodal.metrics.features import (
     TextImageFeatures,
     as_drawn,
     centre_square,
     file_record,
     load_strictly,
-    read_weights,
 )
 
 OPENAI = "openai"
@@ -97,7 +97,7 @@ class ClipFeatures(TextImageFeatures):
         if "tag" in record:
             network = open_clip.create_model(model, pretrained=record["tag"])
         else:
-            state = read_weights(Path(weights))
+            state = read_state(Path(weights))
             with _quiet():
                 network = open_clip.create_model(model, load_weights=False)
             load_strictly(network, _without_sizes(state), Path(weights))

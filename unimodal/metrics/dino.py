@@ -16,7 +16,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimodal.metrics.features import ImageFeatures, as_drawn, file_record, load_strictly, read_weights
+from unimodal.files import read_state
+from unimodal.metrics.features import ImageFeatures, as_drawn, file_record, load_strictly
 
 SIDE, PATCH = 224, 14
 MODEL = "vit_large_patch14_dinov2"
@@ -52,7 +53,7 @@ class DinoFeatures(ImageFeatures):
             record = {"hub": f"{model}.{HUB}"}
         else:
             path = Path(weights)
-            state = read_weights(path)
+            state = read_state(path)
             network = timm.create_model(model, num_classes=0)
             load_strictly(network, checkpoint_filter_fn(state, network), path)
             record = file_record(path)

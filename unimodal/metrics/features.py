@@ -5,19 +5,15 @@ Letters: B images, H W their pixels, D the width of the features, C classes.
 
 from __future__ import annotations
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimodal.files import file_sha256
@@ -140,36 +136,6 @@ class Shrink:
     def __call__(self, image: Image.Image) -> UInt8[Tensor, "3 H W"]:
         """Shrunk, whatever its shape was."""
         return as_drawn(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BOX))
-
-
-# Whatever the two readers stumble over in a file of another kind.
-_DAMAGE = (
-    SafetensorError, OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, struct.error,
-    UnpicklingError,
-)  # fmt: skip
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from what torch.save wrote, read with `weights_only=True`.
-
-    Raises:
-        ValueError: no such file, damaged, TorchScript, or anything but tensors in it.
-    """
-    if not path.is_file():
-        raise ValueError(f"weights: expected a file, got {path}, {'a folder' if path.is_dir() else 'which is missing'}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"weights: expected .safetensors or a state dict of torch.save, got {path}: {line[:200]}"
-        ) from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights: expected names to tensors in {path}, got {type(state).__name__}")
-    return state
 
 
 def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

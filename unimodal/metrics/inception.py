@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from unimodal.files import read_state
 from unimodal.metrics.features import (
     LogitFeatures,
     Preparation,
@@ -27,7 +28,6 @@ from unimodal.metrics.features import (
     centre_square,
     file_record,
     load_strictly,
-    read_weights,
 )
 
 SIDE = 299
@@ -239,7 +239,7 @@ def _network(weights: Path | str) -> tuple[Any, dict[str, str]]:
         path = Path(torch.hub.get_dir()) / "checkpoints" / HUB_FILE
     else:
         network, path = EmptyInception(), Path(weights)
-        load_strictly(network, read_weights(path), path)
+        load_strictly(network, read_state(path), path)
     return network.requires_grad_(False).eval(), file_record(path)
 
 

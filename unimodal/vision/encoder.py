@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimodal.metrics.features import read_weights
+from unimodal.files import read_state
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 HUB = "hub"
@@ -105,7 +105,7 @@ class VisionEncoder(nn.Module):
                 for own, given in zip((self.mean, self.std), self._scale(network), strict=True):
                     own.copy_(given)
             else:
-                state = read_weights(Path(source))
+                state = read_state(Path(source))
                 network = self._build(self.name, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
         except (RuntimeError, KeyError) as error:  # how timm and torch say that weights do not fit
             reason = " ".join(str(error).split())

@@ -1,0 +1,185 @@
+"""What is compared: ten published designs, and the controls that differ from one of them in one thing.
+
+A design is a recipe of `lightning_configs/models` and what is changed in it. `BUDGET` is laid over every one of them, so
+that backbone, documents, tokens a step and schedule are the same; rates and weights of losses are each recipe's own.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+CONFIGS = Path("lightning_configs")
+Changes = dict[str, Any]
+"""Nested keys; a dictionary with a class_path replaces what it meets, any other is laid over it, None takes a key away."""
+
+
+def model(**changes: Any) -> Changes:
+    """Changes of the model itself."""
+    return {"model": {"init_args": {"model": changes}}}
+
+
+def training(**changes: Any) -> Changes:
+    """Changes of how it is trained."""
+    return {"model": {"init_args": changes}}
+
+
+@dataclass(frozen=True)
+class First:
+    """A stage before, over half of the steps.
+
+    Attributes:
+        changes: of the design's recipe.
+        handed: what the second stage starts from: the whole model, or its layers as a text model that experts begin as.
+        kept: what of it does not learn any more.
+    """
+
+    changes: Changes
+    handed: Literal["model", "text"]
+    kept: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Design:
+    """A recipe and its changes.
+
+    Attributes:
+        name: as the paper calls it, or what the control is.
+        recipe: in lightning_configs/models.
+        paper: where it comes from; of a control, what it is a control of.
+        tokenizer: in lightning_configs/tokenizers, trained before; None: one without weights.
+        changes: laid over the recipe.
+        first: the stage before, if it starts from a trained model.
+    """
+
+    name: str
+    recipe: str
+    paper: str
+    tokenizer: str | None = None
+    changes: Changes = field(default_factory=dict)
+    first: First | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published ordering: `better` above `worse` in a score."""
+
+    text: str
+    better: str
+    worse: str
+    score: str
+    source: str
+
+
+_DENSE = {"backbone": {"experts": None}}
+_TEXT = {"image_weight": 0.0, "freeze": ["generator"]}
+_PATCH = {"tokenizer": {"class_path": "unimodal_tokenizers.PatchTokenizer", "init_args": {"patch": 2, "colours": 1}}}
+
+DESIGNS = (
+    Design("chameleon", "digits_chameleon_shared", "Chameleon, arXiv 2405.09818", "digits_vq"),
+    Design("janus", "digits_janus_decoupled", "Janus, arXiv 2410.13848", "digits_vq"),
+    Design("transfusion", "digits_transfusion_diffusion", "Transfusion, arXiv 2408.11039"),
+    Design("bagel", "digits_mot_flow", "BAGEL, arXiv 2505.14683", changes=model(**_PATCH)),
+    Design(
+        "llamafusion", "digits_llamafusion", "LlamaFusion, arXiv 2412.15188",
+        first=First(training(**_TEXT, model=_DENSE), "text", ("text", "embedding")),
+    ),
+    Design("show-o", "digits_showo_masked", "Show-o, arXiv 2408.12528", "digits_vq"),
+    Design("unifluid", "digits_mar_tokens", "UniFluid, arXiv 2503.13436", changes=model(**_DENSE)),
+    Design("vargpt", "digits_var_nextscale", "VARGPT, arXiv 2501.12327", "digits_multiscale"),
+    Design("metamorph", "digits_metamorph_regression", "MetaMorph, arXiv 2412.14164", "digits_representation"),
+    Design(
+        "metaquery", "digits_metaquery", "MetaQuery, arXiv 2504.06256",
+        first=First(training(**_TEXT), "model", ("shared", "embedding", "vision", "connector")),
+    ),
+    Design("flow-dense", "digits_mot_flow", "control of bagel: one expert", changes=model(**_PATCH, **_DENSE)),
+    Design(
+        "flow-causal", "digits_mot_flow", "control of flow-dense: image tokens see those before them only",
+        changes=model(**_PATCH, **_DENSE, generator={"init_args": {"bidirectional": False}}),
+    ),
+    Design("janus-shared", "digits_vq_ar", "control of janus: images are read as they are drawn", "digits_vq"),
+)  # fmt: skip
+
+CLAIMS = (
+    Claim("flow above discrete tokens, drawing", "flow-dense", "chameleon", "drawn", "Transfusion"),
+    Claim("diffusion above discrete tokens, drawing", "transfusion", "chameleon", "drawn", "Transfusion"),
+    Claim("image blocks seen both ways above causal", "flow-dense", "flow-causal", "drawn", "Transfusion"),
+    Claim("mixture of transformers above dense, drawing", "bagel", "flow-dense", "drawn", "BAGEL"),
+    Claim("decoupled encoders above shared, reading", "janus", "janus-shared", "read", "Janus"),
+)
+"""Each compares two designs that differ in that thing; "drawn" and "read" are the world's own scores."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What is drawn and read.
+
+    Attributes:
+        budget: laid over every recipe.
+        drawn: score of asked images, in `scores`.
+        read: score of images put into words.
+        steps: of a run in full, and of a quick one.
+    """
+
+    name: str
+    budget: Changes
+    drawn: str
+    read: str
+    scores: tuple[str, ...]
+    steps: int
+    quick_steps: int
+
+
+def _budget(image: int, context: int, data: Changes) -> Changes:
+    backbone = {"width": 128, "depth": 4, "heads": 4, "kv_heads": 4, "mlp_width": 344, "vocabulary": 512}
+    sequence = {"image_sizes": [[image, image]], "context_length": context, "drop_text": 0.1}
+    rest = {"warmup_steps": 100, "schedule": "constant", "lr_floor": None, "weight_decay": 0.05, "ema_decay": 0.995}
+    trainer = {"precision": "32-true", "gradient_clip_val": 1.0, "enable_progress_bar": False}
+    return {
+        "model": {"init_args": {"model": {"backbone": backbone, "sequence": sequence}, **rest}},
+        "data": data,
+        "trainer": trainer,
+    }
+
+
+DIGITS = World(
+    "digits",
+    _budget(8, 256, {"class_path": "unimodal.data.DigitsData", "init_args": {"batch_tokens": 4096}}),
+    drawn="asked_digit", read="image_to_text",
+    scores=("asked_digit", "image_to_text", "sums_text", "sums_drawn"), steps=1400, quick_steps=1000,
+)  # fmt: skip
+WORLDS = {world.name: world for world in (DIGITS,)}
+
+
+def merged(base: Changes, changes: Changes) -> Changes:
+    """`changes` laid over `base`, which stays as it was."""
+    result = deepcopy(base)
+    for key, value in changes.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict) and isinstance(result.get(key), dict) and "class_path" not in value:
+            result[key] = merged(result[key], value)
+        else:
+            result[key] = deepcopy(value)
+    return result
+
+
+def recipe(design: Design, world: World, changes: Changes) -> Changes:
+    """The whole of what `unimodal fit` reads."""
+    base = yaml.safe_load((CONFIGS / "models" / f"{design.recipe}.yaml").read_text(encoding="utf-8"))
+    for more in (world.budget, design.changes, changes):
+        base = merged(base, more)
+    return base
+
+
+def chosen(names: list[str] | None) -> tuple[Design, ...]:
+    """Designs by name, in the table's order; ValueError where there is none of that name."""
+    known = [design.name for design in DESIGNS]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--only: expected some of {', '.join(known)}, got {name}")
+    return tuple(design for design in DESIGNS if not names or design.name in names)
