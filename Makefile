@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt
 TYPED := unimodal tokenizers/unimodal_tokenizers generators/unimodal_generators experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help venv checked demo demo-vq shapes evaluate-demo bench bench-gpu test test-fast lint format wheel clean FORCE
+.PHONY: help venv checked demo demo-vq shapes designs evaluate-demo bench bench-gpu test test-fast lint format wheel clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -69,6 +69,9 @@ demo-vq: checked ## the same with discrete tokens: leaves out/demo-vq/index.html
 
 shapes: checked ## train the shapes recipe and score it in full; leaves out/shapes/index.html
 	@$(PY) -m experiments.evaluation --only shapes --full --out out/shapes
+
+designs: checked ## train ten published designs on the same digits and compare them, 90 minutes; leaves out/designs/report.md
+	@$(PY) -m experiments.designs --quick --jobs 2 --out out/designs
 
 evaluate-demo: checked ## score the digits and shapes recipes with all that needs no weights; leaves out/evaluate-demo/index.html
 	@$(PY) -m experiments.evaluation --out out/evaluate-demo

@@ -115,6 +115,7 @@ dit = made(DiT, width=16, depth=2, heads=2)
 small = {"head_width": 16, "head_depth": 1, "multiply": 2}
 CASES = {
     "flow": Case(Flow, squares),
+    "flow_causal": Case(made(Flow, bidirectional=False), squares, whole=False),
     "unet": Case(made(Flow, coder=made(UNetCoder, patch=2, channels=8)), squares),
     "convnext": Case(made(Flow, coder=made(ConvNeXtCoder, channels=16)), squares, whole=False),
     "diffusion": Case(made(Diffusion, predicts="data", sampling=DiffusionSettings(steps=8, eta=1.0)), squares),

@@ -30,8 +30,8 @@ PROMISED = {
 }  # fmt: skip
 ISSUE = {
     "train_fp32", "train_bf16", "flops_share_fp32", "flops_share_bf16_1t", "flops_share_bf16_2t", "mot_tax",
-    "attention_fp32", "attention_bf16", "packing", "mask_plan_ms", "t2i_fp32", "t2i_bf16", "decode_b1", "decode_b8",
-    "cache_step", "pack_growth", "loss_memory",
+    "attention_fp32", "attention_bf16", "packing", "mask_plan_ms", "t2i_fp32", "t2i_bf16", "guidance", "decode_b1",
+    "decode_b8", "cache_step", "pack_growth", "loss_memory",
 }  # fmt: skip
 NEED_TRANSFUSION = {"train_fp32", "train_bf16", "t2i_fp32", "t2i_bf16"}
 

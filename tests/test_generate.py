@@ -359,3 +359,13 @@ def test_evaluate_digits_writes_scores_and_a_page(
     page = (out / "index.html").read_text()
     assert page.count("data:image/png") >= 2 + 10
     assert Image.open(out / "samples.png").width >= 80
+
+
+def test_what_was_given_of_an_image_is_written_down(draw: Draw, tmp_path: Path) -> None:
+    image, mask = tmp_path / "given.png", tmp_path / "mask.png"
+    Image.new("RGB", (8, 8), "white").save(image)
+    Image.new("L", (8, 8), 255).save(mask)
+    _, (record,) = draw("--inpaint", image, "--redraw", mask)
+    assert (record["inpaint"], record["redraw"]) == (str(image), str(mask))
+    _, (plain,) = draw()
+    assert not {"inpaint", "redraw", "size"} & set(plain)

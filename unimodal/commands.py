@@ -34,6 +34,8 @@ def generate_image(args: argparse.Namespace) -> int:
     image = overridden(model.generator.sampling, vars(args))
     settings = DecodingSettings("image", max_tokens=0, max_images=1, image=image, size=_size(args.size))
     given = _inpaint(args.inpaint, args.redraw)
+    asked = {"size": args.size, "inpaint": args.inpaint, "redraw": args.redraw}
+    asked = {name: str(value) for name, value in asked.items() if value is not None}
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
     with _folder(args.out) as out, tqdm(total=len(jobs), unit="image", leave=False, disable=None) as bar:
         log = (out / "images.jsonl").open("w")
@@ -45,7 +47,8 @@ def generate_image(args: argparse.Namespace) -> int:
                 for number, ((prompt, seed), document) in enumerate(zip(batch, drawn, strict=True), start=first):
                     name = f"{number:05d}.png"
                     document.parts[-1].image.save(out / name)
-                    record = {"image": name, "prompt": prompt, "seed": seed, "weights": args.weights, **asdict(image)}
+                    record = {"image": name, "prompt": prompt, "seed": seed, "weights": args.weights, **asked}
+                    record |= asdict(image)
                     log.write(json.dumps(record, ensure_ascii=False) + "\n")
                 bar.update(len(batch))
     print(f"{len(jobs)} images in {args.out} ({args.weights} weights)")

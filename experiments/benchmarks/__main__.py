@@ -21,6 +21,7 @@ GOALS: dict[str, Goal | None] = {
     "mask_plan_ms": Goal(1.0, "ms", at_most=True),
     "t2i_fp32": Goal(6.0, "x"),
     "t2i_bf16": Goal(15.0, "x"),
+    "guidance": Goal(1.9, "x", at_most=True),
     "decode_b1": Goal(2.5, "x"),
     "decode_b8": Goal(1.8, "x"),
     "cache_step": Goal(5.0, "x"),

@@ -32,14 +32,15 @@ EVALUATIONS = 2 * (STEPS - 1)  # a midpoint solver between 16 times
 
 
 @torch.no_grad()
-def draw(model: UnifiedModel, side: int, evaluations: int) -> Tensor:
-    """Tokens of one image behind a prompt of random bytes, from seed 0."""
+def draw(model: UnifiedModel, side: int, evaluations: int, guidance: float = GUIDANCE) -> Tensor:
+    """Tokens of one image behind a prompt of random bytes, from seed 0; guidance 1 has no second branch."""
     special = model.text.special
     ids = [special.bos, *(i % 256 for i in range(7, 7 + PROMPT)), special.boi]
     structural = [True, *[False] * PROMPT, True]
-    session = Session.start(model, 1, [Branch(), Branch(text=False)], len(ids) + side * side)
+    branches = [Branch(), Branch(text=False)][: 1 if guidance == 1 else 2]
+    session = Session.start(model, 1, branches, len(ids) + side * side)
     session.append_text([Run(tuple(ids), tuple(structural))])
-    settings = FlowSettings(guidance=GUIDANCE, steps=evaluations)
+    settings = FlowSettings(guidance=guidance, steps=evaluations)
     *_, tokens = model.generator.sample(session, [Grid(side, side)], settings, [torch.Generator().manual_seed(0)])
     return tokens.values
 
@@ -142,6 +143,31 @@ def t2i(settings: Settings, name: str) -> Result:
     if evaluations.get("peer", EVALUATIONS) != EVALUATIONS:
         result.note = f"the peer made {evaluations['peer']} evaluations, we {EVALUATIONS}"
     return result
+
+
+def guidance(settings: Settings) -> Result:
+    """Seconds of an image of 256 tokens with guidance over the whole interval, over those without it."""
+    config, side = models.peer_s(settings.quick), settings.size(16, 2)
+    model = models.unified(config, (side,)).eval()
+
+    def ways(name: str, scale: float) -> dict[str, Callable[[], Tensor]]:
+        def make(compiled: bool) -> Callable[[], Tensor]:
+            own = copy.deepcopy(model)
+            if compiled:
+                own.backbone.compile_decoding()
+            return lambda: draw(own, side, STEPS, scale)
+
+        return dict(variants(settings, name, make))
+
+    times = interleave(ways("guided", GUIDANCE) | ways("plain", 1.0), settings.repeats, warmup=1)
+    guided, plain = fastest(times, "guided"), fastest(times, "plain")
+    exact = copy.deepcopy(model).double()
+    result = Result(
+        name="", value=guided.timing.best / plain.timing.best, unit="x", peer="guidance 1", compiled=guided.compiled,
+        value_median=guided.timing.median / plain.timing.median, tolerance=1e-3,
+        correct=relative(draw(model, side, STEPS), draw(exact, side, STEPS)), extra={"seconds": bests(times)},
+    )  # fmt: skip
+    return result.timed(guided.timing, plain.timing)
 
 
 # --- text
@@ -277,6 +303,7 @@ def cache_step(settings: Settings) -> Result:
 
 
 CASES: dict[str, Case] = {
+    "guidance": guidance,
     "t2i_fp32": functools.partial(t2i, name="fp32"),
     "t2i_bf16": functools.partial(t2i, name="bf16"),
     "decode_b1": functools.partial(decode, rows=1),

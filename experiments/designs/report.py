@@ -1,7 +1,8 @@
 """From rows to tables, plots, and which published orderings came out.
 
-An interval is Wilson's over what was asked of one run. Over several seeds it is Student's over the seeds' scores, which
-alone says something about the design; of one run nothing is said but how that run came out.
+An interval is Wilson's over what was asked of one run. Over several seeds it is the wider of Student's over the seeds'
+scores and Wilson's over all that was asked: at the ceiling seeds agree by chance. Of one run nothing is said but how it
+came out.
 """
 
 from __future__ import annotations
@@ -14,23 +15,29 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
+from experiments.designs.gallery import gallery
 from experiments.designs.running import Row
-from experiments.designs.table import CLAIMS, DESIGNS, Claim, World
+from experiments.designs.table import CLAIMS, DESIGNS, World
 from unimodal.files import write_atomically
+from unimodal.metrics.shares import wilson_interval
 from unimodal.metrics.statistics import Interval
 
 POINTS = {"steps": "Equal steps", "flops": "Equal training FLOPs"}
 
 
 def write_report(rows: Sequence[Row], world: World, out: Path) -> None:
-    """`report.md` with a table for each point, and `plot.png`."""
+    """`report.md` with a table for each point, `plot.png`, and `gallery.png` of what was drawn."""
     parts = [f"# Designs on {world.name}\n"]
+    parts.append(
+        f"Frechet distance of unseen real images: {rows[0]['frechet_real']:.0f}. FLOPs, tokens and documents: estimates.\n"
+    )
     for at, title in POINTS.items():
         mine = [row for row in rows if row["at"] == at]
         if mine:
             parts += [f"## {title}\n", table(mine, world), "", orderings(mine, world), ""]
     write_atomically(out / "report.md", "\n".join(parts).encode())
     plot([row for row in rows if row["at"] == "steps"], world, out / "plot.png")
+    gallery(rows, out)
 
 
 def of(rows: Sequence[Row], name: str) -> list[Row]:
@@ -38,30 +45,42 @@ def of(rows: Sequence[Row], name: str) -> list[Row]:
     return sorted((row for row in rows if row["name"] == name), key=lambda row: int(row["seed"]))
 
 
-def interval(rows: Sequence[Row], score: str) -> Interval:
-    """Of a design's score, at 95 %."""
-    if len(rows) == 1:
-        low, high = rows[0][f"{score}_interval"]
-        return Interval(low, high)
+def interval(rows: Sequence[Row], score: str, trials: int) -> Interval:
+    """Of a design's score, a share of `trials` a run, at 95 %."""
     values = [row[score] for row in rows]
+    asked = wilson_interval(round(trials * sum(values)), trials * len(values))
+    if len(values) == 1:
+        return asked
     half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return Interval(max(0.0, mean(values) - half), min(1.0, mean(values) + half))
+    low, high = max(0.0, mean(values) - half), min(1.0, mean(values) + half)
+    return Interval(min(low, asked.low), max(high, asked.high))
 
 
 def table(rows: Sequence[Row], world: World) -> str:
     """One line a design."""
     heads = ["design", "seeds", *(score.replace("_", " ") for score in world.scores), "Frechet (pixels64)", "recall"]
-    heads += ["TFLOP", "M tokens", "M parameters (learning)", "s an image", "s of training"]
+    heads += [
+        "copies",
+        "steps",
+        "TFLOP",
+        "M tokens",
+        "k documents",
+        "M parameters (learning)",
+        "s an image",
+        "s of training",
+    ]
     lines = [heads, ["---"] * len(heads)]
     for design in DESIGNS:
         mine = of(rows, design.name)
         if mine:
-            lines.append([design.name, str(len(mine)), *(_share(mine, score) for score in world.scores), *_costs(mine)])
+            lines.append(
+                [design.name, str(len(mine)), *(_share(mine, score, world) for score in world.scores), *_costs(mine)]
+            )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _share(rows: Sequence[Row], score: str) -> str:
-    found, value = interval(rows, score), mean(row[score] for row in rows)
+def _share(rows: Sequence[Row], score: str, world: World) -> str:
+    found, value = interval(rows, score, world.scores[score]), mean(row[score] for row in rows)
     return f"{100 * value:.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
 
 
@@ -71,32 +90,33 @@ def _costs(rows: Sequence[Row]) -> list[str]:
 
     parameters = f"{middle('parameters') / 1e6:.2f} ({middle('learning') / 1e6:.2f})"
     return [
-        f"{middle('frechet'):.0f}", f"{middle('recall'):.2f}", f"{middle('flops') / 1e12:.1f}",
-        f"{middle('tokens') / 1e6:.2f}", parameters, f"{middle('seconds_an_image'):.3f}",
+        f"{middle('frechet'):.0f}", f"{middle('recall'):.2f}", f"{100 * middle('copies'):.1f} %",
+        f"{middle('optimizer_steps'):.0f}", f"{middle('flops') / 1e12:.1f}", f"{middle('tokens') / 1e6:.2f}",
+        f"{middle('documents') / 1e3:.0f}", parameters, f"{middle('seconds_an_image'):.3f}",
         f"{middle('train_seconds'):.0f}",
     ]  # fmt: skip
 
 
 def orderings(rows: Sequence[Row], world: World) -> str:
-    """Each published ordering, and how it came out here."""
-    lines = ["| published | here | |", "| --- | --- | --- |"]
+    """Each published ordering, how it came out here, and what else differed."""
+    lines = ["| published | here | | what else differs |", "| --- | --- | --- | --- |"]
     for claim in CLAIMS:
         better, worse = of(rows, claim.better), of(rows, claim.worse)
         if better and worse:
             score = world.drawn if claim.score == "drawn" else world.read
-            values = f"{claim.better} {_share(better, score)}, {claim.worse} {_share(worse, score)}"
-            lines.append(f"| {claim.text} ({claim.source}) | {values} | {verdict(claim, better, worse, score)} |")
+            values = f"{claim.better} {_share(better, score, world)}, {claim.worse} {_share(worse, score, world)}"
+            found = verdict(better, worse, score, world)
+            lines.append(f"| {claim.text} ({claim.source}) | {values} | {found} | {claim.also or 'nothing'} |")
     return "\n".join(lines)
 
 
-def verdict(claim: Claim, better: Sequence[Row], worse: Sequence[Row], score: str) -> str:
+def verdict(better: Sequence[Row], worse: Sequence[Row], score: str, world: World) -> str:
     """In words; an ordering is one only where the intervals do not touch."""
-    a, b = interval(better, score), interval(worse, score)
-    seeds = min(len(better), len(worse))
+    a, b = (interval(rows, score, world.scores[score]) for rows in (better, worse))
     if a.low <= b.high and b.low <= a.high:
         return "not separated"
     found = "came out" if a.low > b.high else "came out the other way round"
-    return f"{found}{' in this one run of each, which says nothing of other seeds' if seeds == 1 else ''}"
+    return f"{found}{', of one seed, which says nothing of others' if 1 in (len(better), len(worse)) else ''}"
 
 
 def plot(rows: Sequence[Row], world: World, path: Path) -> None:
@@ -109,8 +129,8 @@ def plot(rows: Sequence[Row], world: World, path: Path) -> None:
     places = np.arange(len(names))
     for ax, score, title in zip(axes, (world.drawn, world.read), ("asked for, drawn", "shown, named"), strict=True):
         values = np.array([mean(row[score] for row in of(rows, name)) for name in names])
-        found = [interval(of(rows, name), score) for name in names]
-        # An interval about a share of 0 or 1 need not hold its middle.
+        found = [interval(of(rows, name), score, world.scores[score]) for name in names]
+        # Rounding may put an end on the wrong side of a share of 0 or 1.
         low = np.clip(values - np.array([i.low for i in found]), 0, None)
         high = np.clip(np.array([i.high for i in found]) - values, 0, None)
         ax.barh(places, 100 * values, xerr=100 * np.stack([low, high]), color="#7aa6c2", ecolor="#1f3b4d", capsize=2)

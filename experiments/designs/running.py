@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -21,6 +24,8 @@ Row = dict[str, Any]
 
 TEACHER = {"digits_representation": ("experiments.digits.teacher", "digits_teacher/encoder.safetensors")}
 """Tokenizers whose frozen encoder is trained first: the module that does, and its file."""
+FIRST_SEED = 1000
+"""Added to the seed in a first stage: the second must not see the same documents again."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of folders and logs."""
-        return f"{self.design.name}-{self.seed}"
+        """Of folders and logs; runs of other lengths are others."""
+        return f"{self.design.name}-{self.seed}-{self.steps}"
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self.stages)
 
     @property
     def flops(self) -> float:
@@ -71,21 +81,36 @@ class Run:
         # A budget that is this run's own, spent in full, must not lose a step to rounding.
         return max(0, min(last.steps, int(left / last.cost.flops + 1e-6)))
 
+    def points(self, flops: float) -> dict[str, int]:
+        """Where it is scored: steps of the last stage at equal FLOPs and at equal steps."""
+        return {at: n for at, n in (("flops", self.steps_within(flops)), ("steps", self.stages[-1].steps)) if n > 0}
+
 
 def plan(design: Design, world: World, seed: int, steps: int) -> Run:
-    """Which stages a run has, and what each costs."""
-    own = merged({"seed_everything": seed}, {"data": {"init_args": {"seed": seed}}})
-    configs = [("run", recipe(design, world, own))]
+    """Which stages a run has, and what each costs, which does not depend on the seed."""
+    own = recipe(design, world, {"seed_everything": seed})
+    if design.first is None:
+        return Run(design, world, seed, (Stage("run", own, steps, _cost(design, world, "run")),))
+    before = round(steps * design.first.share)
+    begin = merged(merged(own, design.first.changes), {"seed_everything": FIRST_SEED + seed})
+    end = merged(own, training(freeze=list(design.first.kept)))
+    first = Stage("first", begin, before, _cost(design, world, "first"))
+    return Run(design, world, seed, (first, Stage("run", end, steps - before, _cost(design, world, "run"))))
+
+
+@cache
+def _counted(config: str) -> Cost:
+    return cost(yaml.safe_load(config))
+
+
+def _cost(design: Design, world: World, stage: str) -> Cost:
+    config = recipe(design, world, {})
     if design.first is not None:
-        begin = merged(recipe(design, world, own), design.first.changes)
-        configs = [("first", begin), ("run", merged(configs[0][1], training(freeze=list(design.first.kept))))]
-    shares = [steps // len(configs)] * len(configs)
-    shares[-1] += steps - sum(shares)
-    made = (Stage(name, c, n, cost(c)) for (name, c), n in zip(configs, shares, strict=True))
-    return Run(design, world, seed, tuple(made))
+        config = merged(config, design.first.changes if stage == "first" else training(freeze=list(design.first.kept)))
+    return _counted(yaml.safe_dump(config))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Runner:
     """Does what is left of a run, in subprocesses.
 
@@ -96,59 +121,98 @@ class Runner:
 
     out: Path
     threads: int | None = None
+    _children: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    _one_tokenizer: Lock = field(default_factory=Lock)
 
-    def tokenizer(self, name: str) -> None:
+    def folder(self, run: Run) -> Path:
+        """Of everything a run leaves."""
+        return self.out / "runs" / run.world.name / run.name
+
+    def train(self, run: Run, flops: float) -> None:
+        """Train a run to each of its points, and score it there."""
+        if run.design.tokenizer is not None:
+            with self._one_tokenizer:
+                self._tokenizer(run.design.tokenizer)
+        starts = list(self._first(run))
+        for steps in dict.fromkeys(run.points(flops).values()):
+            scored = self.folder(run) / f"at_{steps}"
+            if not (scored / "index.html").is_file():  # written last
+                self._train(run, run.stages[-1], steps, starts)
+                able, _ = can_compile()
+                asked = ["evaluate", "digits", "--run", str(self.folder(run) / "run"), "--out", str(scored)]
+                asked += ["--seed", str(run.seed), *(["--compile"] if able else [])]
+                self._unimodal(asked, scored.with_name(f"{scored.name}.log"))
+
+    def time(self, run: Run) -> None:
+        """How long an image takes; to be asked where nothing else runs."""
+        target = self.folder(run) / "seconds.json"
+        if not target.is_file():
+            trained = str(self.folder(run) / "run")
+            command = [sys.executable, "-m", "experiments.designs.seconds", trained, "--out", str(target)]
+            self._call(command, target.with_suffix(".log"))
+
+    def rows(self, run: Run, flops: float) -> list[Row]:
+        """One row at equal FLOPs and one at equal steps, the same scores where both are the whole run.
+
+        None of a run that is not done.
+        """
+        points, folder = run.points(flops), self.folder(run)
+        done = all((folder / f"at_{steps}" / "index.html").is_file() for steps in points.values())
+        if not done or not (folder / "seconds.json").is_file():
+            return []
+        return [self._row(run, at, steps, flops) for at, steps in points.items()]
+
+    def stop(self) -> None:
+        """End what runs; a training leaves a checkpoint that it goes on from."""
+        for child in list(self._children):
+            child.terminate()
+
+    def _tokenizer(self, name: str) -> None:
         """Train a tokenizer, and before it the teacher of its encoder."""
         folder = self.out / "tokenizers" / name
         if (folder / "export").is_dir():
             return
-        options = []
+        options = ["--trainer.enable_progress_bar", "false"]
         if name in TEACHER:
             module, file = TEACHER[name]
-            weights = self.out / "tokenizers" / file
+            weights = folder.parent / file
             if not weights.is_file():
                 self._call([sys.executable, "-m", module, "--out", str(weights)], folder.parent / "teacher.log")
-            options = ["--model.encoder_weights", str(weights)]
-        config = CONFIGS / "tokenizers" / f"{name}.yaml"
-        self._fit(config, folder, ["--trainer.enable_progress_bar", "false", *options])
+            options += ["--model.encoder_weights", str(weights)]
+        self._fit(CONFIGS / "tokenizers" / f"{name}.yaml", folder, options)
 
-    def scored(self, run: Run, flops: float) -> list[Row]:
-        """One row at equal FLOPs and one at equal steps; the same scores where both are the whole run."""
-        root = self.out / "runs" / run.name
-        starts: list[str] = []
+    def _first(self, run: Run) -> Iterator[str]:
+        """Train the stages before the last; options that the last starts with."""
         for stage in run.stages[:-1]:
+            self._train(run, stage, stage.steps, [])
+            trained = self.folder(run) / stage.name
             assert run.design.first is not None
-            self._train(run, stage, root, stage.steps, [])
-            starts = ["--init", str(root / stage.name / "export")]
-            if run.design.first.handed == "text":
-                text = root / "text"
+            if run.design.first.handed == "model":
+                yield from ("--init", str(trained / "export"))
+            else:
+                text = self.folder(run) / "text"
                 if not text.is_dir():
-                    exported = ["export", "hf", "--run", str(root / stage.name), "--out", str(text)]
-                    self._unimodal(exported, root / "export.log")
-                starts = ["--model.init_from", str(text)]
-        last, rows = run.stages[-1], []
-        within = run.steps_within(flops)
-        points = {"flops": within, "steps": last.steps}
-        for at, steps in points.items():
-            if steps > 0:
-                folder = root / f"at_{steps}"
-                if not (folder / "scores.json").is_file():
-                    self._train(run, last, root, steps, starts)
-                    self._score(run, root / "run", folder)
-                rows.append(self._row(run, at, steps, folder))
-        return rows
+                    self._unimodal(
+                        ["export", "hf", "--run", str(trained), "--out", str(text)], text.with_suffix(".log")
+                    )
+                yield from ("--model.init_from", str(text))
 
-    def _train(self, run: Run, stage: Stage, root: Path, steps: int, options: list[str]) -> None:
-        folder = root / stage.name
-        record = folder / "run.json"
-        if record.is_file() and json.loads(record.read_text())["steps"] >= steps:
-            return
-        config = root / f"{stage.name}.yaml"
+    def _train(self, run: Run, stage: Stage, steps: int, options: list[str]) -> None:
+        folder = self.folder(run) / stage.name
         settings = dict(stage.config)
         if run.design.tokenizer is not None:
             weights = str(self.out / "tokenizers" / run.design.tokenizer / "export")
             settings = merged(settings, training(tokenizer_weights=weights))
-        write_atomically(config, yaml.safe_dump(settings, sort_keys=False).encode())
+        config, text = folder.with_suffix(".yaml"), yaml.safe_dump(settings, sort_keys=False)
+        if folder.is_dir() and config.is_file() and config.read_text(encoding="utf-8") != text:
+            raise RuntimeError(f"{config} is no longer what the design says: delete {folder.parent} to train it again")
+        record = folder / "run.json"
+        trained = json.loads(record.read_text())["steps"] if record.is_file() else 0
+        if trained > steps:
+            raise RuntimeError(f"{folder} is trained for {trained} steps, past {steps}: delete {folder.parent}")
+        if trained == steps:
+            return
+        write_atomically(config, text.encode())
         every = ["--trainer.val_check_interval", str(stage.steps), "--checkpoint.every_n_train_steps", "100"]
         able, _ = can_compile()
         options = [*options, "--trainer.max_steps", str(steps), *every, "--model.compile", str(able).lower()]
@@ -157,46 +221,28 @@ class Runner:
     def _fit(self, config: Path, folder: Path, options: list[str]) -> None:
         going_on = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").is_file() else []
         command = ["fit", "-c", str(config), "--trainer.default_root_dir", str(folder), *options, *going_on]
-        self._unimodal(command, folder.with_name(f"{folder.name}.log"))
+        self._unimodal(command, folder.with_suffix(".log"))
 
-    def _score(self, run: Run, trained: Path, folder: Path) -> None:
-        able, _ = can_compile()
-        options = [
-            "--run",
-            str(trained),
-            "--out",
-            str(folder),
-            "--seed",
-            str(run.seed),
-            *(["--compile"] if able else []),
-        ]
-        self._unimodal(["evaluate", "digits", *options], folder.with_name(f"{folder.name}.log"))
-        timed = [
-            sys.executable,
-            "-m",
-            "experiments.designs.seconds",
-            str(trained),
-            "--out",
-            str(folder / "seconds.json"),
-        ]
-        self._call(timed, folder.with_name(f"{folder.name}.log"))
-
-    def _row(self, run: Run, at: str, steps: int, folder: Path) -> Row:
+    def _row(self, run: Run, at: str, steps: int, flops: float) -> Row:
         """What is known of a run at one point."""
-        scores = json.loads((folder / "scores.json").read_text())
-        first, last = run.stages[:-1], run.stages[-1]
-        seconds = json.loads((folder / "seconds.json").read_text())
+        folder = self.folder(run)
+        scored = folder / f"at_{steps}"
+        scores = json.loads((scored / "scores.json").read_text())
+        before, last = run.stages[:-1], run.stages[-1]
         row: Row = {"name": run.design.name, "seed": run.seed, "world": run.world.name, "at": at}
         row |= {"recipe": run.design.recipe, "paper": run.design.paper, "optimizer_steps": steps}
-        row["optimizer_steps"] += sum(stage.steps for stage in first)
+        row["optimizer_steps"] += sum(stage.steps for stage in before)
+        row |= {"planned_steps": run.steps, "flops_budget": flops}
         for key in ("flops", "tokens", "documents"):
-            before = sum(stage.steps * getattr(stage.cost, key) for stage in first)
-            row[key] = before + steps * getattr(last.cost, key)
-        row |= {key: asdict(last.cost)[key] for key in ("parameters", "learning")}
-        row |= seconds
+            spent = sum(stage.steps * getattr(stage.cost, key) for stage in before)
+            row[key] = spent + steps * getattr(last.cost, key)
+        row |= {"parameters": last.cost.parameters, "learning": last.cost.learning}
+        row |= json.loads((folder / "seconds.json").read_text())
         row |= {key: scores[key] for name in run.world.scores for key in (name, f"{name}_interval")}
         row |= {key: scores[key] for key in ("frechet", "frechet_real", "recall", "copies", "guidance")}
-        row["train_seconds"] = scores["train_seconds"]
+        earlier = [json.loads((folder / stage.name / "run.json").read_text())["train_seconds"] for stage in before]
+        row["train_seconds"] = scores["train_seconds"] + sum(earlier)
+        row["samples"] = str((scored / "samples.png").relative_to(self.out))
         return row
 
     def _unimodal(self, command: list[str], log: Path) -> None:
@@ -210,9 +256,13 @@ class Runner:
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
-        if done.returncode:
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-            raise RuntimeError(
-                f"{' '.join(command[2:6])} ended with {done.returncode}: {lines[-1]} (all of it in {log})"
+            # In a session of its own: Ctrl-C reaches a child through `stop` alone, and once (a second one ends it at once).
+            child = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
+            self._children.add(child)
+            code = child.wait()
+            self._children.discard(child)
+        if code:
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+            raise RuntimeError(f"{' '.join(command[2:6])} ended with {code}: {lines[-1]} (all of it in {log})")

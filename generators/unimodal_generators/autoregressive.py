@@ -192,7 +192,7 @@ class Autoregressive(ImageGenerator):
 
         Given ids are put where they are known; what comes before them does not see them.
         """
-        if not isinstance(settings, ChoiceSettings):
+        if type(settings) is not ChoiceSettings:  # others have settings that would be ignored
             raise ValueError(f"sampling: expected ChoiceSettings, got {type(settings).__name__}")
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: autoregressive images of one call need one size, got {sorted(set(grids))}")

@@ -31,7 +31,7 @@ from unimodal_generators.base import (
     TokenKind,
     per_token,
 )
-from unimodal_generators.patch_coders import PatchCoder
+from unimodal_generators.patch_coders import LinearCoder, PatchCoder
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 TimeInput = Literal["add", "token", "adaln"]
@@ -72,6 +72,9 @@ class DenoisingGenerator(ImageGenerator):
         self.layout, self.bidirectional, self.sampling = layout, bidirectional, sampling
         self.time, self.conditions, self.prefix = time, time == "adaln", int(time == "token")
         self.coder = coder(layout, width)
+        if not bidirectional and not isinstance(self.coder, LinearCoder):
+            name = type(self.coder).__name__
+            raise ValueError(f"bidirectional: false needs patches that are coded apart, by a LinearCoder, got a {name}")
         self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     @abstractmethod

@@ -171,7 +171,7 @@ class NextScale(ImageGenerator):
 
         Grids of one call are equal.
         """
-        if not isinstance(settings, ChoiceSettings):
+        if type(settings) is not ChoiceSettings:  # others have settings that would be ignored
             raise ValueError(f"sampling: expected ChoiceSettings, got {type(settings).__name__}")
         self.check_known(known)
         if len(set(grids)) != 1:

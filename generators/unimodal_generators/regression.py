@@ -136,6 +136,8 @@ class Regression(ImageGenerator):
         if self.order == "raster":
             yield self._one_by_one(session, grids, settings, known)
             return
+        if settings.interval != (0.0, 1.0):
+            raise ValueError(f"interval: in parallel there is one step, expected 0.0 to 1.0, got {settings.interval}")
         blocks, lengths = [self._block(grid) for grid in grids], [grid.length for grid in grids]
         queries = Embeddings(self.query.expand(sum(lengths), -1))
         if self.private:

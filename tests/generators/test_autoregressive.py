@@ -11,7 +11,7 @@ from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, pack, to_tensor
-from unimodal_generators import Autoregressive, ChoiceSettings, FlowSettings
+from unimodal_generators import Autoregressive, ChoiceSettings, FlowSettings, MaskedSettings
 from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, TokenKind
 from unimodal_tokenizers.base import TokenLayout
 
@@ -171,6 +171,8 @@ def test_settings_of_another_generator_are_refused(make: Callable[..., UnifiedMo
     model = make("autoregressive")
     with pytest.raises(ValueError, match="sampling: expected ChoiceSettings, got FlowSettings"):
         sampled(begun(model, ["a"]), model, [GRIDS[0]], FlowSettings(), [0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sampling: expected ChoiceSettings, got MaskedSettings"):
+        sampled(begun(model, ["a"]), model, [GRIDS[0]], MaskedSettings(), [0])  # its steps would be ignored
 
 
 def test_overfits_four_images(make: Callable[..., UnifiedModel]) -> None:

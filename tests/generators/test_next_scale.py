@@ -15,7 +15,7 @@ from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, Run, SequenceRules, pack, to_tensor
 from unimodal.text import TextTokenizer
-from unimodal_generators import ChoiceSettings, FlowSettings, NextScale
+from unimodal_generators import ChoiceSettings, FlowSettings, MaskedSettings, NextScale
 from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, Known, TokenKind
 from unimodal_generators.choice import choose
 from unimodal_tokenizers import MultiscaleVQ
@@ -336,6 +336,8 @@ def test_settings_of_another_generator_are_refused(make: Callable[..., UnifiedMo
     model = make("next_scale")
     with pytest.raises(ValueError, match="sampling: expected ChoiceSettings, got FlowSettings"):
         sampled(begun(model, ["a"]), model, [SQUARE], FlowSettings(), [0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sampling: expected ChoiceSettings, got MaskedSettings"):
+        sampled(begun(model, ["a"]), model, [SQUARE], MaskedSettings(), [0])  # its steps would be ignored
 
 
 def test_given_tokens_are_refused(make: Callable[..., UnifiedModel]) -> None:

@@ -197,6 +197,9 @@ def test_samples_that_cannot_be_are_refused(make: Callable[..., UnifiedModel]) -
         sampled(begun(model, ["a"]), model, [Grid(4, 4)], FlowSettings())
     with pytest.raises(ValueError, match="raster-order images of one call need one size"):
         sampled(begun(model, ["a", "b"]), model, GRIDS)
+    half = RegressionSettings(guidance=2.0, interval=(0.5, 1.0))
+    with pytest.raises(ValueError, match="interval: in parallel there is one step"):
+        sampled(begun(make("prefilled"), ["a"], True), make("prefilled"), [Grid(4, 4)], half)
     with pytest.raises(ValueError, match="tokenizer: Regression takes continuous tokens, got discrete"):
         Regression(TokenLayout("discrete", dim=1, stride=2, codebooks=(16,)), 32)
 

@@ -20,6 +20,7 @@ from unimodal.cli import main
 from unimodal.documents import Document
 from unimodal.model import UnifiedModel
 from unimodal.packing import BUCKET, PackedSequence, pack
+from unimodal.training import UnifiedTraining
 from unimodal.training import plan as planning
 from unimodal.training.flops import useful_flops
 from unimodal.training.plan import Memory, Plan, describe
@@ -142,7 +143,8 @@ def test_measuring_does_not_change_what_is_planned(make: Make, mixed: list[Docum
     before = {n: v.clone() for n, v in model.state_dict().items()}
     probe = planning._Probe(model, packed(model, mixed), torch.device("cpu"))
     again = probe.kept()
-    assert min(*probe.layer_seconds(), probe.product_rate(), probe.optimizer_seconds()) > 0
+    optimizers = [probe.optimizer_seconds(UnifiedTraining(model, lr=1e-3, muon_lr=muon)) for muon in (None, 1e-2)]
+    assert min(*probe.layer_seconds(), probe.product_rate(), *optimizers) > 0
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     assert len(model.backbone.layers) == 3
     assert all(q.grad is None for q in model.parameters())

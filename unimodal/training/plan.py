@@ -23,7 +23,7 @@ from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence
 from unimodal.training import stages
 from unimodal.training.flops import Flops, generator_loss, head_flops, image_flops, layer_flops, matrices
-from unimodal.training.optimizers import split_matrices
+from unimodal.training.optimizers import MuonAdamW, split_matrices
 from unimodal.training.unified import UnifiedTraining
 from unimodal_generators.base import TokenKind
 from unimodal_generators.cross_entropy import BUDGET
@@ -79,6 +79,7 @@ class Plan:
     dtype: torch.dtype  # of matrix products
     checkpoint_layers: bool
     compiles: bool
+    optimizer: str
 
     @property
     def step_seconds(self) -> float:
@@ -117,12 +118,11 @@ def make_plan(module: LightningModule, data: Any, trainer: Trainer) -> Plan:
         seconds, around = probe.layer_seconds()
         memory = _estimate_memory(model, packed, probe, _moments(module))
         products = probe.product_rate()
-    trained = sum(count for count, _ in parameters.values())
-    speed = Speed(products, per_layer / seconds, packing_seconds, around, probe.optimizer_seconds() * trained)
+    speed = Speed(products, per_layer / seconds, packing_seconds, around, probe.optimizer_seconds(module))
     return Plan(
         parameters, packed, flops, memory, speed, steps=trainer.max_steps, packs=trainer.accumulate_grad_batches,
         devices=trainer.world_size, device=device, dtype=probe.dtype, checkpoint_layers=model.backbone.checkpointing,
-        compiles=module.compiles,
+        compiles=module.compiles, optimizer="AdamW" if module.muon_lr is None else "Muon and AdamW",
     )  # fmt: skip
 
 
@@ -269,13 +269,20 @@ class _Probe:
 
         return flops / self.seconds(run)
 
-    def optimizer_seconds(self) -> float:
-        """Of AdamW, a parameter."""
+    def optimizer_seconds(self, module: UnifiedTraining) -> float:
+        """Of a step of all that is trained, at the rate of a layer's parameters."""
         parameters = list(self.layers.parameters())
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-        return self.seconds(optimizer.step) / sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
+        rate = self.seconds(torch.optim.AdamW(parameters, lr=1e-6).step) / sum(p.numel() for p in parameters)
+        matrices, groups = split_matrices(self.layers, self.layers, 0.0)  # of the layers that learn
+        if module.muon_lr is None or not matrices:
+            return trained * rate
+        muon = MuonAdamW(matrices, groups, lr=1e-6, muon_lr=1e-6, betas=module.betas, weight_decay=0.0).muon
+        mine = sum(p.numel() for p in split_matrices(module.model, module.model.backbone.layers, 0.0)[0])
+        measured = sum(p.numel() for p in matrices)
+        return (trained - mine) * rate + mine * self.seconds(muon.step) / measured
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Of one call, until the device is done."""
@@ -367,7 +374,7 @@ def _time_lines(plan: Plan) -> list[str]:
         ("matrix products", f"{speed.products / 1e9:,.1f} GFLOP/s in the model's shapes"),
         ("a layer", f"{speed.layer / 1e9:,.1f} useful GFLOP/s, forward and backward"),
         ("beside them", f"{speed.packing:.2g} s to lay out a pack, {speed.around:.2g} s around its layers, "
-                        f"{speed.optimizer:.2g} s for AdamW"),
+                        f"{speed.optimizer:.2g} s for {plan.optimizer}"),
         ("a step", f"{plan.step_seconds:.3g} s ({packs}, {tokens / plan.step_seconds:,.0f} tokens/s); "
                    f"with bare matrix products {plan.bound_seconds:.3g} s"),
     ]  # fmt: skip

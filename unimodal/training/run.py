@@ -17,6 +17,7 @@ from PIL import Image
 from unimodal.attention import describe
 from unimodal.documents import GENERATED, Document, write_html, write_jsonl
 from unimodal.export import ExportInfo, save_export
+from unimodal.files import write_atomically
 from unimodal.training.ema import EMA
 from unimodal.training.unified import UnifiedTraining, continue_prompts
 
@@ -126,7 +127,7 @@ class RunFolder(Callback):
         parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         record = {"train_seconds": self.seconds, "steps": trainer.global_step, "parameters": parameters, **vars(info)}
         record |= {"command": self.command}
-        (root / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_atomically(root / "run.json", (json.dumps(record, indent=2) + "\n").encode())
 
     def _elapsed(self) -> float:
         return self.seconds + (time.monotonic() - self._started if self._started else 0.0)
