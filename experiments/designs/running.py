@@ -130,18 +130,24 @@ class Runner:
 
     def train(self, run: Run, flops: float) -> None:
         """Train a run to each of its points, and score it there."""
+        points = dict.fromkeys(run.points(flops).values())
+        left = [steps for steps in points if not self._page(run, steps).is_file()]
+        if not left:
+            return
         if run.design.tokenizer is not None:
             with self._one_tokenizer:
                 self._tokenizer(run.design.tokenizer)
         starts = list(self._first(run))
-        for steps in dict.fromkeys(run.points(flops).values()):
-            scored = self.folder(run) / f"at_{steps}"
-            if not (scored / "index.html").is_file():  # written last
-                self._train(run, run.stages[-1], steps, starts)
-                able, _ = can_compile()
-                asked = ["evaluate", "digits", "--run", str(self.folder(run) / "run"), "--out", str(scored)]
-                asked += ["--seed", str(run.seed), *(["--compile"] if able else [])]
-                self._unimodal(asked, scored.with_name(f"{scored.name}.log"))
+        for steps in left:
+            self._train(run, run.stages[-1], steps, starts)
+            scored, (able, _) = self._page(run, steps).parent, can_compile()
+            asked = ["evaluate", "digits", "--run", str(self.folder(run) / "run"), "--out", str(scored)]
+            asked += ["--seed", str(run.seed), *(["--compile"] if able else [])]
+            self._unimodal(asked, scored.with_name(f"{scored.name}.log"))
+
+    def _page(self, run: Run, steps: int) -> Path:
+        """What scoring writes last."""
+        return self.folder(run) / f"at_{steps}" / "index.html"
 
     def time(self, run: Run) -> None:
         """How long an image takes; to be asked where nothing else runs."""
@@ -156,9 +162,9 @@ class Runner:
 
         None of a run that is not done.
         """
-        points, folder = run.points(flops), self.folder(run)
-        done = all((folder / f"at_{steps}" / "index.html").is_file() for steps in points.values())
-        if not done or not (folder / "seconds.json").is_file():
+        points = run.points(flops)
+        marks = [self.folder(run) / "seconds.json", *(self._page(run, steps) for steps in points.values())]
+        if not all(mark.is_file() for mark in marks):
             return []
         return [self._row(run, at, steps, flops) for at, steps in points.items()]
 

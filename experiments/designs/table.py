@@ -113,12 +113,12 @@ DESIGNS = (
         first=First(merged(_TEXT, model(**_DENSE)), "text", ("text", "embedding")),
     ),
     Design("show-o", "digits_showo_masked", "Show-o, arXiv 2408.12528", "digits_vq"),
-    Design("unifluid", "digits_mar_tokens", "UniFluid, arXiv 2503.13436", changes=model(**_DENSE)),
+    Design("unifluid", "digits_mar_tokens", "UniFluid, arXiv 2503.13436"),
     Design("vargpt", "digits_var_nextscale", "VARGPT, arXiv 2501.12327", "digits_multiscale"),
     Design("metamorph", "digits_metamorph_regression", "MetaMorph, arXiv 2412.14164", "digits_representation"),
     Design(
         "metaquery", "digits_metaquery", "MetaQuery, arXiv 2504.06256",
-        first=First(_TEXT, "model", ("shared", "embedding", "vision", "connector")),
+        first=First(_TEXT, "model", ("shared", "embedding", "vision", "connector"), 1 / 2),
     ),
     Design("flow-dense", "digits_mot_flow", "control of bagel: one expert", changes=model(**_PATCH, **_DENSE)),
     Design(
@@ -171,11 +171,14 @@ def _budget(image: int, context: int, data: Changes) -> Changes:
     backbone = {"width": 128, "depth": 4, "heads": 4, "kv_heads": 4, "mlp_width": 344, "vocabulary": 512}
     sequence = {"image_sizes": [[image, image]], "context_length": context, "drop_text": 0.1}
     rest = {"warmup_steps": 100, "schedule": "constant", "lr_floor": None, "weight_decay": 0.05, "ema_decay": 0.995}
+    # Steps, where to and how often are the runner's.
     trainer = {"precision": "32-true", "gradient_clip_val": 1.0, "enable_progress_bar": False}
+    trainer |= dict.fromkeys(("max_steps", "val_check_interval", "default_root_dir"))
     return {
         "model": {"init_args": {"model": {"backbone": backbone, "sequence": sequence}, **rest}},
         "data": data,
         "trainer": trainer,
+        "checkpoint": None,
     }
 
 
