@@ -133,15 +133,15 @@ def test_an_unknown_design_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def made(name: str, costs: list[float], steps: list[int]) -> Run:
-    stages = tuple(
-        Stage(f"s{i}", {}, n, Cost(flops, 1.0, 1.0, 1, 1))
-        for i, (flops, n) in enumerate(zip(costs, steps, strict=True))
+    names = ["first", "run"][-len(costs) :]
+    stages = (
+        Stage(stage, {}, n, Cost(flops, 1.0, 1.0, 1, 1)) for stage, flops, n in zip(names, costs, steps, strict=True)
     )
-    return Run(Design(name, "none", "none"), DIGITS, 0, stages)
+    return Run(Design(name, "none", "none"), DIGITS, 0, tuple(stages))
 
 
 @given(
-    st.lists(st.floats(1.0, 1e12), min_size=1, max_size=2), st.lists(st.integers(1, 5000), min_size=2, max_size=2),
+    st.lists(st.floats(1e8, 1e12), min_size=1, max_size=2), st.lists(st.integers(1, 5000), min_size=2, max_size=2),
     st.floats(0.0, 1.5),
 )  # fmt: skip
 def test_a_budget_is_spent_and_not_overspent(costs: list[float], steps: list[int], share: float) -> None:

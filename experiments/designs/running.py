@@ -77,9 +77,10 @@ class Run:
     def steps_within(self, flops: float) -> int:
         """Steps of the last stage that fit into so many FLOPs, all stages counted."""
         last = self.stages[-1]
-        left = flops - (self.flops - last.flops)
-        # A budget that is this run's own, spent in full, must not lose a step to rounding.
-        return max(0, min(last.steps, int(left / last.cost.flops + 1e-6)))
+        if flops >= self.flops:  # asked first: rounding must not take a step of a run that may be whole
+            return last.steps
+        left = flops - sum(stage.flops for stage in self.stages[:-1])
+        return max(0, int(left / last.cost.flops))
 
     def points(self, flops: float) -> dict[str, int]:
         """Where it is scored: steps of the last stage at equal FLOPs and at equal steps."""

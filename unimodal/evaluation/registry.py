@@ -49,7 +49,7 @@ _HELP = """usage: unimodal evaluate NAME --run DIR --out DIR [options]       gen
        unimodal evaluate NAME --images DIR --out DIR [options]    score what any other model made
        unimodal evaluate digits ...                               the page of the digits recipes
        unimodal evaluate statistics --images DIR --out FILE.npz   reference statistics of a folder of images
-       unimodal evaluate compare DIR DIR [--out FILE.md] [--force]    paired test of two results
+       unimodal evaluate compare DIR DIR [--out DIR] [--force]    paired test of two results
        unimodal evaluate published geneval [DIR ...]              scores in print and their sources, below one's own
 
 {names}
