@@ -316,9 +316,12 @@ def test_a_run_that_fails_says_its_last_line(tmp_path: Path) -> None:
 def test_a_design_of_two_stages_from_beginning_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real commands on a model made tiny; given again, nothing is done but the report."""
     monkeypatch.setattr(running, "can_compile", lambda: (False, "not in tests"))
-    run = plan(chosen(["llamafusion"])[0], TINY, 0, 6)
+    quick = model(generator={"init_args": {"sampling": {"steps": 2}}})  # 1,500 images are drawn on the way
+    world = replace(TINY, budget=merged(TINY.budget, quick))
+    run = plan(chosen(["llamafusion"])[0], world, 0, 6)
     budget = run.flops - 1.5 * run.stages[-1].cost.flops  # so that equal FLOPs are two steps before the end
-    monkeypatch.setitem(WORLDS, "digits", replace(TINY, step_flops=budget / 6))
+    monkeypatch.setattr("experiments.designs.__main__.DESIGNS", chosen(["llamafusion"]))  # others have no such steps
+    monkeypatch.setitem(WORLDS, "digits", replace(world, step_flops=budget / 6))
     out = tmp_path / "out"
     command = ["--out", str(out), "--only", "llamafusion", "--steps", "6", "--seeds", "1"]
     assert main(command) == 0
