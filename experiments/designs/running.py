@@ -91,24 +91,20 @@ def plan(design: Design, world: World, seed: int, steps: int) -> Run:
     """Which stages a run has, and what each costs, which does not depend on the seed."""
     own = recipe(design, world, {"seed_everything": seed})
     if design.first is None:
-        return Run(design, world, seed, (Stage("run", own, steps, _cost(design, world, "run")),))
+        return Run(design, world, seed, (_stage("run", own, steps),))
     before = round(steps * design.first.share)
     begin = merged(merged(own, design.first.changes), {"seed_everything": FIRST_SEED + seed})
     end = merged(own, training(freeze=list(design.first.kept)))
-    first = Stage("first", begin, before, _cost(design, world, "first"))
-    return Run(design, world, seed, (first, Stage("run", end, steps - before, _cost(design, world, "run"))))
+    return Run(design, world, seed, (_stage("first", begin, before), _stage("run", end, steps - before)))
+
+
+def _stage(name: str, config: Changes, steps: int) -> Stage:
+    return Stage(name, config, steps, _counted(yaml.safe_dump(merged(config, {"seed_everything": None}))))
 
 
 @cache
 def _counted(config: str) -> Cost:
     return cost(yaml.safe_load(config))
-
-
-def _cost(design: Design, world: World, stage: str) -> Cost:
-    config = recipe(design, world, {})
-    if design.first is not None:
-        config = merged(config, design.first.changes if stage == "first" else training(freeze=list(design.first.kept)))
-    return _counted(yaml.safe_dump(config))
 
 
 @dataclass
