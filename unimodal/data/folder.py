@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from unimodal.data.source import BrokenDocument
 from unimodal.documents import (
     Document,
     DocumentRecord,
@@ -118,15 +119,18 @@ class FolderSource:
 
         Raises:
             IndexError: `index` is outside 0 <= index < len.
-            ValueError: the image is broken (named).
+            BrokenDocument: an image is broken.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         item = self._items[index]
-        if isinstance(item, _Written):
-            document = item.record.load()
-            return document if document.kind else Document(document.parts, self.kind)
-        image = load_image(item.image)
+        try:
+            if isinstance(item, _Written):
+                document = item.record.load()
+                return document if document.kind else Document(document.parts, self.kind)
+            image = load_image(item.image)
+        except ValueError as error:
+            raise BrokenDocument(_name(item), str(error).removeprefix(f"{_name(item)}: ")) from None
         if self.task == "text_to_image":
             return Document((Part(item.caption, learn=False), Part(image)), self.kind)
         return Document((Part(image, learn=False), Part(item.caption)), self.kind)
@@ -198,6 +202,10 @@ def _captioned_line(line: JsonLine, root: Path) -> _Captioned:
         raise ValueError(f"{line.where}: {texts[0]}: expected a caption, got {caption!r}")
     image = contained_path(line.record.get("image"), root, line.where)
     return _Captioned(image, _relative(image, root), caption.strip())
+
+
+def _name(item: _Item) -> str:
+    return str(item.image) if isinstance(item, _Captioned) else item.record.where
 
 
 def _images(item: _Item) -> list[Path]:
