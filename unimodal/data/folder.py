@@ -24,7 +24,7 @@ from unimodal.documents import (
 )
 
 Task = Literal["text_to_image", "image_to_text"]
-FolderSplit = Literal["train", "val"]
+FolderSplit = Literal["train", "val", "all"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
@@ -74,7 +74,7 @@ class FolderSource:
 
     Args:
         root: the folder.
-        split: "train" or "val".
+        split: "train" or "val"; "all" holds nothing out.
         task: which side of a captioned image is learned.
         validation_share: share of the items held out, above 0 and below 1.
 
@@ -105,6 +105,9 @@ class FolderSource:
             raise ValueError(f"root: expected at most one .jsonl in {root}, got {', '.join(p.name for p in lists)}")
         items = _listed_items(lists[0], root) if lists else _captioned_files(root)
         self.kind: str = "document" if any(isinstance(item, _Written) for item in items) else task
+        if split == "all":
+            self._items = items
+            return
         chosen = _in_validation([_key(item, root) for item in items], validation_share)
         self._items = [item for item, held_out in zip(items, chosen, strict=True) if held_out == (split == "val")]
         if not self._items:
