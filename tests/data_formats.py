@@ -48,7 +48,10 @@ def img2dataset(folder: Path, shards: int = 2, each: int = 4) -> Path:
         members: dict[str, bytes] = {}
         for i in range(each):
             number = shard * each + i
-            key, meta = f"{shard:05d}{i:04d}", {"caption": f"shade {number}", "url": "http://x/y.png", "status": "success"}
+            key, meta = (
+                f"{shard:05d}{i:04d}",
+                {"caption": f"shade {number}", "url": "http://x/y.png", "status": "success"},
+            )
             members |= {f"{key}.png": png(number), f"{key}.txt": f"shade {number}".encode()}
             members[f"{key}.json"] = json.dumps(meta).encode()
         write_tar(folder / f"{shard:05d}.tar", members)

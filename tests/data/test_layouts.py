@@ -6,11 +6,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_formats import (
-    caption_rows, edit_tar, img2dataset, llava, mmc4_jsonl, mmc4_record, obelics_record, obelics_tar, parquet_rows, png,
-    shade, write_jsonl, write_tar,
+    caption_rows,
+    edit_tar,
+    img2dataset,
+    llava,
+    mmc4_jsonl,
+    mmc4_record,
+    obelics_record,
+    obelics_tar,
+    parquet_rows,
+    png,
+    shade,
+    write_jsonl,
+    write_tar,
 )  # fmt: skip
 
-from unimodal.data import Conversation, Edit, Interleaved, JsonlSource, Mmc4, Pairs, ParquetSource, Parts, TarSource, Text
+from unimodal.data import (
+    Conversation,
+    Edit,
+    Interleaved,
+    JsonlSource,
+    Mmc4,
+    Pairs,
+    ParquetSource,
+    Parts,
+    TarSource,
+    Text,
+)
 from unimodal.data.records import Layout, RawImage, Record, RecordSource, no_files
 from unimodal.data.source import Ordered, Source
 from unimodal.documents import Document
@@ -85,10 +107,14 @@ def test_conversations_in_messages_with_a_system_turn_and_a_loose_image(tmp_path
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("names", [("source_img", "instruction", "target_img"), ("original_image", "edit_prompt", "edited_image")])  # fmt: skip
+@pytest.mark.parametrize(
+    "names", [("source_img", "instruction", "target_img"), ("original_image", "edit_prompt", "edited_image")]
+)
 def test_edits_of_rows(tmp_path: Path, names: tuple[str, str, str]) -> None:
     pytest.importorskip("pyarrow")
-    rows = [dict(zip(names, ({"bytes": png(n)}, f"darker {n}", {"bytes": png(n + 100)}), strict=True)) for n in range(4)]
+    rows = [
+        dict(zip(names, ({"bytes": png(n)}, f"darker {n}", {"bytes": png(n + 100)}), strict=True)) for n in range(4)
+    ]
     source = ParquetSource(str(parquet_rows(tmp_path / "a.parquet", rows)))
     assert source.layout == Edit()
     assert read(source, 3) == [(3, False), ("darker 3", False), (103, True)]
@@ -113,7 +139,9 @@ def test_own_documents_and_text(tmp_path: Path) -> None:
 
 def test_parquet_has_every_key_in_every_part(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    rows: list[dict[str, object]] = [{"parts": [{"text": "a", "image": None}, {"text": None, "image": {"bytes": png(3)}}]}]
+    rows: list[dict[str, object]] = [
+        {"parts": [{"text": "a", "image": None}, {"text": None, "image": {"bytes": png(3)}}]}
+    ]
     assert read(ParquetSource(str(parquet_rows(tmp_path / "a.parquet", rows)))) == [("a", True), (3, True)]
     pairs = ParquetSource(str(parquet_rows(tmp_path / "b.parquet", caption_rows())))
     assert [read(pairs, i) for i in range(8)] == [[(f"shade {i}", False), (i, True)] for i in range(8)]
@@ -133,7 +161,11 @@ GOOD_TURNS = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": 
         (Pairs(), {"txt": "a"}, "image: expected one, got the fields txt"),
         (Pairs(), {"jpg": IMAGE, "txt": b"\xff"}, "txt: expected UTF-8"),
         (Pairs(), {"jpg": IMAGE, "txt": " "}, "caption: expected text, got an empty one"),
-        (Pairs(), {"image": "http://a/b.png", "txt": "a"}, "the address 'http://a/b.png', and addresses are not fetched"),
+        (
+            Pairs(),
+            {"image": "http://a/b.png", "txt": "a"},
+            "the address 'http://a/b.png', and addresses are not fetched",
+        ),
         (Pairs(), {"image": "b.png", "txt": "a"}, "expected an image in the record itself, got the file name 'b.png'"),
         (Pairs(), {"image": 3, "txt": "a"}, "image: expected an image, got 3"),
         (Text(), {"text": None}, "text: expected text, got None"),
@@ -141,7 +173,11 @@ GOOD_TURNS = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": 
         (Interleaved(), {"images": [IMAGE], "texts": ["a"]}, r"images\[0\] and texts\[0\]: expected one of them"),
         (Interleaved(), {"images": "a", "texts": []}, "images: expected a list, got 'a'"),
         (Interleaved(), obelics_record("https://a", IMAGE, 0), r"images\[1\]: expected an image, got the address"),
-        (Mmc4(), mmc4_record(0, {"matched_text_index": 3}), r"image_info\[0\].matched_text_index: expected 0 to 2, got 3"),
+        (
+            Mmc4(),
+            mmc4_record(0, {"matched_text_index": 3}),
+            r"image_info\[0\].matched_text_index: expected 0 to 2, got 3",
+        ),
         (Mmc4(), mmc4_record(0, {"matched_sim": "x"}), r"image_info\[0\].matched_sim: expected a number"),
         (Conversation(), {"conversations": [{"from": "cat", "value": "a"}]}, r"conversations\[0\].from: .* got 'cat'"),
         (Conversation(), {"conversations": GOOD_TURNS[:1], "image": IMAGE}, "expected an answer, got none"),
@@ -166,7 +202,9 @@ def test_base64_that_is_none_is_named() -> None:
 
 def test_a_layout_that_cannot_be_guessed_is_asked_for(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"b": 1, "a": 2}])
-    with pytest.raises(ValueError, match=r"layout: expected one to be named for .*a.jsonl:1, which has the fields a, b"):
+    with pytest.raises(
+        ValueError, match=r"layout: expected one to be named for .*a.jsonl:1, which has the fields a, b"
+    ):
         JsonlSource(str(path))
-    with pytest.raises(ValueError, match="layout.question: expected {} once"):
+    with pytest.raises(ValueError, match=r"layout\.question: expected {} once"):
         Conversation(question="User:")

@@ -14,16 +14,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_formats import caption_rows, encoded, img2dataset, obelics_tar, parquet_rows, picture, png, shade, write_jsonl, write_tar
+from data_formats import (
+    caption_rows,
+    encoded,
+    img2dataset,
+    obelics_tar,
+    parquet_rows,
+    picture,
+    png,
+    shade,
+    write_jsonl,
+    write_tar,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
 from unimodal.data import Interleaved, JsonlSource, Pairs, ParquetSource, TarSource, Text
+from unimodal.data import tar as module
 from unimodal.data.records import WINDOW, DocumentRules, RecordSource, find_files
 from unimodal.data.source import BrokenDocument
-from unimodal.data import tar as module
 from unimodal.data.tar import TarIndex, tar_index
 
 RNG = np.random.default_rng(0)
@@ -53,7 +64,9 @@ def broken(source: RecordSource, index: int) -> str:
 def test_records_are_those_webdataset_reads(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     folder = img2dataset(tmp_path / "pairs")
-    write_tar(folder / "odd.tar", [("a/b.c.png", png(1)), ("a/b.txt", b"one"), ("c.txt", b"two"), ("a/c.txt", b"three")])
+    write_tar(
+        folder / "odd.tar", [("a/b.c.png", png(1)), ("a/b.txt", b"one"), ("c.txt", b"two"), ("a/c.txt", b"three")]
+    )
     files = sorted(str(path) for path in folder.glob("*.tar"))
     theirs = [
         {key: value for key, value in sample.items() if not key.startswith("__")}
@@ -173,7 +186,15 @@ def test_an_index_is_kept_and_a_changed_shard_indexed_anew(tmp_path: Path, monke
 
 def test_broken_lines_are_skipped_by_the_number_of_their_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    lines = [b'\xef\xbb\xbf{"text": "a"}', b"", b'{"text": "b\xff"}', b"{bad", b"[1]", b'{"text": 3}', '{"text": "grün \u2028"}'.encode()]
+    lines = [
+        b'\xef\xbb\xbf{"text": "a"}',
+        b"",
+        b'{"text": "b\xff"}',
+        b"{bad",
+        b"[1]",
+        b'{"text": 3}',
+        '{"text": "grün \u2028"}'.encode(),
+    ]
     path.write_bytes(b"\r\n".join(lines))
     assert everything(JsonlSource(str(path))) == [
         "a",
@@ -188,7 +209,9 @@ def test_broken_lines_are_skipped_by_the_number_of_their_line(tmp_path: Path) ->
 @given(st.lists(st.dictionaries(st.text(max_size=4), st.text(max_size=9) | st.lists(st.integers(), max_size=2)), max_size=5),
        st.sampled_from([None, 1]), st.booleans())  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_a_json_list_is_read_element_by_element(records: list[dict[str, object]], indent: int | None, ascii: bool) -> None:
+def test_a_json_list_is_read_element_by_element(
+    records: list[dict[str, object]], indent: int | None, ascii: bool
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.json"
         path.write_text(json.dumps([{"text": "x"}, *records], indent=indent, ensure_ascii=ascii), encoding="utf-8")
@@ -244,7 +267,9 @@ def bomb() -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 def frames() -> bytes:
@@ -341,7 +366,13 @@ def test_ranges_patterns_and_folders_name_the_same_files(tmp_path: Path) -> None
     folder = img2dataset(tmp_path, shards=3, each=1)
     all_ways = [str(folder), f"{folder}/*.tar", f"{folder}/{{00000..00002}}.tar"]
     assert len({tuple(find_files(way, (".tar",), "paths")) for way in all_ways}) == 1
-    for wrong in (f"{folder}/{{00000..00003}}.tar", f"{folder}/no*.tar", str(folder / "gone"), "http://a/b.tar", "pipe:cat a.tar"):
+    for wrong in (
+        f"{folder}/{{00000..00003}}.tar",
+        f"{folder}/no*.tar",
+        str(folder / "gone"),
+        "http://a/b.tar",
+        "pipe:cat a.tar",
+    ):
         with pytest.raises(ValueError, match=r"^paths: expected "):
             find_files(wrong, (".tar",), "paths")
 

@@ -182,9 +182,11 @@ def examine(
     found = Findings(name, form, len(source))
     indices = spread(len(source), len(source) if sample is None else sample)
     shown = set(indices[spread(len(indices), drawn)].tolist())
+    due = 0  # a document that is broken is drawn by the one after it
     sequencer = None if model is None else model.sequencer
     for index in tqdm(indices.tolist(), desc=name, unit="document", leave=False, disable=None):
         key = (seed, 0, index)
+        due += index in shown
         found.read += 1
         try:
             document = source.document(index, np.random.default_rng(key))
@@ -197,7 +199,8 @@ def examine(
         if sequencer is not None:
             sequenced = sequencer.document(document, key)
             _count_tokens(found, sequenced, sequencer.rules.context_length)
-        if index in shown:
+        if due:
+            due -= 1
             found.drawn.append(Drawn(f"{name}, document {index}", document, sequenced))
     return found
 
@@ -270,12 +273,16 @@ def report(found: Findings, context_length: int | None, most: int = 20) -> str:
         lines.append(f"  {total} tokens ({shares}), {sum(found.targets)} targets")
         lines.append("  " + ", ".join(f"{n} images at {h} x {w}" for (h, w), n in found.sizes.most_common(12)))
         if found.too_long:
-            lines.append(f"  {found.too_long} documents are longer than sequence.context_length {context_length}: skipped")
+            lines.append(
+                f"  {found.too_long} documents are longer than sequence.context_length {context_length}: skipped"
+            )
     for title, bars in histograms(found).items():
         lines.append(f"  {title}")
         widest, largest = max(len(bar.label) for bar in bars), max(bar.count for bar in bars)
         for bar in bars:
-            lines.append(f"    {bar.label:>{widest}} {'█' * math.ceil(30 * bar.count / max(largest, 1)):30} {bar.count}")
+            lines.append(
+                f"    {bar.label:>{widest}} {'█' * math.ceil(30 * bar.count / max(largest, 1)):30} {bar.count}"
+            )
     lines += [f"  broken: {name}: {reason}" for name, reason in list(found.broken.items())[:most]]
     if len(found.broken) > most:
         lines.append(f"  and {len(found.broken) - most} more, in broken.txt")

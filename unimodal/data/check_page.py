@@ -156,7 +156,9 @@ def _facts(segment: Segment, document: SequencedDocument) -> tuple[str, ...]:
 def _parts(drawn: Drawn) -> list[tuple[bool, str, str]]:
     """(learned, text, image) of each part."""
     return [
-        (part.learn, "", image_data_uri(_thumbnail(part.image))) if part.is_image else (part.learn, part.text[:2000], "")
+        (part.learn, "", image_data_uri(_thumbnail(part.image)))
+        if part.is_image
+        else (part.learn, part.text[:2000], "")
         for part in drawn.document.parts
     ]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
-from unimodal.data.records import DocumentRules, Layout, Record, RecordSource, FilesOf, no_files
+from unimodal.data.records import DocumentRules, FilesOf, Layout, Record, RecordSource, no_files
 
 if TYPE_CHECKING:
     import pyarrow as pa

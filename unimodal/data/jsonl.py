@@ -12,11 +12,11 @@ from jaxtyping import Int
 
 from unimodal.data.records import (
     DocumentRules,
+    FilesOf,
     Layout,
     Record,
     RecordSource,
     Spans,
-    FilesOf,
     find_files,
     read_span,
 )

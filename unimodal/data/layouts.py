@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from unimodal.data.folder import IMAGE_SUFFIXES
-from unimodal.data.source import BrokenDocument
 from unimodal.data.records import Layout, RawImage, RawPart, Record, brief
+from unimodal.data.source import BrokenDocument
 
 if TYPE_CHECKING:
     from unimodal.data.records import RecordSource

@@ -131,7 +131,9 @@ def held_out(name: str, entry: Entry, share: float) -> Bool[np.ndarray, " n"]:
     if n < 2:
         raise ValueError(f"data.sources.{name}: expected at least two documents, one to hold out, got {n}")
     if getattr(entry.source, "documents", None) is not None:
-        raise ValueError(f"data.validation: expected sources: of the stream data.sources.{name} nothing can be held out")
+        raise ValueError(
+            f"data.validation: expected sources: of the stream data.sources.{name} nothing can be held out"
+        )
     places = _hash(np.arange(n, dtype=np.uint64))
     chosen = places < share
     chosen[places.argmin()] = True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
-from unimodal.data.records import WINDOW, DocumentRules, Layout, Record, RecordSource, FilesOf, find_files
+from unimodal.data.records import WINDOW, DocumentRules, FilesOf, Layout, Record, RecordSource, find_files
 from unimodal.data.source import BrokenDocument
 
 if TYPE_CHECKING:

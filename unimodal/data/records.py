@@ -90,7 +90,9 @@ class Record:
             data = value
             return RawImage(name, lambda: data)
         if isinstance(value, str) and _ADDRESS.match(value):
-            raise ValueError(f"{name}: expected an image, got the address {brief(value)}, and addresses are not fetched")
+            raise ValueError(
+                f"{name}: expected an image, got the address {brief(value)}, and addresses are not fetched"
+            )
         if isinstance(value, str) and value:
             return self.file(value)
         raise ValueError(f"{name}: expected an image, got {brief(value)}")

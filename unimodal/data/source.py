@@ -11,7 +11,7 @@ from jaxtyping import Int
 from unimodal.documents import Document
 
 
-class BrokenDocument(ValueError):
+class BrokenDocument(ValueError):  # noqa: N818  # it is what a run skips, no failure of its own
     """A document that cannot be read: it is skipped, counted and named (`unimodal.data.broken`), and the run goes on.
 
     Args:
