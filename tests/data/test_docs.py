@@ -88,8 +88,15 @@ def test_all_of_them_train_together(folder: Path, monkeypatch: pytest.MonkeyPatc
     path = tmp_path / "data.yaml"
     config = {"data": {"class_path": "unimodal.data.MixtureData", "init_args": merged}}
     path.write_text(yaml.safe_dump(config))
-    quick = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.max_steps", "3"]
-    quick += ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.val_check_interval", "3"]
-    quick += ["--data.init_args.validation_documents", "2", "--data.init_args.prompts", "0"]
-    assert main(["fit", "-c", str(RECIPE), "-c", str(path), *quick]) == 0
-    assert (tmp_path / "run" / "export" / "export.json").is_file()
+    tiny = [
+        "--model.model.backbone.width",
+        "32",
+        "--model.model.backbone.depth",
+        "1",
+        "--model.model.backbone.heads",
+        "2",
+    ]
+    tiny += ["--model.model.backbone.kv_heads", "2", "--model.model.backbone.mlp_width", "32"]
+    quick = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.fast_dev_run", "true"]
+    quick += ["--data.validation_documents", "1", "--data.prompts", "0"]
+    assert main(["fit", "-c", str(RECIPE), "-c", str(path), *tiny, *quick]) == 0

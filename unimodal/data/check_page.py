@@ -110,14 +110,16 @@ def mask_image(document: SequencedDocument, experts: Experts, reads: str) -> UIn
     return drawn
 
 
-def _mask_uri(document: SequencedDocument, model: UnifiedModel) -> str:
+def _mask_uri(document: SequencedDocument, model: UnifiedModel | None) -> str:
+    assert model is not None
     drawn = Image.fromarray(mask_image(document, model.backbone.config.experts, model.generator.reads))
     if drawn.width > MASK_SIDE:
         drawn = drawn.resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BOX)
     return image_data_uri(drawn)
 
 
-def _pieces(document: SequencedDocument, model: UnifiedModel) -> list[Piece]:
+def _pieces(document: SequencedDocument, model: UnifiedModel | None) -> list[Piece]:
+    assert model is not None  # documents are sequenced by one
     pieces, first = [], 0
     for segment in document.segments:
         tokens = _tokens(segment, model.text)

@@ -161,7 +161,7 @@ def _read_index(path: Path) -> TarIndex:
     try:
         with tarfile.open(path, "r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # it would keep every one
+                tar.members = []  # type: ignore[attr-defined]  # it would keep every one
                 if info.isreg() and not info.issparse() and all(_key(info.name)):
                     members.append(Member(info.name, info.offset_data, info.size))
     except (tarfile.TarError, OSError, ValueError) as error:
