@@ -181,7 +181,7 @@ def examine(
     form = type(source).__name__ + ("" if layout is None else f", {type(layout).__name__}")
     found = Findings(name, form, len(source))
     indices = spread(len(source), len(source) if sample is None else sample)
-    shown = set(indices[spread(len(indices), drawn)].tolist())
+    shown = set(indices[np.arange(drawn) * len(indices) // drawn].tolist())
     due = 0  # a document that is broken is drawn by the one after it
     sequencer = None if model is None else model.sequencer
     for index in tqdm(indices.tolist(), desc=name, unit="document", leave=False, disable=None):
