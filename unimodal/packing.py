@@ -26,6 +26,7 @@ from unimodal.attention import SegmentTable
 from unimodal.backbone import Experts, PositionScheme
 from unimodal.backbone.positions import Placed
 from unimodal.documents import Document, to_rgb
+from unimodal.image_sizes import NativeSizes
 from unimodal.text import TextTokenizer
 from unimodal.vision import VisionEncoder
 from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayout
@@ -50,6 +51,7 @@ class SequenceRules:
             form of a drawn image and always stay; `understanding` then is of given images alone (Janus).
         write_size: whether an image's size in pixels is written before it, between its boundary tokens (Emu3, arXiv
             2409.18869): learned where the image is, so that a model with several sizes chooses one.
+        native: images of training documents and prompts keep their own size; `image_sizes` are those that can be drawn.
     """
 
     image_sizes: list[tuple[int, int]]
@@ -59,6 +61,7 @@ class SequenceRules:
     learn_end: bool = True
     context: Literal["clean", "understanding", "both"] = "clean"
     write_size: bool = False
+    native: NativeSizes | None = None
 
     def __post_init__(self) -> None:
         if not self.image_sizes:
@@ -137,7 +140,7 @@ class Sequencer:
                 if not dropped:
                     draft.add_text(self.text.encode(part.content), part.learn)
                 continue
-            pixels = fit_image(part.content, self.rules.image_sizes)
+            pixels = self.fit(part.content)
             draft.add_text([self.text.special.boi, *self.size(*pixels.shape[:2])], learn=part.learn and not dropped)
             if blind and not part.learn:
                 draft.add_text([self.text.special.eoi], learn=False)
@@ -150,6 +153,11 @@ class Sequencer:
             draft.add_text([self.text.special.eoi], learn=False)
         draft.add_text([self.text.special.eos], learn=bool(parts) and parts[-1].learn and not dropped)
         return SequencedDocument(draft.finish(), tuple(images), document.kind)
+
+    def fit(self, image: Image.Image) -> UInt8[np.ndarray, "_ _ 3"]:
+        """Pixels of an image in a size that the rules allow."""
+        native = self.rules.native
+        return fit_image(image, self.rules.image_sizes if native is None else [native.size(image.height, image.width)])
 
     def size(self, height: int, width: int) -> tuple[int, ...]:
         """Ids of a size as it is written; none where the rules write none.
@@ -167,7 +175,7 @@ class Sequencer:
                 new = self.text.encode(part.content)
                 ids, structural = ids + new, structural + [False] * len(new)
             else:
-                pixels = fit_image(part.content, self.rules.image_sizes)
+                pixels = self.fit(part.content)
                 begin = self.text.special.boi, *self.size(*pixels.shape[:2])
                 runs.append(Run((*ids, *begin), (*structural, *[True] * len(begin))))
                 runs.append(Run(image=pixels))
