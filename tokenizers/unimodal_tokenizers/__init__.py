@@ -8,6 +8,7 @@ from unimodal_tokenizers.base import (
     TokenLayout,
     bits_per_token,
 )
+from unimodal_tokenizers.codec import CodecTokenizer
 from unimodal_tokenizers.patch import PatchTokenizer
 from unimodal_tokenizers.representation import Representation
 from unimodal_tokenizers.residual import MultiscaleVQ, ResidualVQ
@@ -15,6 +16,7 @@ from unimodal_tokenizers.vq import CodebookTokenizer, Quantized, Reconstruction,
 
 __all__ = [
     "CodebookTokenizer",
+    "CodecTokenizer",
     "Grid",
     "ImageTokenizer",
     "ImageTokens",
