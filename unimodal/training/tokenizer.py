@@ -5,6 +5,7 @@ Letters: B images, H height, W width (pixels); K entries of a codebook, Q codebo
 
 import math
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,9 +18,9 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from torchvision.utils import make_grid, save_image
 
 from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
-from unimodal_tokenizers.base import ImageTokenizer
+from unimodal_tokenizers.base import ImageTokenizer, Reconstruction, TrainableTokenizer
+from unimodal_tokenizers.quantizers import codebook_perplexity, codebook_usage
 from unimodal_tokenizers.representation import Representation
-from unimodal_tokenizers.vq import CodebookTokenizer, Quantized, codebook_perplexity, codebook_usage
 
 PICTURE_SIDE = 64  # pixels an image has at least in a reconstruction grid; small ones are enlarged
 
@@ -50,13 +51,12 @@ class CodebookCounts(Metric):
 
 
 class TokenizerTraining(L.LightningModule):
-    """Trains a tokenizer with codebooks, or the decoder of a representation, on images `(B, 3, H, W)` in [-1, 1].
+    """Trains a tokenizer on images `(B, 3, H, W)` in [-1, 1].
 
-    loss = l1_weight |x - y| + l2_weight |x - y|^2 + codebook_loss + commitment_weight * commitment
+    loss = l1_weight |x - y| + l2_weight |x - y|^2 + sum over the tokenizer's terms of their weight * term
 
-    with y the reconstruction, both norms averaged over pixels and channels, and the last two terms those of
-    the tokenizer's `quantize`, which tokenizers without a codebook have not. The codebook's term has no weight: only the
-    codebook (and what makes its codes into what the decoder reads) sees it, and Adam ignores its scale.
+    with y the reconstruction and both norms averaged over pixels and channels. The tokenizer names its terms and says the
+    weight each has by default; they are logged by name, unweighted.
     Every validation writes `samples/reconstruction_step_<n>.png` into the run's folder.
     """
 
@@ -68,7 +68,7 @@ class TokenizerTraining(L.LightningModule):
         lr: float,
         l1_weight: float,
         l2_weight: float,
-        commitment_weight: float = 0.25,
+        weights: dict[str, float] | None = None,
         schedule: Schedule = "cosine",
         warmup_steps: int = 0,
         lr_floor: float = 0.0,
@@ -83,7 +83,7 @@ class TokenizerTraining(L.LightningModule):
         lr: the highest learning rate of AdamW.
         l1_weight: weight of the mean absolute error.
         l2_weight: weight of the mean squared error.
-        commitment_weight: weight of the encoder's distance to its codes (beta of VQ-VAE).
+        weights: of the tokenizer's own terms, by name, where they are not to be its defaults.
         schedule: how the learning rate falls after the warm-up.
         warmup_steps: optimizer steps over which it rises.
         lr_floor: its last value, as a share of `lr`.
@@ -93,25 +93,28 @@ class TokenizerTraining(L.LightningModule):
         encoder_weights: of a representation's frozen encoder: safetensors with timm's names.
         """
         super().__init__()
-        if not isinstance(tokenizer, CodebookTokenizer | Representation):
+        if not isinstance(tokenizer, TrainableTokenizer):
             name = type(tokenizer).__name__
-            raise ValueError(
-                f"tokenizer: expected one that is trained (a CodebookTokenizer, Representation), got {name}"
-            )
+            raise ValueError(f"tokenizer: expected one that is trained (a TrainableTokenizer), got {name}")
         if encoder_weights is not None:
             if not isinstance(tokenizer, Representation):
                 raise ValueError(
                     f"encoder_weights: expected none for a {type(tokenizer).__name__}, got {encoder_weights}"
                 )
             tokenizer.load_encoder(encoder_weights)
-        weights = {"l1_weight": l1_weight, "l2_weight": l2_weight, "commitment_weight": commitment_weight}
-        for name, weight in weights.items():
+        for name in weights or {}:
+            if name not in tokenizer.weights:
+                known = ", ".join(tokenizer.weights) or "none"
+                raise ValueError(f"weights: expected terms of {type(tokenizer).__name__} ({known}), got {name}")
+        own = {f"weights.{name}": weight for name, weight in (weights or {}).items()}
+        for name, weight in {"l1_weight": l1_weight, "l2_weight": l2_weight, **own}.items():
             if weight < 0:
                 raise ValueError(f"{name}: expected at least 0, got {weight}")
         if l1_weight == l2_weight == 0:
             raise ValueError("l1_weight, l2_weight: expected at least one above 0, got 0 and 0: nothing to reconstruct")
         self.tokenizer = tokenizer
-        self.l1_weight, self.l2_weight, self.commitment_weight = l1_weight, l2_weight, commitment_weight
+        self.l1_weight, self.l2_weight = l1_weight, l2_weight
+        self.weights = {**tokenizer.weights, **(weights or {})}
         self.lr, self.lr_floor, self.weight_decay, self.betas = lr, lr_floor, weight_decay, betas
         self.schedule, self.warmup_steps, self.samples = schedule, warmup_steps, samples
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3))  # clamps; the mean over images
@@ -124,12 +127,13 @@ class TokenizerTraining(L.LightningModule):
 
     def training_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> Float[Tensor, ""]:
         """One batch: every term logged by itself, and how the batch used the codebook."""
-        terms, _, quantized = self._terms(batch)
+        result = self.tokenizer(batch)
+        terms = self._terms(batch, result)
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items() if name != "loss"})
         self.log("train/loss", terms["loss"].detach(), prog_bar=True)
-        if quantized is not None:
-            self.log("train/codebook_usage", codebook_usage(quantized.counts))
-            self.log("train/codebook_perplexity", codebook_perplexity(quantized.counts), prog_bar=True)
+        if result.counts is not None:
+            self.log("train/codebook_usage", codebook_usage(result.counts))
+            self.log("train/codebook_perplexity", codebook_perplexity(result.counts), prog_bar=True)
         return terms["loss"]
 
     def validation_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
@@ -168,23 +172,27 @@ class TokenizerTraining(L.LightningModule):
             warmup_steps=self.warmup_steps, schedule=self.schedule, floor=self.lr_floor,
         )  # fmt: skip
 
-    def _terms(self, x: Float[Tensor, "B 3 H W"]) -> tuple[dict[str, Tensor], Tensor, Quantized | None]:
-        """The terms of the loss by name, unweighted but for their sum; the reconstruction; what the codebook says."""
-        result = self.tokenizer(x)
-        y, quantized = result.images.float(), result.quantized
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's step, then that of what learns without gradients."""
+        super().optimizer_step(*args, **kwargs)
+        self.tokenizer.after_step()
+
+    def _terms(self, x: Float[Tensor, "B 3 H W"], result: Reconstruction) -> dict[str, Tensor]:
+        """The terms of the loss by name, unweighted but for their sum, `loss`."""
+        y = result.images.float()
         terms = {"l1": F.l1_loss(y, x), "l2": F.mse_loss(y, x)}
         loss = self.l1_weight * terms["l1"] + self.l2_weight * terms["l2"]
-        if quantized is not None:
-            terms |= {"codebook_loss": quantized.codebook_loss, "commitment": quantized.commitment}
-            loss = loss + terms["codebook_loss"] + self.commitment_weight * terms["commitment"]
-        return {**terms, "loss": loss}, y, quantized
+        for name, term in result.terms.items():
+            loss = loss + self.weights[name] * term
+        return {**terms, **result.terms, "loss": loss}
 
     def _evaluate(self, x: Float[Tensor, "B 3 H W"], stage: str) -> Float[Tensor, "B 3 H W"]:
         """Log one batch of held-out images; their reconstruction."""
-        terms, y, quantized = self._terms(x)
+        result = self.tokenizer(x)
+        terms, y = self._terms(x, result), result.images.float()
         self.psnr.update(y, x)
-        if self.counts is not None and quantized is not None:
-            self.counts.update(quantized.counts)
+        if self.counts is not None and result.counts is not None:
+            self.counts.update(result.counts)
         self.log_dict({f"{stage}/{name}": term for name, term in terms.items()}, batch_size=len(x), sync_dist=True)
         self.log(f"{stage}/psnr", self.psnr, prog_bar=True, batch_size=len(x))
         return y
