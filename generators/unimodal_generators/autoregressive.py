@@ -85,7 +85,9 @@ class Autoregressive(ImageGenerator):
             raise ValueError(f"generator.shuffle: expected at least 1 (no shuffle), got {shuffle}")
         if layout.kind == "sequence" and (shuffle > 1 or end_of_row):
             name, value = ("shuffle", shuffle) if shuffle > 1 else ("end_of_row", "true")
-            raise ValueError(f"generator.{name}: expected none with a tokenizer of sequences, which has no rows, got {value}")
+            raise ValueError(
+                f"generator.{name}: expected none with tokens of a sequence, which has no rows, got {value}"
+            )
         if vocabulary == "shared" and (inputs == "codes" or depth is not None):
             raise ValueError("generator.vocabulary: shared rows need inputs: ids and no depth, got another")
         self.layout, self.token_noise, self.sampling = layout, token_noise, sampling

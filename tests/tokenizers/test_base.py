@@ -59,7 +59,7 @@ def test_a_layout_knows_the_size_of_its_grids() -> None:
     for layout in (TokenLayout("discrete", 3, 4, (8,)), rows):
         assert layout.size(layout.grid(8, 12)) == (8, 12)
     assert rows.grid(8, 12) == Grid(1, 5)
-    with pytest.raises(ValueError, match="image size: expected 8x12, .* got 12x8 pixels"):
+    with pytest.raises(ValueError, match=r"image size: expected 8x12, .* got 12x8 pixels"):
         rows.grid(12, 8)
     for wrong in ({"length": 5}, {"image": (8, 8)}, {"kind": "sequence"}, {"kind": "sequence", "length": 5}):
         with pytest.raises(ValueError, match="layout: expected length and image of a sequence"):

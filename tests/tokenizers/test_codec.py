@@ -82,11 +82,11 @@ def test_bad_images_and_tokens_are_refused() -> None:
     tokenizer = CodecTokenizer((40, 40), length=100)
     with pytest.raises(ValueError, match=r"length: expected as many ids as a JPEG of quality 25 .* got 100"):
         tokenizer.encode(tensor(photograph()))
-    with pytest.raises(ValueError, match="image size: expected 40x40, .* got 8x40"):
+    with pytest.raises(ValueError, match=r"image size: expected 40x40, .* got 8x40"):
         tokenizer.encode(torch.zeros(1, 3, 8, 40))
     with pytest.raises(ValueError, match="tokens: expected ids from 0 to 256, got 0 to 257"):
         tokenizer.decode_batch(torch.tensor([[0, 257]]), Grid(1, 2))
     with pytest.raises(ValueError, match=r"n up to 100, got shape \(1, 101\)"):
         tokenizer.decode_batch(torch.zeros(1, 101, dtype=torch.long), Grid(1, 101))
-    with pytest.raises(ValueError, match="integer ids, got torch.float32"):
+    with pytest.raises(ValueError, match=r"integer ids, got torch\.float32"):
         tokenizer.lookup(torch.zeros(3))

@@ -72,7 +72,9 @@ class TokenLayout:
         if self.kind == "sequence":
             if (height, width) != tuple(self.image):
                 h, w = self.image
-                raise ValueError(f"image size: expected {h}x{w}, the one this tokenizer has, got {height}x{width} pixels")
+                raise ValueError(
+                    f"image size: expected {h}x{w}, the one this tokenizer has, got {height}x{width} pixels"
+                )
             return Grid(1, self.length)
         if height % self.stride or width % self.stride or height < 1 or width < 1:
             raise ValueError(f"image size: expected multiples of the stride {self.stride}, got {height}x{width} pixels")
@@ -132,7 +134,9 @@ class ImageTokens:
     def prefix(self, count: int) -> "ImageTokens":
         """The same images, of whose sequences only so many first tokens are held; a tokenizer says whether that decodes."""
         if any(grid.h != 1 or grid.scales or not 1 <= count <= grid.w for grid in self.grids):
-            raise ValueError(f"count: expected from 1 to as many tokens as each sequence has, got {count} of {self.grids}")
+            raise ValueError(
+                f"count: expected from 1 to as many tokens as each sequence has, got {count} of {self.grids}"
+            )
         parts = [values[:count] for values in self.values.split(self.lengths)]
         return ImageTokens(torch.cat([self.values[:0], *parts]), (Grid(1, count),) * len(self))
 

@@ -26,9 +26,7 @@ START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 class CodecTokenizer(ImageTokenizer):
     """An image as the bytes of its JPEG, then `END` up to N ids. Any prefix decodes: what is missing of the scan is grey."""
 
-    def __init__(
-        self, image: tuple[int, int], length: int, quality: int = 25, colours: Literal[1, 3] = 3
-    ) -> None:
+    def __init__(self, image: tuple[int, int], length: int, quality: int = 25, colours: Literal[1, 3] = 3) -> None:
         """Args:
 
         image: (height, width) in pixels of every image.
@@ -50,7 +48,9 @@ class CodecTokenizer(ImageTokenizer):
         start = file.index(START_OF_SCAN) + 2
         self.header = file[: start + int.from_bytes(file[start : start + 2], "big")]  # which says its own length
 
-    def encode_batch(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator | None = None) -> Int64[Tensor, "B N"]:
+    def encode_batch(
+        self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator | None = None
+    ) -> Int64[Tensor, "B N"]:
         """Images `(B, 3, H, W)` in [-1, 1] (clamped) to ids; `rng` is not used.
 
         Raises:

@@ -19,8 +19,8 @@ from torchvision.utils import make_grid, save_image
 
 from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
 from unimodal_tokenizers.base import ImageTokenizer, Reconstruction, TrainableTokenizer
+from unimodal_tokenizers.frozen import FrozenEncoder
 from unimodal_tokenizers.quantizers import codebook_perplexity, codebook_usage
-from unimodal_tokenizers.representation import Representation
 
 PICTURE_SIDE = 64  # pixels an image has at least in a reconstruction grid; small ones are enlarged
 
@@ -90,18 +90,19 @@ class TokenizerTraining(L.LightningModule):
         weight_decay: of AdamW; never on norms, biases and codebooks.
         betas: of AdamW.
         samples: images in the reconstruction grid of each validation; 0 for none.
-        encoder_weights: of a representation's frozen encoder: safetensors with timm's names.
+        encoder_weights: of the tokenizer's frozen encoder (a representation's, or a semantic head's teacher): safetensors
+            with timm's names.
         """
         super().__init__()
         if not isinstance(tokenizer, TrainableTokenizer):
             name = type(tokenizer).__name__
             raise ValueError(f"tokenizer: expected one that is trained (a TrainableTokenizer), got {name}")
         if encoder_weights is not None:
-            if not isinstance(tokenizer, Representation):
-                raise ValueError(
-                    f"encoder_weights: expected none for a {type(tokenizer).__name__}, got {encoder_weights}"
-                )
-            tokenizer.load_encoder(encoder_weights)
+            encoders = [module for module in tokenizer.modules() if isinstance(module, FrozenEncoder)]
+            if len(encoders) != 1:
+                name = type(tokenizer).__name__
+                raise ValueError(f"encoder_weights: expected none for this {name}, got {encoder_weights}")
+            encoders[0].load(encoder_weights)
         for name in weights or {}:
             if name not in tokenizer.weights:
                 known = ", ".join(tokenizer.weights) or "none"
