@@ -41,7 +41,7 @@ def test_ids_are_those_of_the_patches_kept_and_then_the_end() -> None:
     for image, (values, chance) in enumerate(zip(tokens.values.view(6, 8).tolist(), logits, strict=True)):
         kept = [i for i in range(8) if chance[i] > 0] or [int(chance.argmax())]
         counts.append(len(kept))
-        merged = t._merge(x[image : image + 1], (torch.tensor([[i in kept for i in range(8)]])))[0]
+        merged = t._merge(x[image : image + 1], torch.tensor([[i in kept for i in range(8)]]))[0]
         assert values == [*t.quantizer.vectors_to_ids(merged[kept]).tolist(), *[END] * (8 - len(kept))]
     assert len(set(counts)) > 1  # not all of one length
     for image, one in zip(images(), tokens.split(), strict=True):
@@ -59,7 +59,7 @@ def test_merging_reads_everything_and_is_read_by_what_is_kept_alone() -> None:
     x = t._read(images(1))[0]
     kept = torch.tensor([[True, False, True, False, False, False, False, False]])
     merged, changed = t._merge(x, kept), x.clone()
-    changed[0, 5] += 1.0  # left behind
+    changed[0, 5, 0] += 1.0  # left behind
     moved = (t._merge(changed, kept) - merged).abs().amax(-1)[0] > 1e-6
     assert moved.tolist() == [True, False, True, False, False, True, False, False]
 

@@ -98,15 +98,15 @@ def test_the_teacher_stays_as_it_is() -> None:
 def test_vectors_come_to_mean_what_the_teacher_says(kind: str) -> None:
     wide = 16 if kind == "staged" else 4
     made = tokenizer(kind, head(dim=wide, teacher=teacher())).train()
-    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
     terms = []
-    for _ in range(60):
-        result = made(images(8))
+    for _ in range(20):
+        result = made(images())
         terms.append(float(result.terms["semantic"]))
         optimizer.zero_grad()
         result.terms["semantic"].backward()  # alone: what it moves, it moves
         optimizer.step()
-    assert terms[-1] < 0.5 * terms[0]
+    assert terms[-1] < 0.7 * terms[0]
     assert made.weights["semantic"] == 1.0
     encoder = next(p for name, p in made.named_parameters() if name.startswith(("encoder", "patches_in")))
     assert encoder.grad is not None

@@ -34,8 +34,8 @@ def test_images_of_any_size_together_or_alone() -> None:
 
 def test_tokens_have_mean_0_and_deviation_1() -> None:
     t = made().train()
-    for _ in range(400):  # 0.98 ** 400 of the first guess is left
-        t(images(16))
+    for _ in range(300):  # 0.98 ** 300 of the first guess is left
+        t.encode(images(16))
     values = t.eval().encode(images(16)).values.detach()
     torch.testing.assert_close(values.mean(0), torch.zeros(3), atol=0.02, rtol=0)
     torch.testing.assert_close(values.std(0), torch.ones(3), atol=0.02, rtol=0)
@@ -59,16 +59,16 @@ def test_it_learns_to_draw_and_to_mean() -> None:
     )
     semantic = SemanticHead(width=16, depth=1, heads=2, dim=16, teacher=teacher)
     t = made(semantic=semantic).train()
-    optimizer = torch.optim.AdamW([p for p in t.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in t.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(80):
-        result = t(images(8))
-        losses.append([float((result.images - images(8)).square().mean()), float(result.terms["semantic"])])
+    for _ in range(40):
+        result = t(images())
+        losses.append([float((result.images - images()).square().mean()), float(result.terms["semantic"])])
         optimizer.zero_grad()
-        ((result.images - images(8)).square().mean() + result.terms["semantic"]).backward()
+        ((result.images - images()).square().mean() + result.terms["semantic"]).backward()
         optimizer.step()
-    assert losses[-1][0] < 0.6 * losses[0][0]
-    assert losses[-1][1] < 0.5 * losses[0][1]
+    assert losses[-1][0] < 0.7 * losses[0][0]
+    assert losses[-1][1] < 0.7 * losses[0][1]
     assert not [
         n
         for n, p in t.named_parameters()
