@@ -87,7 +87,7 @@ class DynamicTokenizer(TrainableTokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight."""
-        return self.pixels_out.weight
+        return self.pixels_out.get_parameter("weight")
 
     def after_step(self) -> None:
         """A codebook that learns without gradients moves."""

@@ -76,7 +76,7 @@ class Representation(TrainableTokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The linear layer that makes pixels."""
-        return self.pixels_out.weight
+        return self.pixels_out.get_parameter("weight")
 
     def encode_batch(
         self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator | None = None

@@ -63,7 +63,7 @@ class StagedTokenizer(TrainableTokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight."""
-        return self.pixels_out.weight
+        return self.pixels_out.get_parameter("weight")
 
     def forward(self, images: Float[Tensor, "B 3 H W"], texts: Float[Tensor, "B E"] | None = None) -> Reconstruction:
         """Images `(B, 3, H, W)` in [-1, 1] through all three stages, with the terms of the loss.
