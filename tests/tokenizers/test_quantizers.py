@@ -2,6 +2,7 @@
 
 import copy
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,25 @@ from unimodal_tokenizers.quantizers import (
     SimVQ,
     SubCodebooks,
     VectorQuantizer,
+    base,
     search,
 )
 
 Make = Callable[[], Quantizer]
+
+
+def contributed() -> Quantizer:
+    """The example of CONTRIBUTING.md."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    names: dict[str, Any] = {"torch": torch, **vars(base)}
+    exec(textwrap.dedent(text.split("```python")[1].split("```")[0]), names)
+    return names["Signs"](5)
+
+
 QUANTIZERS: dict[str, Make] = {
     "bsq": lambda: BSQ(bits=6, temperature=1.0),
     "bsq-books": lambda: BSQ(bits=6, codebooks=3, temperature=1.0),
+    "contributed": contributed,
     "euclidean": lambda: EuclideanQuantizer(16, 4, revive_after=2),
     "fsq": lambda: FSQ([5, 4, 3]),
     "ibq": lambda: IBQ(16, 4, temperature=1.0),
