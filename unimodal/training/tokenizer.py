@@ -5,13 +5,13 @@ Letters: B images, H height, W width (pixels); K entries of a codebook, Q codebo
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from jaxtyping import Float, Int64
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio
@@ -19,8 +19,8 @@ from torchvision.utils import make_grid, save_image
 
 from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
 from unimodal_tokenizers.base import ImageTokenizer, Reconstruction, TrainableTokenizer
-from unimodal_tokenizers.quantizers import codebook_perplexity, codebook_usage
-from unimodal_tokenizers.representation import Representation
+from unimodal_tokenizers.frozen import FrozenEncoder
+from unimodal_tokenizers.quantizers import TextCodebook, codebook_perplexity, codebook_usage
 
 PICTURE_SIDE = 64  # pixels an image has at least in a reconstruction grid; small ones are enlarged
 
@@ -50,6 +50,18 @@ class CodebookCounts(Metric):
         return self.counts
 
 
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def _only(kind: type[Part], tokenizer: nn.Module, key: str, path: Path) -> Part:
+    """The one module of that kind that a file is for."""
+    found = [module for module in tokenizer.modules() if isinstance(module, kind)]
+    if len(found) != 1:
+        name = type(tokenizer).__name__
+        raise ValueError(f"{key}: expected none for this {name} ({len(found)} {kind.__name__}), got {path}")
+    return found[0]
+
+
 class TokenizerTraining(L.LightningModule):
     """Trains a tokenizer on images `(B, 3, H, W)` in [-1, 1].
 
@@ -76,6 +88,7 @@ class TokenizerTraining(L.LightningModule):
         betas: tuple[float, float] = (0.9, 0.99),
         samples: int = 16,
         encoder_weights: Path | None = None,
+        text_embeddings: Path | None = None,
     ) -> None:
         """Args:
 
@@ -90,18 +103,18 @@ class TokenizerTraining(L.LightningModule):
         weight_decay: of AdamW; never on norms, biases and codebooks.
         betas: of AdamW.
         samples: images in the reconstruction grid of each validation; 0 for none.
-        encoder_weights: of a representation's frozen encoder: safetensors with timm's names.
+        encoder_weights: of the tokenizer's frozen encoder (a representation's, or a semantic head's teacher): safetensors
+            with timm's names.
+        text_embeddings: of the tokenizer's `TextCodebook`: safetensors with one matrix.
         """
         super().__init__()
         if not isinstance(tokenizer, TrainableTokenizer):
             name = type(tokenizer).__name__
             raise ValueError(f"tokenizer: expected one that is trained (a TrainableTokenizer), got {name}")
         if encoder_weights is not None:
-            if not isinstance(tokenizer, Representation):
-                raise ValueError(
-                    f"encoder_weights: expected none for a {type(tokenizer).__name__}, got {encoder_weights}"
-                )
-            tokenizer.load_encoder(encoder_weights)
+            _only(FrozenEncoder, tokenizer, "encoder_weights", encoder_weights).load(encoder_weights)
+        if text_embeddings is not None:
+            _only(TextCodebook, tokenizer, "text_embeddings", text_embeddings).load(text_embeddings)
         for name in weights or {}:
             if name not in tokenizer.weights:
                 known = ", ".join(tokenizer.weights) or "none"
