@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -150,6 +150,7 @@ class ImageTokenizer(nn.Module, ABC):
     """Pixels <-> tokens. Subclasses set `layout` and write `encode_batch`, `decode_batch` and `lookup`."""
 
     layout: TokenLayout
+    config: dict[str, Any] | None = None  # class_path and init_args, where something else than its class built it
 
     @abstractmethod
     def encode_batch(
