@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from unimodal.export import ExportInfo, load_export, save_export
 from unimodal.training.tokenizer import TokenizerTraining
-from unimodal_tokenizers import Grid, PatchTokenizer, Representation, VQTokenizer
+from unimodal_tokenizers import Grid, GridTokenizer, PatchTokenizer, Representation
+from unimodal_tokenizers.quantizers import VectorQuantizer
 
 NAME = "vit_tiny_patch16_224"
 OPTIONS = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -124,8 +125,8 @@ def test_encoder_weights_that_cannot_be_are_refused(tmp_path: Path) -> None:
         save_file(wrong, tmp_path / "wrong.safetensors")
         with pytest.raises(ValueError, match=message):
             tokenizer.load_encoder(tmp_path / "wrong.safetensors")
-    vq = VQTokenizer(codebook=64, dim=4, channels=[8, 16], blocks=1)
-    with pytest.raises(ValueError, match="encoder_weights: expected none for a VQTokenizer"):
+    vq = GridTokenizer(VectorQuantizer(64, 4), channels=[8, 16], blocks=1)
+    with pytest.raises(ValueError, match="encoder_weights: expected none for a GridTokenizer"):
         TokenizerTraining(vq, lr=1.0, l1_weight=1.0, l2_weight=0.0, encoder_weights=tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError, match="got PatchTokenizer"):
         TokenizerTraining(PatchTokenizer(2), lr=1.0, l1_weight=1.0, l2_weight=0.0)

@@ -5,28 +5,28 @@ from unimodal_tokenizers.base import (
     ImageTokenizer,
     ImageTokens,
     MultiscaleTokenizer,
+    Reconstruction,
     TokenLayout,
+    TrainableTokenizer,
     bits_per_token,
 )
+from unimodal_tokenizers.grid import CodebookTokenizer, GridTokenizer
+from unimodal_tokenizers.multiscale import MultiscaleVQ
 from unimodal_tokenizers.patch import PatchTokenizer
 from unimodal_tokenizers.representation import Representation
-from unimodal_tokenizers.residual import MultiscaleVQ, ResidualVQ
-from unimodal_tokenizers.vq import CodebookTokenizer, Quantized, Reconstruction, VectorQuantizer, VQTokenizer
 
 __all__ = [
     "CodebookTokenizer",
     "Grid",
+    "GridTokenizer",
     "ImageTokenizer",
     "ImageTokens",
     "MultiscaleTokenizer",
     "MultiscaleVQ",
     "PatchTokenizer",
-    "Quantized",
     "Reconstruction",
     "Representation",
-    "ResidualVQ",
     "TokenLayout",
-    "VQTokenizer",
-    "VectorQuantizer",
+    "TrainableTokenizer",
     "bits_per_token",
 ]

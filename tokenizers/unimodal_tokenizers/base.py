@@ -1,7 +1,7 @@
 """The interface every visual tokenizer keeps: pixels in, tokens out, and back.
 
 Letters: B images, H height, W width (pixels); N tokens of one image, T of all images end to end, D channels of a token,
-Q codebooks; h, w the token grid of one image; S scales of a multi-scale tokenizer.
+Q codebooks of K entries; h, w the token grid of one image; S scales of a multi-scale tokenizer.
 
 Images are RGB float32 in [-1, 1]. Tokens of many images are concatenated, row-major over each image's grid; several scales
 come coarse to fine, each row-major.
@@ -9,12 +9,12 @@ come coarse to fine, each row-major.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 
@@ -165,6 +165,36 @@ class ImageTokenizer(nn.Module, ABC):
             for i, image in zip(members, self.decode(tokens.select(members), rng), strict=True):
                 images[i] = image
         return images
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A training pass of a tokenizer: images through its tokens and back."""
+
+    images: Float[Tensor, "B 3 H W"]
+    terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)  # of the loss, by name, not weighted
+    counts: Int64[Tensor, "*Q K"] | None = None  # tokens of this batch that chose each entry; None: continuous
+
+
+class TrainableTokenizer(ImageTokenizer):
+    """A tokenizer with weights to learn: what `TokenizerTraining` takes.
+
+    Its loss is the error of the reconstruction, which the training step measures, and terms of its own, which have names.
+    """
+
+    weights: Mapping[str, float]  # the names of its terms, each with the weight it has unless a recipe says another
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Reconstruction:
+        """Images `(B, 3, H, W)` in [-1, 1] through tokens and back, with every term that `weights` names."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight: an adversarial term is weighed by the gradients that arrive there."""
+
+    def after_step(self) -> None:
+        """Called after every optimizer step: what learns without gradients moves here. Most have nothing to do."""
 
 
 class MultiscaleTokenizer(ImageTokenizer):

@@ -16,11 +16,10 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
-from unimodal_tokenizers.vq import Reconstruction
+from unimodal_tokenizers.base import Grid, Reconstruction, TokenLayout, TrainableTokenizer
 
 
-class Representation(ImageTokenizer):
+class Representation(TrainableTokenizer):
     """Patch features of a timm vision transformer, each channel brought to mean 0 and deviation 1 over the images.
 
     The encoder never learns; the decoder does, and the projection where there is one. Mean and deviation are those of the
@@ -56,6 +55,7 @@ class Representation(ImageTokenizer):
         if decoder_width % 4 or decoder_width % decoder_heads:
             raise ValueError(f"decoder_width: expected a multiple of 4 and of decoder_heads, got {decoder_width}")
         self.name = encoder
+        self.weights = {}  # nothing but the reconstruction
         options = {"dynamic_img_size": True, **(options or {})}
         self.encoder = timm.create_model(encoder, pretrained=False, num_classes=0, **options)
         self.encoder.requires_grad_(False).eval()
@@ -108,6 +108,11 @@ class Representation(ImageTokenizer):
         """Images `(B, 3, H, W)` in [-1, 1] to tokens and back, for training the decoder."""
         grid = self.layout.grid(*images.shape[-2:])
         return Reconstruction(self.decode_batch(self.encode_batch(images), grid))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The linear layer that makes pixels."""
+        return self.pixels_out.get_parameter("weight")
 
     def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N E"]:
         """What the encoder says of each patch; class and register tokens are left out.
