@@ -5,14 +5,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from unimodal.data.images import DigitImageData, FolderImageData, ImageData
     from unimodal.data.module import DigitsData, DocumentData, FolderData, ShapesData
+    from unimodal.data.tokenized import TokenData
 
-__all__ = ["DigitImageData", "DigitsData", "DocumentData", "FolderData", "FolderImageData", "ImageData", "ShapesData"]
+__all__ = [
+    "DigitImageData",
+    "DigitsData",
+    "DocumentData",
+    "FolderData",
+    "FolderImageData",
+    "ImageData",
+    "ShapesData",
+    "TokenData",
+]
 
 
 def __getattr__(name: str) -> object:
     # Sources are used where lightning is not wanted; only the data modules need it.
     if name in __all__:
-        from unimodal.data import images, module
+        from unimodal.data import images, module, tokenized
 
-        return getattr(images if "Image" in name else module, name)
+        return getattr(images if "Image" in name else tokenized if name == "TokenData" else module, name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

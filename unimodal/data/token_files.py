@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -305,13 +304,9 @@ class TokenSource:
             self._open[k] = Shard(self.root / shard_name(self.split, k), self._plan.layout)
         return self._open[k].document(self.number, index - (int(self._ends[k - 1]) if k else 0))
 
-    @cached_property
-    def _texts(self) -> list[str]:
-        return list(TokenFiles(self.root).corpus())
-
     def corpus(self) -> Iterable[str]:
         """Texts of all sources of these files."""
-        return self._texts
+        return TokenFiles(self.root).corpus()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # a file is opened in each process anew

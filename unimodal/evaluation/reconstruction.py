@@ -41,8 +41,8 @@ from unimodal_tokenizers.quantizers import codebook_perplexity, codebook_usage
 
 BEST_PSNR = 100.0
 """dB that stand for two images which are the same."""
-SMALLEST_GAUSSIAN = 11
-"""Pixels of SSIM's window; images with a shorter side have a uniform one of 7 (both: Wang et al. 2004, section 3)."""
+SMALLEST = 6
+"""Pixels of a side that SSIM's window of 11, mirrored at the edges, asks for."""
 MOST_COUNTED = 2**24
 """Entries of a codebook whose use is counted; larger ones (binary codes) have more entries than images have tokens."""
 
@@ -89,7 +89,7 @@ class ImageReconstruction(Benchmark):
         if inception_weights is not None:
             features = make_features("inception", checked_weights("inception", inception_weights), resize)
             self.family = Family(features, ("frechet",))
-        self.images_sha256, self._gaussian = "", True
+        self.images_sha256 = ""
         self.broken: list[str] = []
         self._items: list[Item] = []
         self._set: SetScores | None = None
@@ -108,7 +108,7 @@ class ImageReconstruction(Benchmark):
             "size": "own" if self.size is None else list(self.size),
             "images_sha256": self.images_sha256,
             "psnr": "8 bit, mean over images",
-            "ssim": "torchmetrics, data_range 1, " + ("gaussian 11, sigma 1.5" if self._gaussian else "uniform 7"),
+            "ssim": "torchmetrics, data_range 1, gaussian 11, sigma 1.5, edges mirrored",
             "lpips": None if self.lpips is None else self.lpips.spec(),
             "rfid": None if self._set is None else dict(self._set.spec),
             "most_broken": self.most_broken,
@@ -172,7 +172,6 @@ class ImageReconstruction(Benchmark):
         for file, image in zip(files, (x, y), strict=True):
             array = image.permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
             write_atomically(out / file, png_bytes(Image.fromarray(array)))
-        self._gaussian &= min(x.shape[1:]) >= SMALLEST_GAUSSIAN
         similar = structural_similarity(x, y)
         found = {"psnr": peak_signal_to_noise(x, y), "ssim": similar}
         if self.lpips is not None:
@@ -242,12 +241,11 @@ def peak_signal_to_noise(x: UInt8[Tensor, "3 H W"], y: UInt8[Tensor, "3 H W"]) -
 
 
 def structural_similarity(x: UInt8[Tensor, "3 H W"], y: UInt8[Tensor, "3 H W"]) -> float:
-    """SSIM (Wang et al. 2004, eq. 13), mean over windows and channels; ValueError for images of fewer than 7 pixels."""
+    """SSIM (Wang et al. 2004, eq. 13), mean over pixels and channels; ValueError for images too small for its window."""
     side = min(x.shape[1:])
-    if side < 7:
-        raise ValueError(f"ssim: expected images of at least 7 pixels a side, got {side}")
-    window: dict[str, Any] = {} if side >= SMALLEST_GAUSSIAN else {"gaussian_kernel": False, "kernel_size": 7}
-    found = ssim(y[None].float() / 255, x[None].float() / 255, data_range=1.0, **window)
+    if side < SMALLEST:
+        raise ValueError(f"ssim: expected images of at least {SMALLEST} pixels a side, got {side}")
+    found = ssim(y[None].float() / 255, x[None].float() / 255, data_range=1.0)
     assert isinstance(found, Tensor)
     return float(found)
 

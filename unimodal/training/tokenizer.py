@@ -27,7 +27,7 @@ from unimodal.metrics.perceptual import Perceptual
 from unimodal.training.adversary import Adversary
 from unimodal.training.ema import EMA
 from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
-from unimodal_tokenizers.base import Reconstruction, TrainableTokenizer
+from unimodal_tokenizers.base import ImageTokenizer, Reconstruction, TrainableTokenizer
 from unimodal_tokenizers.quantizers import codebook_perplexity, codebook_usage
 from unimodal_tokenizers.representation import Representation
 
@@ -78,7 +78,7 @@ class TokenizerTraining(L.LightningModule):
 
     def __init__(
         self,
-        tokenizer: TrainableTokenizer,
+        tokenizer: ImageTokenizer,
         lr: float,
         l1_weight: float,
         l2_weight: float,
