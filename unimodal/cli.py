@@ -133,14 +133,19 @@ def _add_tokenize(commands: "argparse._SubParsersAction[_OneLine]") -> None:
     tokenize.add_argument(
         "--size", metavar="WxH", action="append", required=True, help="of the images, as in sequence.image_sizes; repeatable"
     )  # fmt: skip
-    tokenize.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step (ema)")
+    tokenize.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step (ema)"
+    )
     tokenize.add_argument("--seed", type=_seed, default=0, help="of what sources draw (0)")
     tokenize.add_argument("--per-shard", type=int, default=4096, help="documents of each source in a shard (4096)")
     tokenize.add_argument("--batch", type=int, default=64, help="images encoded at once (64)")
     tokenize.add_argument("--workers", type=int, default=1, help="processes (1)")
     tokenize.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
     tokenize.add_argument(
-        "--most-broken", type=float, default=0.01, help="share of documents that may be unreadable; they are named (0.01)"
+        "--most-broken",
+        type=float,
+        default=0.01,
+        help="share of documents that may be unreadable; they are named (0.01)",
     )
     tokenize.set_defaults(run="tokenize")
 

@@ -173,7 +173,9 @@ class UnifiedModel(nn.Module):
     def tokens(self, packed: PackedSequence) -> ImageTokens:
         """Tokens of all images of a pack that have any, as they are numbered: those stored, then those of pixels."""
         made, stored = self.encode(packed.images[: packed.tokenized]), packed.stored
-        return made if stored is None else ImageTokens.cat([replace(stored, values=stored.values.to(made.values)), made])
+        return (
+            made if stored is None else ImageTokens.cat([replace(stored, values=stored.values.to(made.values)), made])
+        )
 
     def encode(self, images: Sequence[Float[Tensor, "_ 3 _ _"]]) -> ImageTokens:
         """Tokens of images grouped by size."""

@@ -137,7 +137,11 @@ class Sequencer:
                 if not dropped:
                     draft.add_text(self.text.encode(part.text), part.learn)
                 continue
-            image = self.check_stored(part) if isinstance(part, StoredImage) else fit_image(part.image, self.rules.image_sizes)
+            image = (
+                self.check_stored(part)
+                if isinstance(part, StoredImage)
+                else fit_image(part.image, self.rules.image_sizes)
+            )
             size, grid = self.measure(image)
             draft.add_text([self.text.special.boi, *self.size(*size)], learn=part.learn and not dropped)
             if blind and not part.learn:
@@ -165,7 +169,9 @@ class Sequencer:
         if self.rules.context != "clean":
             raise ValueError(f"sequence.context: expected clean with images stored as tokens, got {self.rules.context}")
         if image.size not in {tuple(size) for size in self.rules.image_sizes}:
-            raise ValueError(f"sequence.image_sizes: expected {list(image.size)}, which images are stored of, among them")
+            raise ValueError(
+                f"sequence.image_sizes: expected {list(image.size)}, which images are stored of, among them"
+            )
         return image
 
     def size(self, height: int, width: int) -> tuple[int, ...]:
@@ -453,4 +459,9 @@ def _gather_images(
     stacks = tuple(to_tensor([pixels[name] for name in members]) for members in sizes.values())
     ordered = [*parts, *(member for members in sizes.values() for member in members)]
     stored = ImageTokens.cat(list(parts.values())) if parts else None
-    return stored, stacks, sum(not rest for rest, *_ in sizes), {member: number for number, member in enumerate(ordered)}
+    return (
+        stored,
+        stacks,
+        sum(not rest for rest, *_ in sizes),
+        {member: number for number, member in enumerate(ordered)},
+    )

@@ -202,10 +202,14 @@ def settle(out: Path, plan: Plan) -> None:
     held, asked = Plan.of_json(read_json(out / PLAN)).to_json(), plan.to_json()
     if held["tokenizer"] != asked["tokenizer"]:
         old, new = (f"{one['recipe']} {one['fingerprint'][:12]}" for one in (held["tokenizer"], asked["tokenizer"]))
-        raise ValueError(f"--tokenizer: {out} holds tokens of another tokenizer ({old}), got {new}; take another folder")
+        raise ValueError(
+            f"--tokenizer: {out} holds tokens of another tokenizer ({old}), got {new}; take another folder"
+        )
     for key in asked:
         if held[key] != asked[key]:
-            raise ValueError(f"--out: {out} holds tokens made with {key} {held[key]}, got {asked[key]}; take another folder")
+            raise ValueError(
+                f"--out: {out} holds tokens made with {key} {held[key]}, got {asked[key]}; take another folder"
+            )
 
 
 class Broken:
@@ -363,7 +367,9 @@ class Encoder:
         """Encode what waits."""
         if not self._waiting:
             return
-        device = next((t.device for t in [*self.tokenizer.parameters(), *self.tokenizer.buffers()]), torch.device("cpu"))
+        device = next(
+            (t.device for t in [*self.tokenizer.parameters(), *self.tokenizer.buffers()]), torch.device("cpu")
+        )
         with torch.no_grad():
             tokens = self.tokenizer.encode_each([to_tensor([pixels])[0].to(device) for pixels in self._waiting])
         for pixels, one in zip(self._waiting, tokens.split(), strict=True):

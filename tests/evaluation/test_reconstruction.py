@@ -80,7 +80,10 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
 
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b, both = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
-    top, bottom = (2 * mean_a * mean_b + 1e-4) * (2 * both + 9e-4), (mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4)
+    top, bottom = (
+        (2 * mean_a * mean_b + 1e-4) * (2 * both + 9e-4),
+        (mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4),
+    )
     return float((top / bottom).mean())
 
 
@@ -139,7 +142,12 @@ def test_rfid_compares_originals_with_reconstructions(
     given = ["--tokenizer", vq, "--images", pictures, "--inception-weights", "torch-fidelity", *few]
     assert run(*given, "--out", out) == 0
     sets = [
-        np.stack([PixelFeatures(2).prepare(Image.open(path)).numpy().ravel() / 255 for path in sorted((out / name).iterdir())])
+        np.stack(
+            [
+                PixelFeatures(2).prepare(Image.open(path)).numpy().ravel() / 255
+                for path in sorted((out / name).iterdir())
+            ]
+        )
         for name in ("originals", "reconstructions")
     ]
     means, (c, d) = [one.mean(0) for one in sets], [np.cov(one.T) for one in sets]
@@ -168,9 +176,7 @@ def test_broken_images_are_skipped_counted_and_named(
     assert summary["label"] == "complete"
 
 
-def test_wrong_arguments_are_one_line(
-    vq: Path, pictures: Path, tmp_path: Path, refused: Callable[..., None]
-) -> None:
+def test_wrong_arguments_are_one_line(vq: Path, pictures: Path, tmp_path: Path, refused: Callable[..., None]) -> None:
     out = tmp_path / "out"
     refused("--tokenizer", vq, "--out", out, names="--run or --images")
     refused("--images", pictures, "--out", out, names="tokenizer")

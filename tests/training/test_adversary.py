@@ -1,4 +1,4 @@
-"""The adversarial term: its formulas, who learns from what, when it starts, and that it resumes and is dealt over processes."""
+"""The adversarial term: formulas, who learns from what, when it starts, that it resumes and is dealt over processes."""
 
 import os
 import subprocess
@@ -172,7 +172,9 @@ def test_before_its_start_an_adversary_changes_nothing(tmp_path: Path) -> None:
 def test_tokenizer_and_discriminator_are_clipped_by_themselves(tmp_path: Path) -> None:
     free, clipped = (fit(tmp_path / str(value), training(), 1, gradient_clip_val=value) for value in (None, 1e-3))
     for part in ("tokenizer.", "adversary."):
-        norm = torch.stack([g.norm() for n, g in free.gradients[0].items() if n.startswith(part) and g is not None]).norm()
+        norm = torch.stack(
+            [g.norm() for n, g in free.gradients[0].items() if n.startswith(part) and g is not None]
+        ).norm()
         assert norm > 1e-2
     checked = torch.load(tmp_path / "0.001" / "end.ckpt", weights_only=True)["optimizer_states"][0]
     groups = [checked["param_groups"][0]["params"], checked["param_groups"][-1]["params"]]
@@ -185,13 +187,20 @@ def test_tokenizer_and_discriminator_are_clipped_by_themselves(tmp_path: Path) -
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_stop_and_resume_equals_never_stopped(accumulate: int, tmp_path: Path) -> None:
     """With a discriminator that starts on the way, a moving average and accumulation; a step is the tokenizer's."""
-    settings: dict[str, Any] = {"against": {"start_step": 2}, "ema_decay": 0.7, "warmup_steps": 2, "schedule": "constant"}
+    settings: dict[str, Any] = {
+        "against": {"start_step": 2},
+        "ema_decay": 0.7,
+        "warmup_steps": 2,
+        "schedule": "constant",
+    }
     accumulated = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
     steps = 6 // accumulate  # an epoch
     whole = fit(tmp_path / "whole", training(**settings), 2 * steps, **accumulated)
     first = fit(tmp_path / "first", training(**settings), steps, **accumulated)
     torch.manual_seed(99)
-    second = fit(tmp_path / "second", training(seed=5, **settings), 2 * steps, tmp_path / "first" / "end.ckpt", **accumulated)
+    second = fit(
+        tmp_path / "second", training(seed=5, **settings), 2 * steps, tmp_path / "first" / "end.ckpt", **accumulated
+    )
     # Names that a metric had in an earlier step stay in what Lightning shows.
     assert [one["train/loss"] for one in first.logged + second.logged] == [one["train/loss"] for one in whole.logged]
     a, b = (torch.load(tmp_path / name / "end.ckpt", weights_only=True) for name in ("whole", "second"))
@@ -224,8 +233,8 @@ module.tokenizer.quantizer.idle.zero_()  # nothing is revived: each process woul
 module.tokenizer.quantizer.revive_after = 100
 watch = Watch()
 L.Trainer(
-    accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", default_root_dir=out, max_steps=3, logger=False,
-    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+    accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", default_root_dir=out, max_steps=3,
+    logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
     limit_val_batches=0, callbacks=[watch], use_distributed_sampler=False, gradient_clip_val=0.5,
 ).fit(module, Data(batch_size=4 // ranks))
 found = {f"{i}.{n}": g for i, step in enumerate(watch.gradients) for n, g in step.items() if g is not None}
@@ -252,7 +261,9 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
             assert torch.equal(a[name], b[name]), name  # gradients are averaged over processes
             torch.testing.assert_close(a[name], value, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         elif "codebook_" not in name:  # usage in a batch is of that batch; lambda is the same everywhere
-            torch.testing.assert_close((a[name] + b[name]) / 2, value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                (a[name] + b[name]) / 2, value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,11 @@ class ShardWriter:
         """A document, given the numbers of its images."""
         numbers = iter(images)
         parts = [
-            {**({"text": part.text} if part.is_text else {"image": next(numbers)}), "learn": part.learn, "role": part.role}
+            {
+                **({"text": part.text} if part.is_text else {"image": next(numbers)}),
+                "learn": part.learn,
+                "role": part.role,
+            }
             for part in document.parts
         ]
         self.records.append(json.dumps({"kind": document.kind, "parts": parts}, ensure_ascii=False).encode())
@@ -230,7 +234,9 @@ class Shard:
     def _image(self, number: int, learn: bool, role: str) -> StoredImage:
         first, last = self._starts[number : number + 2]
         values: Tensor = torch.from_numpy(
-            self._file.get_slice("tokens")[int(first) : int(last)].astype(np.int64 if self.layout.codebooks else np.float32)
+            self._file.get_slice("tokens")[int(first) : int(last)].astype(
+                np.int64 if self.layout.codebooks else np.float32
+            )
         )
         height, width = (int(side) for side in self._sizes[number])
         grid, usual = Grid(*(int(side) for side in self._grids[number])), self.layout.grid(height, width)

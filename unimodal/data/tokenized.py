@@ -51,7 +51,7 @@ class TokenData(DocumentData):
         if made["fingerprint"] != own:
             raise ValueError(
                 f"data.root: {self.files.root} holds tokens of another tokenizer than model.tokenizer (recipe "
-                f"{made['recipe']}, fingerprint {made['fingerprint'][:12]}), expected {own[:12]}; is tokenizer_weights given?"
+                f"{made['recipe']}, {made['fingerprint'][:12]}), expected {own[:12]}; is tokenizer_weights given?"
             )
 
     def training_sources(self) -> list[Weighted]:

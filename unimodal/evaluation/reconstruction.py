@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -229,7 +229,9 @@ def reconstruct(
     tokenizer: ImageTokenizer, images: Sequence[UInt8[Tensor, "3 _ _"]]
 ) -> tuple[list[UInt8[Tensor, "3 _ _"]], ImageTokens]:
     """8-bit images through the tokenizer and back to 8 bits, and the tokens between."""
-    tokens = tokenizer.encode_each([to_tensor([image.permute(1, 2, 0).cpu().numpy()])[0].to(image.device) for image in images])
+    tokens = tokenizer.encode_each(
+        [to_tensor([image.permute(1, 2, 0).cpu().numpy()])[0].to(image.device) for image in images]
+    )
     made = [((y.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) for y in tokenizer.decode_each(tokens)]
     return made, tokens
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class PatchDiscriminator(Discriminator):
             raise ValueError(f"layers: expected at least 1, got {layers}")
         widths = [width * min(2**i, 8) for i in range(layers + 1)]
         parts: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
+        for i, (before, after) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < layers else 1
             parts += [nn.Conv2d(before, after, 4, stride, 1, bias=False), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
         self.network = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
@@ -115,8 +116,8 @@ def hinge_generator(made: Float[Tensor, "B M"]) -> Float[Tensor, ""]:
     return -made.mean()
 
 
-def adaptive_weight(error: Float[Tensor, "..."], adversarial: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """lambda = |grad L_rec| / (|grad L_GAN| + 1e-6), gradients at the decoder's last layer (VQGAN, arXiv 2012.09841, eq. 7)."""
+def adaptive_weight(error: Float[Tensor, "*shape"], adversarial: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """lambda = |grad L_rec| / (|grad L_GAN| + 1e-6), gradients at the decoder's last layer (VQGAN, 2012.09841, eq. 7)."""
     return (error.norm() / (adversarial.norm() + 1e-6)).clamp(0, MOST)
 
 
@@ -160,9 +161,7 @@ class Adversary(nn.Module):
         fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         return hinge_generator(functional_call(self.discriminator, fixed, (made,)))
 
-    def of_discriminator(
-        self, real: Float[Tensor, "B 3 H W"], made: Float[Tensor, "B 3 H W"]
-    ) -> Float[Tensor, ""]:
+    def of_discriminator(self, real: Float[Tensor, "B 3 H W"], made: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
         """The discriminator's term; the reconstructions get no gradient of it."""
         return hinge_discriminator(self.discriminator(real), self.discriminator(made.detach()))
 
