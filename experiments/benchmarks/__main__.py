@@ -3,7 +3,17 @@
 import sys
 from pathlib import Path
 
-from experiments.benchmarks import attention, blocks, decoding, evaluation, geneval, memory, runner, training
+from experiments.benchmarks import (
+    attention,
+    blocks,
+    decoding,
+    evaluation,
+    geneval,
+    memory,
+    runner,
+    tokenizers,
+    training,
+)
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.machine import probe
 from experiments.benchmarks.results import Goal
@@ -31,10 +41,13 @@ GOALS: dict[str, Goal | None] = {
     "plan_overhead": None,
     "fid_features": Goal(0.95, ""),
     "geneval_scoring": Goal(3.0, "x"),
+    "code_search": Goal(1.0, "x"),
+    "code_search_any_length": Goal(1.0, "x"),
+    "vq_encode_share": Goal(0.95, ""),
 }
 CASES: dict[str, Case] = {
     **training.CASES, **blocks.CASES, **attention.CASES, **decoding.CASES, **memory.CASES,
-    **evaluation.CASES, **geneval.CASES,
+    **evaluation.CASES, **geneval.CASES, **tokenizers.CASES,
 }  # fmt: skip
 
 
