@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unimodal.data.module import DigitsData, DocumentData, FolderData, ShapesData
     from unimodal.data.parquet import ParquetSource
     from unimodal.data.tar import TarSource
+    from unimodal.data.tokenized import TokenData
 
 _ROOMS = {
     "folder": ["FolderSource"],
@@ -24,11 +25,12 @@ _ROOMS = {
     "module": ["DigitsData", "DocumentData", "FolderData", "ShapesData"],
     "parquet": ["ParquetSource"],
     "tar": ["TarSource"],
+    "tokenized": ["TokenData"],
 }
 __all__ = [
     "Conversation", "DigitImageData", "DigitsData", "DocumentData", "Edit", "FolderData", "FolderImageData",
     "FolderSource", "HuggingFaceSource", "ImageData", "Interleaved", "JsonlSource", "MixtureData", "Mmc4", "Pairs",
-    "ParquetSource", "Parts", "ShapesData", "TarSource", "Text",
+    "ParquetSource", "Parts", "ShapesData", "TarSource", "Text", "TokenData",
 ]  # fmt: skip
 
 
