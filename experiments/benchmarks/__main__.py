@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from experiments.benchmarks import attention, blocks, decoding, evaluation, geneval, memory, runner, training
+from experiments.benchmarks import attention, blocks, decoding, evaluation, geneval, memory, padding, runner, training
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.machine import probe
 from experiments.benchmarks.results import Goal
@@ -18,6 +18,7 @@ GOALS: dict[str, Goal | None] = {
     "attention_fp32": Goal(1.7, "x"),
     "attention_bf16": Goal(3.0, "x"),
     "packing": Goal(7.0, "x"),
+    "padding": Goal(2.0, "x"),
     "mask_plan_ms": Goal(1.0, "ms", at_most=True),
     "t2i_fp32": Goal(6.0, "x"),
     "t2i_bf16": Goal(15.0, "x"),
@@ -34,7 +35,7 @@ GOALS: dict[str, Goal | None] = {
 }
 CASES: dict[str, Case] = {
     **training.CASES, **blocks.CASES, **attention.CASES, **decoding.CASES, **memory.CASES,
-    **evaluation.CASES, **geneval.CASES,
+    **evaluation.CASES, **geneval.CASES, **padding.CASES,
 }  # fmt: skip
 
 

@@ -214,8 +214,8 @@ def test_packs_of_a_skewed_mix_hold_98_percent_real_tokens(make: Make) -> None:
     model = make("flow", context_length=1024)
     share = {}
     for waiting in (1, 32):
-        packs = take(stream(model, Weighted(Skewed("a", 2000), 1.0), tokens=1024, waiting=waiting), 60)
-        share[waiting] = sum(len(p) for p in packs) / (60 * 1024)
+        packs = take(stream(model, Weighted(Skewed("a", 2000), 1.0), tokens=1024, waiting=waiting), 40)
+        share[waiting] = sum(len(p) for p in packs) / (40 * 1024)
     assert share[32] >= 0.98 > share[1]  # in the order of reading it is less
     lengths = [n for p in packs for n in p.table.document_lengths]
     assert max(lengths) > 15 * np.median(lengths)
@@ -224,10 +224,11 @@ def test_packs_of_a_skewed_mix_hold_98_percent_real_tokens(make: Make) -> None:
 
 def test_no_document_waits_for_ever(make: Make) -> None:
     model = make("flow", context_length=1024)
-    packs = take(stream(model, Weighted(Skewed("a", 2000), 1.0), tokens=1024, waiting=16), 200)
+    packs = take(stream(model, Weighted(Skewed("a", 2000), 1.0), tokens=1024, waiting=8), 60)
     for i, p in enumerate(packs):
-        assert min(n for later in packs[i:] for n in later.numbers) >= min(p.numbers)  # each pack begins with the oldest
-        assert max(p.numbers) - min(n for later in packs[i:] for n in later.numbers) < 16 * 16
+        oldest = min(n for later in packs[i:] for n in later.numbers)
+        assert p.numbers[0] == oldest
+        assert max(p.numbers) - oldest < 8 * 16
 
 
 def test_no_document_is_split(make: Make) -> None:
@@ -328,7 +329,8 @@ def test_counts_are_announced_for_the_whole_step(make: Make) -> None:
         assert sum(p.counts["router"] for p in packs) == sum(len(p) for p in packs)
         for r, of_rank in enumerate(plain):
             own = [p.counts for p in packs[r::3]]
-            assert [p.step_counts for p in of_rank[2 * step : 2 * step + 2]] == [{n: sum(c[n] for c in own) for n in names}] * 2
+            together = {n: sum(c[n] for c in own) for n in names}
+            assert [p.step_counts for p in of_rank[2 * step : 2 * step + 2]] == [together] * 2
     asked: list[dict[str, int]] = []
 
     def total(counts: dict[str, int]) -> dict[str, int]:

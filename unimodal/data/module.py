@@ -99,7 +99,8 @@ class DocumentData(LightningDataModule):
         packs = validation_packs(self.validation_sources(), self._packing(), self.seed, self.validation_documents)
         assert self.trainer is not None
         mine = packs[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(mine, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+        # A generator of its own: the loader's draw must not move the random state of the run.
+        return DataLoader(mine, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]  # a list is a dataset
 
     test_dataloader = val_dataloader
 

@@ -122,9 +122,9 @@ def deal(lanes: Lanes, count: int) -> Lanes:
 class PackStream:
     """Packs for one rank, from a position on, for ever.
 
-    A *step* is what one optimizer step sees: `accumulate` packs on each of `ranks`, one of every lane; pack a of rank r is of
-    lane a * ranks + r, so two ranks see what one rank sees in twice the accumulation. Every pack announces the target counts
-    of its whole step, and where this rank's lanes stand behind it.
+    A *step* is what one optimizer step sees: `accumulate` packs on each of `ranks`, one of every lane. Pack a of rank r is
+    of lane a * ranks + r, so two ranks see what one rank sees in twice the accumulation. Every pack announces the target
+    counts of its whole step, and where this rank's lanes stand behind it.
 
     Args:
         mixture: of the documents.
