@@ -1,8 +1,8 @@
 """An endless stream of packed sequences, whose position is a few integers a lane.
 
 Documents are counted through all epochs: *number* n is document n % len(mixture) of epoch n // len(mixture). A *lane* is
-what one micro-batch of every optimizer step is cut from; of L lanes, lane l reads the numbers l, L + l, 2 L + l ... So what a
-step holds depends on L = ranks x accumulation alone, and a rank reads its own documents only.
+what one micro-batch of every optimizer step is cut from; of L lanes, lane l reads the numbers l, L + l, 2 L + l ... So what
+a step holds depends on L = ranks x accumulation alone, and a rank reads its own documents only.
 """
 
 import warnings
@@ -101,10 +101,10 @@ class Mixture:
         """Source and index by slot, and the slots in order. Arrays: an epoch may have many millions of documents."""
         rng = np.random.default_rng((self.seed, epoch))
         indices = []
-        for weighted, count in zip(self.sources, self.counts, strict=True):
+        for weighted, share in zip(self.sources, self.counts, strict=True):
             n = len(weighted.source)
-            rounds = [rng.permutation(n) for _ in range(-(-count // n))]
-            indices.append(np.concatenate(rounds)[:count])
+            rounds = [rng.permutation(n) for _ in range(-(-share // n))]
+            indices.append(np.concatenate(rounds)[:share])
         sources = np.repeat(np.arange(len(self.counts), dtype=np.int16), self.counts)
         return sources, np.concatenate(indices), rng.permutation(len(self))
 
