@@ -23,7 +23,7 @@ LIGHTNING_HELP = """usage: unimodal {command} -c FILE.yaml [-c FILE.yaml ...] [-
                                   freeze, tokenizer_weights, vision_weights, compile, checkpoint_layers, and below
                                   --model.model.: tokenizer, generator, backbone, sequence, vision
   --data.KEY VALUE                batch_tokens, mixture (digits), weights and root (folder) ...
-  --checkpoint.KEY VALUE          Lightning ModelCheckpoint: every_n_train_steps, save_top_k ...
+  --checkpoint.KEY VALUE          every_n_train_steps, keep_last, monitor, mode
   --seed_everything N             one seed for everything
   --init EXPORT                   start from the weights of an export
   --ckpt_path PATH|last           continue exactly from a checkpoint

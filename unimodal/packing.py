@@ -35,6 +35,8 @@ from unimodal_generators.masked_text import HIDDEN, MaskedText
 from unimodal_tokenizers.base import Grid, ImageTokens
 
 BUCKET = 64  # places of expert slices come in multiples of this
+Lanes = tuple[tuple[int, ...], ...]
+"""Where lanes of the data stream stand: of each the next number to be read, and the earlier ones that are in no pack yet."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class SequencedDocument:
     segments: tuple[Segment, ...]
     images: tuple[Pixels | StoredImage, ...]
     kind: str = ""
+    number: int = -1  # in the stream of training documents
 
     @property
     def length(self) -> int:
@@ -349,7 +352,9 @@ class PackedSequence:
     understood_blocks: tuple[Block, ...]
     kind: str  # of its documents, or "" when they differ
     step_counts: dict[str, int] = field(default_factory=dict)  # targets of the whole optimizer step, by loss
-    position: tuple[int, ...] = ()  # of the data stream behind this pack (or its whole step, once announced)
+    position: Lanes = ()  # of this rank in the data stream, behind the whole step
+    numbers: tuple[int, ...] = ()  # of its documents in the data stream
+    kinds: dict[str, int] = field(default_factory=dict)  # tokens by kind of document
 
     @property
     def counts(self) -> dict[str, int]:
@@ -372,7 +377,7 @@ class PackedSequence:
     def __len__(self) -> int:
         return len(self.inverse)
 
-    def announce(self, counts: dict[str, int], position: tuple[int, ...]) -> "PackedSequence":
+    def announce(self, counts: dict[str, int], position: Lanes = ()) -> "PackedSequence":
         """The same pack, told the counts of its optimizer step and where the next one begins."""
         return replace(self, step_counts=counts, position=position)
 
@@ -396,7 +401,6 @@ def pack(
     documents: Sequence[SequencedDocument],
     experts: Experts,
     reads: str,
-    position: tuple[int, ...] = (),
     bucket: int = BUCKET,
 ) -> PackedSequence:
     """Put documents end to end. `reads` is the generator's: "own" or "previous"."""
@@ -449,7 +453,9 @@ def pack(
         firsts = [i for i in held if (b := blocks[i]) is not None and b.offset == 0]
         return tuple(numbers[segments[i][0], segments[i][1].image] for i in firsts)
 
-    document_kinds = {document.kind for document in documents}
+    kinds: dict[str, int] = {}
+    for document in documents:
+        kinds[document.kind] = kinds.get(document.kind, 0) + document.length
     return PackedSequence(
         table=table,
         inverse=torch.from_numpy(inverse),
@@ -472,8 +478,9 @@ def pack(
         context_blocks=tuple(b for i in context if (b := blocks[i])),
         understood_images=image_numbers(understood),
         understood_blocks=tuple(b for i in understood if (b := blocks[i])),
-        kind=document_kinds.pop() if len(document_kinds) == 1 else "",
-        position=position,
+        kind=next(iter(kinds)) if len(kinds) == 1 else "",
+        numbers=tuple(document.number for document in documents),
+        kinds=kinds,
     )
 
 

@@ -10,6 +10,7 @@ from experiments.benchmarks import (
     evaluation,
     geneval,
     memory,
+    padding,
     runner,
     tokenizers,
     training,
@@ -28,6 +29,7 @@ GOALS: dict[str, Goal | None] = {
     "attention_fp32": Goal(1.7, "x"),
     "attention_bf16": Goal(3.0, "x"),
     "packing": Goal(7.0, "x"),
+    "padding": Goal(2.0, "x"),
     "mask_plan_ms": Goal(1.0, "ms", at_most=True),
     "t2i_fp32": Goal(6.0, "x"),
     "t2i_bf16": Goal(15.0, "x"),
@@ -47,7 +49,7 @@ GOALS: dict[str, Goal | None] = {
 }
 CASES: dict[str, Case] = {
     **training.CASES, **blocks.CASES, **attention.CASES, **decoding.CASES, **memory.CASES,
-    **evaluation.CASES, **geneval.CASES, **tokenizers.CASES,
+    **evaluation.CASES, **geneval.CASES, **tokenizers.CASES, **padding.CASES,
 }  # fmt: skip
 
 

@@ -41,11 +41,12 @@ class ImageData(LightningDataModule):
         assert trainer is not None
         images = self.images("train")
         stream = _Batches(images, self.batch_size, self.seed, self.first, trainer.global_rank, trainer.world_size)
-        return DataLoader(stream, batch_size=None)
+        # A generator of its own: the loader's draw must not move the random state of the run.
+        return DataLoader(stream, batch_size=None, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Every held-out image once."""
-        return DataLoader(self.images("val"), batch_size=self.batch_size)
+        return DataLoader(self.images("val"), batch_size=self.batch_size, generator=torch.Generator())
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
