@@ -3,10 +3,13 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unimodal.data.images import DigitImageData, FolderImageData, ImageData
+    from unimodal.data.images import DigitImageData, FolderImageData, ImageData, ShapesImageData
     from unimodal.data.module import DigitsData, DocumentData, FolderData, ShapesData
 
-__all__ = ["DigitImageData", "DigitsData", "DocumentData", "FolderData", "FolderImageData", "ImageData", "ShapesData"]
+__all__ = [
+    "DigitImageData", "DigitsData", "DocumentData", "FolderData", "FolderImageData", "ImageData", "ShapesData",
+    "ShapesImageData",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
