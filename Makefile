@@ -70,8 +70,11 @@ demo-vq: checked ## the same with discrete tokens: leaves out/demo-vq/index.html
 shapes: checked ## train the shapes recipe and score it in full; leaves out/shapes/index.html
 	@$(PY) -m experiments.evaluation --only shapes --full --out out/shapes
 
+# WORLD=shapes: the coloured shapes, in full, which takes hours; their report lies in out/designs-shapes.
+WORLD := digits
 designs: checked ## train ten published designs on the same digits and compare them, about 75 minutes; leaves out/designs/report.md
-	@$(PY) -m experiments.designs --quick --jobs 2 --out out/designs
+	@$(PY) -m experiments.designs --world $(WORLD) $(if $(filter digits,$(WORLD)),--quick) --jobs 2 \
+		--out out/designs$(if $(filter digits,$(WORLD)),,-$(WORLD))
 
 evaluate-demo: checked ## score the digits and shapes recipes with all that needs no weights; leaves out/evaluate-demo/index.html
 	@$(PY) -m experiments.evaluation --out out/evaluate-demo

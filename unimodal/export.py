@@ -117,15 +117,15 @@ def build(config: dict[str, Any], kind: str) -> nn.Module:
     return module
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The safetensors of an export."""
+def read_weights(folder: Path, key: str = "export") -> dict[str, Tensor]:
+    """The safetensors of an export; `key` is the setting that named it, for messages."""
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise ValueError(f"export: {path} is missing")
+        raise ValueError(f"{key}: {path} is missing")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"export: {path} is truncated or no safetensors file ({error})") from error
+        raise ValueError(f"{key}: {path} is truncated or no safetensors file ({error})") from error
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

@@ -98,7 +98,8 @@ class UnifiedTraining(LightningModule):
         self._sums: dict[str, tuple[float, int]] = {}
         self.predicted: list[Document] = []
         if tokenizer_weights is not None:
-            load_weights(model.tokenizer, read_weights(Path(tokenizer_weights)), str(tokenizer_weights))
+            trained = read_weights(Path(tokenizer_weights), "tokenizer_weights")
+            load_weights(model.tokenizer, trained, str(tokenizer_weights))
         if vision_weights is not None:
             if model.vision is None:
                 raise ValueError(f"vision_weights: expected model.vision to load them into, got {vision_weights} alone")
@@ -121,7 +122,7 @@ class UnifiedTraining(LightningModule):
 
     def _initialise(self, folder: Path) -> None:
         read_info(folder)
-        load_weights(self.model, read_weights(folder), str(folder))
+        load_weights(self.model, read_weights(folder, "init"), str(folder))
         self.model.text = TextTokenizer.load(folder / "tokenizer.json")
 
     def configure_callbacks(self) -> list[Callback]:
