@@ -24,6 +24,7 @@ from unimodal_tokenizers.quantizers import (
     ResidualQuantizer,
     SimVQ,
     SubCodebooks,
+    TextCodebook,
     VectorQuantizer,
     base,
     search,
@@ -52,6 +53,7 @@ QUANTIZERS: dict[str, Make] = {
     "moving-average": lambda: MovingAverageQuantizer(16, 4, revive_after=2),
     "residual": lambda: ResidualQuantizer(16, 3, 4, revive_after=2),
     "simvq": lambda: SimVQ(16, 4),
+    "text": lambda: TextCodebook(16, 4, text_dim=6),
     "sub-codebooks": lambda: SubCodebooks(VectorQuantizer(16, 3, revive_after=2), 2),
     "vector": lambda: VectorQuantizer(16, 4, revive_after=2),
 }
