@@ -122,6 +122,19 @@ def _parser() -> argparse.ArgumentParser:
     digits.set_defaults(run="evaluate_digits")
     _add_tokenize(commands)
     _add_importers(commands)
+    data = commands.add_parser("data", help="look at training data before training on it")
+    check = data.add_subparsers(metavar="check", required=True).add_parser(
+        "check", help="counts, sizes, lengths, tokens, what is broken, and documents as the model sees them"
+    )
+    check.add_argument("paths", metavar="PATH", nargs="*", help="folders, .tar, .parquet, .jsonl or .json files")
+    check.add_argument(
+        "--config", metavar="RECIPE", type=Path, action="append", default=[],
+        help="tokens under this recipe; repeatable; without PATH, the sources it names",
+    )  # fmt: skip
+    check.add_argument("--sample", metavar="N", type=int, help="documents read of each source (all)")
+    check.add_argument("--documents", metavar="N", type=int, default=3, help="documents drawn of each source (3)")
+    check.add_argument("--out", type=Path, default=Path("out/data-check"), help="folder for index.html, broken.txt")
+    check.set_defaults(run="check_data")
     return parser
 
 

@@ -176,6 +176,35 @@ def export_hf(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_data(args: argparse.Namespace) -> int:
+    """`unimodal data check`: a report on standard output, index.html and broken.txt."""
+    from unimodal.data.check import examine, open_path, read_recipe, report
+    from unimodal.data.check_page import write_page
+
+    for name in ("sample", "documents"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {value}")
+    recipe = read_recipe(args.config) if args.config else None
+    sources = {path: open_path(path) for path in args.paths} or (recipe.sources if recipe else {})
+    if not sources:
+        raise ValueError("PATH: expected files or folders, or a recipe that names data.init_args.sources, got none")
+    model = None if recipe is None else recipe.model
+    if model is not None and not model.has_text:
+        corpus = (text for source in sources.values() for text in source.corpus())
+        model.text = TextTokenizer.train(corpus, model.backbone.config.vocabulary)
+    limit = None if model is None else model.sequence.context_length
+    found = [examine(name, source, model, args.sample, args.documents) for name, source in sources.items()]
+    for one in found:
+        print(report(one, limit))
+    with _folder(args.out) as out:
+        write_page(out / "index.html", found, model)
+        broken = [f"{name}: {reason}\n" for one in found for name, reason in one.broken.items()]
+        (out / "broken.txt").write_text("".join(broken), encoding="utf-8", errors="backslashreplace")
+    print(f"{args.out / 'index.html'}")
+    return 0
+
+
 def _model(args: argparse.Namespace) -> UnifiedModel:
     return open_model(args.folder, args.weights, args.device, args.compile)
 

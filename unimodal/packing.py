@@ -12,6 +12,8 @@ what fills up is zero, sees nothing, is seen by nobody and is never read.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -24,10 +26,12 @@ from unimodal.attention import SegmentTable
 from unimodal.backbone import Experts, PositionScheme
 from unimodal.backbone.positions import Placed
 from unimodal.documents import Document, to_rgb
+from unimodal.image_sizes import NativeSizes
 from unimodal.stored import StoredImage
 from unimodal.text import TextTokenizer
 from unimodal.vision import VisionEncoder
 from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayout
+from unimodal_generators.masked_text import HIDDEN, MaskedText
 from unimodal_tokenizers.base import Grid, ImageTokens
 
 BUCKET = 64  # places of expert slices come in multiples of this
@@ -49,6 +53,7 @@ class SequenceRules:
             form of a drawn image and always stay; `understanding` then is of given images alone (Janus).
         write_size: whether an image's size in pixels is written before it, between its boundary tokens (Emu3, arXiv
             2409.18869): learned where the image is, so that a model with several sizes chooses one.
+        native: images of training documents and prompts keep their own size; `image_sizes` are those that can be drawn.
     """
 
     image_sizes: list[tuple[int, int]]
@@ -58,6 +63,7 @@ class SequenceRules:
     learn_end: bool = True
     context: Literal["clean", "understanding", "both"] = "clean"
     write_size: bool = False
+    native: NativeSizes | None = None
 
     def __post_init__(self) -> None:
         if not self.image_sizes:
@@ -69,7 +75,10 @@ class SequenceRules:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens of one kind. Text has ids and says which are targets; images have a block and an index."""
+    """A run of tokens of one kind. Text has ids and says which are targets; images have a block and an index.
+
+    Text with a block is a learned copy: its targets are hidden, and so is what has the id HIDDEN.
+    """
 
     kind: TokenKind
     positions: Int[np.ndarray, "n A"]
@@ -124,7 +133,7 @@ class Sequencer:
 
     def document(self, document: Document, key: Sequence[int], *, train: bool = True) -> SequencedDocument:
         """Segments of a training document. Every random choice is a function of `key` and the part's number."""
-        draft = _Draft(self)
+        draft = _Draft(self, key)
         # Never a last 0: numpy seeds (a, b) and (a, b, 0) alike, and `key` itself is what the source draws from.
         dropping = np.random.default_rng((*key, 1))
         dropped = train and dropping.random() < self.rules.drop_text
@@ -137,11 +146,7 @@ class Sequencer:
                 if not dropped:
                     draft.add_text(self.text.encode(part.text), part.learn)
                 continue
-            image = (
-                self.check_stored(part)
-                if isinstance(part, StoredImage)
-                else fit_image(part.image, self.rules.image_sizes)
-            )
+            image = self.check_stored(part) if isinstance(part, StoredImage) else self.fit(part.image)
             size, grid = self.measure(image)
             draft.add_text([self.text.special.boi, *self.size(*size)], learn=part.learn and not dropped)
             if blind and not part.learn:
@@ -157,6 +162,11 @@ class Sequencer:
         draft.add_text([self.text.special.eos], learn=bool(parts) and parts[-1].learn and not dropped)
         return SequencedDocument(draft.finish(), tuple(images), document.kind)
 
+    def fit(self, image: Image.Image) -> UInt8[np.ndarray, "_ _ 3"]:
+        """Pixels of an image in a size that the rules allow."""
+        native = self.rules.native
+        return fit_image(image, self.rules.image_sizes if native is None else [native.size(image.height, image.width)])
+
     def measure(self, image: Pixels | StoredImage) -> tuple[tuple[int, int], Grid]:
         """(height, width) of an image in pixels, and the grid of its tokens."""
         if isinstance(image, StoredImage):
@@ -168,7 +178,9 @@ class Sequencer:
         """The image; ValueError where a recipe has no use for tokens without pixels, or for images of that size."""
         if self.rules.context != "clean":
             raise ValueError(f"sequence.context: expected clean with images stored as tokens, got {self.rules.context}")
-        if image.size not in {tuple(size) for size in self.rules.image_sizes}:
+        native = self.rules.native
+        sizes = self.rules.image_sizes if native is None else [native.size(*image.size)]
+        if image.size not in {tuple(size) for size in sizes}:
             raise ValueError(
                 f"sequence.image_sizes: expected {list(image.size)}, which images are stored of, among them"
             )
@@ -190,7 +202,7 @@ class Sequencer:
                 new = self.text.encode(part.content)
                 ids, structural = ids + new, structural + [False] * len(new)
             else:
-                pixels = fit_image(part.content, self.rules.image_sizes)
+                pixels = self.fit(part.content)
                 begin = self.text.special.boi, *self.size(*pixels.shape[:2])
                 runs.append(Run((*ids, *begin), (*structural, *[True] * len(begin))))
                 runs.append(Run(image=pixels))
@@ -220,8 +232,8 @@ class Sequencer:
 class _Draft:
     """Segments of a document under construction: where the next position id is, and the text not yet closed."""
 
-    def __init__(self, sequencer: Sequencer) -> None:
-        self.sequencer = sequencer
+    def __init__(self, sequencer: Sequencer, key: Sequence[int]) -> None:
+        self.sequencer, self.key = sequencer, key
         self.segments: list[Segment] = []
         self.next = 0
         self.ids: list[int] = []
@@ -232,10 +244,35 @@ class _Draft:
         self.targets += [learn] * len(ids)
 
     def close_text(self) -> None:
-        if self.ids:
-            placed = self.sequencer.scheme.text(self.next, len(self.ids))
-            self.segments.append(Segment(TokenKind.TEXT, placed.ids, tuple(self.ids), tuple(self.targets)))
-            self.ids, self.targets, self.next = [], [], placed.following
+        masked = self.sequencer.generator.text
+        if masked is None:
+            self._text(self.ids, self.targets)
+        else:
+            for learn, run in groupby(zip(self.ids, self.targets, strict=True), key=itemgetter(1)):
+                ids = [i for i, _ in run]
+                if learn:
+                    self._masked(masked, ids)
+                else:
+                    self._text(ids, [False] * len(ids))
+        self.ids, self.targets = [], []
+
+    def _text(self, ids: Sequence[int], targets: Sequence[bool]) -> None:
+        if ids:
+            placed = self.sequencer.scheme.text(self.next, len(ids))
+            self.segments.append(Segment(TokenKind.TEXT, placed.ids, tuple(ids), tuple(targets)))
+            self.next = placed.following
+
+    def _masked(self, masked: MaskedText, ids: Sequence[int]) -> None:
+        """Blocks of one learned text, each hidden and then, unless the document ends, as it is."""
+        special = self.sequencer.text.special
+        for at in range(0, len(ids), masked.block):
+            own = ids[at : at + masked.block]
+            rng = np.random.default_rng((*self.key, 3, len(self.segments) + 1))
+            hidden = masked.plan(own, (special.eos, special.boi), rng)
+            placed = place_block(self.sequencer.scheme, self.next, hidden.block)
+            self.segments.append(Segment(TokenKind.TEXT, placed.ids, hidden.ids, hidden.targets, hidden.block))
+            if own[-1] != special.eos:
+                self._text(own, [False] * len(own))
 
     def add_image(
         self, number: int, size: tuple[int, int], grid: Grid, rng: np.random.Generator, *, learn: bool, ends: bool
@@ -257,7 +294,9 @@ class _Draft:
 
 
 def place_block(scheme: PositionScheme, start: int, block: Block) -> Placed:
-    """Ids of one block of an image that begins at id `start`, and the id that follows the image."""
+    """Ids of one block of an image that begins at id `start`, and the id that follows the image; of text, likewise."""
+    if block.kind == TokenKind.TEXT:
+        return scheme.text(start, block.length)
     prefix = scheme.text(start, block.prefix)
     image = scheme.image(prefix.following, block.grid)
     own = image.ids[block.offset : block.offset + block.length - block.prefix]
@@ -296,6 +335,8 @@ class PackedSequence:
     text_ids: Int[Tensor, " n"]
     text_reads: Int[Tensor, " M"]  # whose hidden state predicts ...
     text_targets: Int[Tensor, " M"]  # ... this id
+    text_weights: Float[Tensor, " M"] | None  # of each target; None: 1
+    text_count: int  # of targets that the loss is divided by
     image_reads: Int[Tensor, " T"]  # whose hidden state each learned image token is read from
     stored: ImageTokens | None  # of images that come as tokens; numbered first, then ...
     images: tuple[Float[Tensor, "_ 3 _ _"], ...]  # one tensor a size; numbered through ...
@@ -314,7 +355,7 @@ class PackedSequence:
     def counts(self) -> dict[str, int]:
         """Targets of this pack, by loss."""
         image = sum(block.n_targets for block in self.learned_blocks)
-        return {"text": len(self.text_targets), "image": image, "router": len(self)}
+        return {"text": self.text_count, "image": image, "router": len(self)}
 
     @property
     def documents(self) -> int:
@@ -339,6 +380,8 @@ class PackedSequence:
         """The same pack on another device."""
         names = ("inverse", "positions", "image_rows", "text_ids", "text_reads", "text_targets", "image_reads")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        if self.text_weights is not None:
+            moved["text_weights"] = self.text_weights.to(device, non_blocking=True)
         stored = self.stored and ImageTokens(self.stored.values.to(device, non_blocking=True), self.stored.grids)
         images = tuple(i.to(device, non_blocking=True) for i in self.images)
         return replace(self, stored=stored, images=images, **moved)
@@ -388,9 +431,15 @@ def pack(
     rows[learned + context] = np.cumsum(begins)
     spans = [np.arange(table.start[i] + b.prefix, table.start[i] + b.length) for i in learned if (b := blocks[i])]
     learned_at = np.concatenate([*spans, np.zeros(0, dtype=np.int64)]) - (reads == "previous")
-    target = np.array([t for _, s in segments if s.kind == TokenKind.TEXT for t in s.targets], dtype=bool)
-    text_ids = np.array([i for _, s in segments if s.kind == TokenKind.TEXT for i in s.ids], dtype=np.int64)
-    text_at = by_kind[TokenKind.TEXT][target] - 1  # a text token is predicted by the one before it
+    texts = [s for _, s in segments if s.kind == TokenKind.TEXT]
+    target = np.array([t for s in texts for t in s.targets], dtype=bool)
+    text_ids = np.array([i for s in texts for i in s.ids], dtype=np.int64)
+    own = np.array([s.block is not None for s in texts for _ in s.ids], dtype=bool)
+    text_at = (
+        by_kind[TokenKind.TEXT][target] - ~own[target]
+    )  # read from the one before, a hidden one from its own place
+    counted = [s.block.n_targets if s.block else sum(s.targets) for s in texts]
+    weights = np.array([n / sum(s.targets) for s, n in zip(texts, counted, strict=True) for t in s.targets if t])
 
     with_tokens = {(segments[i][0], segments[i][1].image) for i in learned + context}
     stored, images, tokenized, numbers = _gather_images(documents, with_tokens)
@@ -408,9 +457,11 @@ def pack(
         tokens=tokens,
         positions=by_place(np.concatenate([s.positions for _, s in segments])),
         image_rows=by_place(np.repeat(rows, lengths)),
-        text_ids=torch.from_numpy(text_ids),
+        text_ids=torch.from_numpy(np.where(own & target, HIDDEN, text_ids)),
         text_reads=torch.from_numpy(inverse[text_at]),
         text_targets=torch.from_numpy(text_ids[target]),
+        text_weights=None if (weights == 1).all() else torch.from_numpy(weights).float(),
+        text_count=sum(counted),
         image_reads=torch.from_numpy(inverse[learned_at]),
         stored=stored,
         images=images,

@@ -11,10 +11,11 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
+from unimodal.data.broken import BrokenItems
 from unimodal.data.digits import DigitsSource
 from unimodal.data.folder import FolderSource, FolderSplit
 from unimodal.data.shapes import ShapesKind, ShapesSource, Split
-from unimodal.data.source import Source
+from unimodal.data.source import BrokenDocument, Source
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, validation_packs
 from unimodal.documents import Document
 from unimodal.packing import PackedSequence
@@ -32,6 +33,7 @@ class DocumentData(LightningDataModule):
         prompts: documents of each kind that are continued in validation, always the same.
         seed: of every draw; linked to `seed_everything`.
         workers: 0 packs in the training process, 1 beside it.
+        broken_share: of a source's documents, how many may be broken; those are skipped and named, more stop the run.
     """
 
     def __init__(
@@ -41,8 +43,11 @@ class DocumentData(LightningDataModule):
         prompts: int = 20,
         seed: int = 0,
         workers: int = 0,
+        broken_share: float = 0.01,
     ) -> None:
         super().__init__()
+        BrokenItems(broken_share)  # refuses what is no share, where it enters
+        self.broken_share = broken_share
         if workers not in (0, 1):
             raise ValueError(f"data.workers: expected 0 or 1 (packs are cut from one stream), got {workers}")
         self.batch_tokens, self.seed, self.workers = batch_tokens, seed, workers
@@ -70,7 +75,10 @@ class DocumentData(LightningDataModule):
         prompts = []
         for s, source in enumerate(self.validation_sources()):
             for index in range(min(self.prompt_count, len(source))):
-                document = source.document(index, np.random.default_rng((self.seed, s, index)))
+                try:
+                    document = source.document(index, np.random.default_rng((self.seed, s, index)))
+                except BrokenDocument:
+                    continue
                 kept = tuple(takewhile(lambda part: not part.learn, document.parts))
                 prompts.append(Document(kept, document.kind))
         return prompts
@@ -82,6 +90,7 @@ class DocumentData(LightningDataModule):
         stream = PackStream(
             Mixture(self.training_sources(), self.seed), self._packing(), self.position,
             rank=trainer.global_rank, ranks=trainer.world_size, accumulate=trainer.accumulate_grad_batches,
+            broken_share=self.broken_share,
         )  # fmt: skip
         return DataLoader(_Iterable(stream), batch_size=None, num_workers=self.workers)
 
@@ -258,6 +267,7 @@ class FolderData(DocumentData):
         prompts: documents of each kind that are continued in validation, always the same.
         seed: of every draw; linked to `seed_everything`.
         workers: 0 packs in the training process, 1 beside it.
+        broken_share: of the images, how many may be broken; those are skipped and named, more stop the run.
     """
 
     def __init__(
@@ -270,8 +280,9 @@ class FolderData(DocumentData):
         prompts: int = 20,
         seed: int = 0,
         workers: int = 0,
+        broken_share: float = 0.01,
     ) -> None:
-        super().__init__(batch_tokens, validation_documents, prompts, seed, workers)
+        super().__init__(batch_tokens, validation_documents, prompts, seed, workers, broken_share)
         self.root, self.weights, self.validation_share = Path(root), weights, validation_share
 
     def training_sources(self) -> list[Weighted]:

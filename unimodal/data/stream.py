@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from unimodal.backbone import Experts
-from unimodal.data.source import Source
+from unimodal.data.broken import BrokenItems
+from unimodal.data.order import mixed_order
+from unimodal.data.source import BrokenDocument, Source
 from unimodal.packing import PackedSequence, SequencedDocument, Sequencer, pack
 
 
@@ -43,7 +45,7 @@ class Packing:
 class Mixture:
     """Documents of several sources, in an order that is a function of (seed, epoch).
 
-    Every source gives its share of `len(self)` documents, all of its own before any comes twice.
+    Every source gives its share of `len(self)` documents, all of its own before any comes twice, also from epoch to epoch.
     """
 
     def __init__(self, sources: Sequence[Weighted], seed: int) -> None:
@@ -64,14 +66,8 @@ class Mixture:
 
     def order(self, epoch: int) -> list[tuple[int, int, int]]:
         """(source, index, slot) of every document of an epoch; a slot is never used twice in it."""
-        rng = np.random.default_rng((self.seed, epoch))
-        items = []
-        for s, (weighted, count) in enumerate(zip(self.sources, self.counts, strict=True)):
-            n = len(weighted.source)
-            rounds = [rng.permutation(n) for _ in range(-(-count // n))]
-            items += [(s, int(i)) for i in np.concatenate(rounds)[:count]]
-        slots = rng.permutation(len(items))
-        return [(*items[slot], int(slot)) for slot in slots]
+        turns, index = mixed_order([s.source for s in self.sources], self.counts, self.seed, epoch)
+        return [(int(s), int(i), slot) for slot, (s, i) in enumerate(zip(turns, index, strict=True))]
 
 
 class PackStream:
@@ -84,9 +80,9 @@ class PackStream:
 
     def __init__(
         self, mixture: Mixture, packing: Packing, position: tuple[int, int] = (0, 0),
-        *, rank: int = 0, ranks: int = 1, accumulate: int = 1,
+        *, rank: int = 0, ranks: int = 1, accumulate: int = 1, broken_share: float = 0.0,
     ) -> None:  # fmt: skip
-        self.mixture, self.packing, self.position = mixture, packing, position
+        self.mixture, self.packing, self.position, self.broken = mixture, packing, position, BrokenItems(broken_share)
         self.rank, self.ranks, self.accumulate = rank, ranks, accumulate
 
     def __iter__(self) -> Iterator[PackedSequence]:
@@ -127,10 +123,16 @@ class PackStream:
             epoch, first = epoch + 1, 0
 
     def _document(self, epoch: int, source: int, index: int, slot: int) -> SequencedDocument | None:
-        """The document in a slot; every draw in it is a function of (seed, epoch, slot). None: too long."""
+        """The document in a slot; every draw in it is a function of (seed, epoch, slot). None: broken, or too long."""
         key = (self.mixture.seed, epoch, slot)
         one = self.mixture.sources[source].source
-        document = self.packing.sequencer.document(one.document(index, np.random.default_rng(key)), key)
+        try:
+            read = one.document(index, np.random.default_rng(key))
+        except BrokenDocument as error:
+            self.broken.add(one.kind, one, index, error)
+            return None
+        self.broken.read(one.kind)
+        document = self.packing.sequencer.document(read, key)
         limit = self.packing.sequencer.rules.context_length
         if document.length > limit:
             warnings.warn(
@@ -148,7 +150,11 @@ def validation_packs(sources: Sequence[Source], packing: Packing, seed: int, lim
         held: list[SequencedDocument] = []
         for index in range(min(limit, len(source))):
             key = (seed, s, index)
-            document = packing.sequencer.document(source.document(index, np.random.default_rng(key)), key, train=False)
+            try:
+                read = source.document(index, np.random.default_rng(key))
+            except BrokenDocument:
+                continue
+            document = packing.sequencer.document(read, key, train=False)
             if document.length > packing.sequencer.rules.context_length:
                 continue
             if held and sum(d.length for d in held) + document.length > packing.tokens:
