@@ -146,7 +146,9 @@ class Sequencer:
                 if not dropped:
                     draft.add_text(self.text.encode(part.text), part.learn)
                 continue
-            image = self.check_stored(part) if isinstance(part, StoredImage) else self.fit(part.image)
+            if isinstance(part, StoredImage):
+                part.check(self.rules.context, self._sizes(*part.size))
+            image = part if isinstance(part, StoredImage) else self.fit(part.image)
             size, grid = self.measure(image)
             draft.add_text([self.text.special.boi, *self.size(*size)], learn=part.learn and not dropped)
             if blind and not part.learn:
@@ -162,10 +164,12 @@ class Sequencer:
         draft.add_text([self.text.special.eos], learn=bool(parts) and parts[-1].learn and not dropped)
         return SequencedDocument(draft.finish(), tuple(images), document.kind)
 
-    def fit(self, image: Image.Image) -> UInt8[np.ndarray, "_ _ 3"]:
+    def fit(self, image: Image.Image) -> Pixels:
         """Pixels of an image in a size that the rules allow."""
-        native = self.rules.native
-        return fit_image(image, self.rules.image_sizes if native is None else [native.size(image.height, image.width)])
+        return fit_image(image, self._sizes(image.height, image.width))
+
+    def _sizes(self, height: int, width: int) -> Sequence[tuple[int, int]]:
+        return self.rules.image_sizes if self.rules.native is None else [self.rules.native.size(height, width)]
 
     def measure(self, image: Pixels | StoredImage) -> tuple[tuple[int, int], Grid]:
         """(height, width) of an image in pixels, and the grid of its tokens."""
@@ -173,18 +177,6 @@ class Sequencer:
             return image.size, image.tokens.grids[0]
         height, width, _ = image.shape
         return (height, width), self.layout.grid(height, width)
-
-    def check_stored(self, image: StoredImage) -> StoredImage:
-        """The image; ValueError where a recipe has no use for tokens without pixels, or for images of that size."""
-        if self.rules.context != "clean":
-            raise ValueError(f"sequence.context: expected clean with images stored as tokens, got {self.rules.context}")
-        native = self.rules.native
-        sizes = self.rules.image_sizes if native is None else [native.size(*image.size)]
-        if image.size not in {tuple(size) for size in sizes}:
-            raise ValueError(
-                f"sequence.image_sizes: expected {list(image.size)}, which images are stored of, among them"
-            )
-        return image
 
     def size(self, height: int, width: int) -> tuple[int, ...]:
         """Ids of a size as it is written; none where the rules write none.
