@@ -54,13 +54,22 @@ def save_export(folder: Path, module: nn.Module, config: dict[str, Any], info: E
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}, new / "model.safetensors"
         )
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (new / "config.json").write_text(json.dumps(standalone(config, module), indent=2) + "\n")
         (new / "export.json").write_text(json.dumps(asdict(info), indent=2) + "\n")
         if isinstance(module, UnifiedModel):
             module.text.save(new / "tokenizer.json")
         if folder.exists():
             os.replace(folder, Path(temporary) / "old")
         os.replace(new, folder)
+
+
+def standalone(config: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """The config with a tokenizer of published weights as its settings: its weights are in the export, their folder not."""
+    if not isinstance(module, UnifiedModel):
+        return getattr(module, "config", None) or config
+    if module.tokenizer.config is None:
+        return config
+    return {**config, "init_args": {**config["init_args"], "tokenizer": module.tokenizer.config}}
 
 
 def read_info(folder: Path) -> ExportInfo:

@@ -147,7 +147,7 @@ class Sequencer:
                     draft.add_text(self.text.encode(part.text), part.learn)
                 continue
             if isinstance(part, StoredImage):
-                part.check(self.rules.context, self._sizes(*part.size))
+                part.check(self.rules.context, self.rules.native is not None, self.rules.image_sizes)
             image = part if isinstance(part, StoredImage) else self.fit(part.image)
             size, grid = self.measure(image)
             draft.add_text([self.text.special.boi, *self.size(*size)], learn=part.learn and not dropped)
@@ -164,12 +164,10 @@ class Sequencer:
         draft.add_text([self.text.special.eos], learn=bool(parts) and parts[-1].learn and not dropped)
         return SequencedDocument(draft.finish(), tuple(images), document.kind)
 
-    def fit(self, image: Image.Image) -> Pixels:
+    def fit(self, image: Image.Image) -> UInt8[np.ndarray, "_ _ 3"]:
         """Pixels of an image in a size that the rules allow."""
-        return fit_image(image, self._sizes(image.height, image.width))
-
-    def _sizes(self, height: int, width: int) -> Sequence[tuple[int, int]]:
-        return self.rules.image_sizes if self.rules.native is None else [self.rules.native.size(height, width)]
+        native = self.rules.native
+        return fit_image(image, self.rules.image_sizes if native is None else [native.size(image.height, image.width)])
 
     def measure(self, image: Pixels | StoredImage) -> tuple[tuple[int, int], Grid]:
         """(height, width) of an image in pixels, and the grid of its tokens."""

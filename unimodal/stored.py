@@ -35,10 +35,12 @@ class StoredImage(Part):
         for name, value in (("tokens", tokens), ("size", size), ("learn", learn), ("role", role)):
             object.__setattr__(self, name, value)  # as the frozen class it is
 
-    def check(self, context: str, sizes: Sequence[tuple[int, int]]) -> None:
+    def check(self, context: str, native: bool, sizes: Sequence[tuple[int, int]]) -> None:
         """ValueError where a recipe has no use for tokens without pixels, or for images of that size."""
         if context != "clean":
             raise ValueError(f"sequence.context: expected clean with images stored as tokens, got {context}")
+        if native:
+            raise ValueError("sequence.native: expected none with images stored as tokens, which have their sizes")
         if self.size not in {tuple(size) for size in sizes}:
             raise ValueError(
                 f"sequence.image_sizes: expected {list(self.size)}, which images are stored of, among them"

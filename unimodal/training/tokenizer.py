@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -28,8 +28,8 @@ from unimodal.training.adversary import Adversary
 from unimodal.training.ema import EMA
 from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
 from unimodal_tokenizers.base import ImageTokenizer, Reconstruction, TrainableTokenizer
-from unimodal_tokenizers.quantizers import codebook_perplexity, codebook_usage
-from unimodal_tokenizers.representation import Representation
+from unimodal_tokenizers.frozen import FrozenEncoder
+from unimodal_tokenizers.quantizers import TextCodebook, codebook_perplexity, codebook_usage
 
 PICTURE_SIDE = 64  # pixels an image has at least in a reconstruction grid; small ones are enlarged
 
@@ -57,6 +57,18 @@ class CodebookCounts(Metric):
     def compute(self) -> Int64[Tensor, "*Q K"]:
         """The sums."""
         return self.counts
+
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def _only(kind: type[Part], tokenizer: nn.Module, key: str, path: Path) -> Part:
+    """The one module of that kind that a file is for."""
+    found = [module for module in tokenizer.modules() if isinstance(module, kind)]
+    if len(found) != 1:
+        name = type(tokenizer).__name__
+        raise ValueError(f"{key}: expected none for this {name} ({len(found)} {kind.__name__}), got {path}")
+    return found[0]
 
 
 class TokenizerTraining(L.LightningModule):
@@ -94,6 +106,7 @@ class TokenizerTraining(L.LightningModule):
         ema_decay: float = 0.0,
         samples: int = 16,
         encoder_weights: Path | None = None,
+        text_embeddings: Path | None = None,
     ) -> None:
         """Args:
 
@@ -112,18 +125,18 @@ class TokenizerTraining(L.LightningModule):
         betas: of AdamW.
         ema_decay: of the tokenizer's moving average, which is validated and exported; 0 for none.
         samples: images in the reconstruction grid of each validation; 0 for none.
-        encoder_weights: of a representation's frozen encoder: safetensors with timm's names.
+        encoder_weights: of the tokenizer's frozen encoder (a representation's, or a semantic head's teacher): safetensors
+            with timm's names.
+        text_embeddings: of the tokenizer's `TextCodebook`: safetensors with one matrix.
         """
         super().__init__()
         if not isinstance(tokenizer, TrainableTokenizer):
             name = type(tokenizer).__name__
             raise ValueError(f"tokenizer: expected one that is trained (a TrainableTokenizer), got {name}")
         if encoder_weights is not None:
-            if not isinstance(tokenizer, Representation):
-                raise ValueError(
-                    f"encoder_weights: expected none for a {type(tokenizer).__name__}, got {encoder_weights}"
-                )
-            tokenizer.load_encoder(encoder_weights)
+            _only(FrozenEncoder, tokenizer, "encoder_weights", encoder_weights).load(encoder_weights)
+        if text_embeddings is not None:
+            _only(TextCodebook, tokenizer, "text_embeddings", text_embeddings).load(text_embeddings)
         own = _own_weights(tokenizer, weights or {})
         error = {"l1_weight": l1_weight, "l2_weight": l2_weight, "perceptual_weight": perceptual_weight}
         for name, weight in [*error.items(), *((f"weights.{name}", weight) for name, weight in own.items())]:

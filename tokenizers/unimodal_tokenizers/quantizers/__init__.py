@@ -8,6 +8,7 @@ from unimodal_tokenizers.quantizers.moving_average import MovingAverageQuantizer
 from unimodal_tokenizers.quantizers.residual import ResidualQuantizer
 from unimodal_tokenizers.quantizers.simvq import SimVQ
 from unimodal_tokenizers.quantizers.sub_codebooks import SubCodebooks
+from unimodal_tokenizers.quantizers.text_codebook import TextCodebook
 from unimodal_tokenizers.quantizers.vector import EuclideanQuantizer, VectorQuantizer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ResidualQuantizer",
     "SimVQ",
     "SubCodebooks",
+    "TextCodebook",
     "VectorQuantizer",
     "codebook_perplexity",
     "codebook_usage",

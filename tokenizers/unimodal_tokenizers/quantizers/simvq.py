@@ -1,6 +1,7 @@
 """A frozen codebook seen through one learned linear map (SimVQ, arXiv 2411.02038).
 
-Letters: P vectors, K entries, D channels. z a vector, e = W q_k its code, q_k the frozen entry; sg[.] stops the gradient.
+Letters: P vectors of D channels, K entries of E (here E = D). z a vector, e = W q_k its code, q_k the frozen entry; sg[.]
+stops the gradient.
 """
 
 import torch
@@ -22,7 +23,7 @@ from unimodal_tokenizers.quantizers.search import nearest_code_of_any_length
 class SimVQ(Quantizer):
     """Each vector to the nearest of the codes W q_k: every one that is chosen moves all, so that none dies."""
 
-    entries: Float[Tensor, "K D"]
+    entries: Float[Tensor, "K E"]
 
     def __init__(self, entries: int, dim: int, seed: int = 0) -> None:
         """Args:
@@ -54,5 +55,5 @@ class SimVQ(Quantizer):
         """W q of the entries."""
         return self._map(F.embedding(ids, self.entries))
 
-    def _map(self, q: Float[Tensor, "P D"]) -> Float[Tensor, "P D"]:
+    def _map(self, q: Float[Tensor, "P E"]) -> Float[Tensor, "P D"]:
         return F.linear(precise(q), precise(self.map.weight))
