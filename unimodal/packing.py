@@ -149,7 +149,9 @@ class Sequencer:
                 if not dropped:
                     draft.add_text(self.text.encode(part.text), part.learn)
                 continue
-            image = self.check_stored(part) if isinstance(part, StoredImage) else self.fit(part.image)
+            if isinstance(part, StoredImage):
+                part.check(self.rules.context, self.rules.native is not None, self.rules.image_sizes)
+            image = part if isinstance(part, StoredImage) else self.fit(part.image)
             size, grid = self.measure(image)
             draft.add_text([self.text.special.boi, *self.size(*size)], learn=part.learn and not dropped)
             if blind and not part.learn:
@@ -176,18 +178,6 @@ class Sequencer:
             return image.size, image.tokens.grids[0]
         height, width, _ = image.shape
         return (height, width), self.layout.grid(height, width)
-
-    def check_stored(self, image: StoredImage) -> StoredImage:
-        """The image; ValueError where a recipe has no use for tokens without pixels, or for images of that size."""
-        if self.rules.context != "clean":
-            raise ValueError(f"sequence.context: expected clean with images stored as tokens, got {self.rules.context}")
-        if self.rules.native is not None:
-            raise ValueError("sequence.native: expected none with images stored as tokens, which have their sizes")
-        if image.size not in {tuple(size) for size in self.rules.image_sizes}:
-            raise ValueError(
-                f"sequence.image_sizes: expected {list(image.size)}, which images are stored of, among them"
-            )
-        return image
 
     def size(self, height: int, width: int) -> tuple[int, ...]:
         """Ids of a size as it is written; none where the rules write none.

@@ -6,6 +6,7 @@ Letters: N tokens of the image.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -33,6 +34,17 @@ class StoredImage(Part):
             raise ValueError(f"tokens: expected those of one image, got {len(tokens)}")
         for name, value in (("tokens", tokens), ("size", size), ("learn", learn), ("role", role)):
             object.__setattr__(self, name, value)  # as the frozen class it is
+
+    def check(self, context: str, native: bool, sizes: Sequence[tuple[int, int]]) -> None:
+        """ValueError where a recipe has no use for tokens without pixels, or for images of that size."""
+        if context != "clean":
+            raise ValueError(f"sequence.context: expected clean with images stored as tokens, got {context}")
+        if native:
+            raise ValueError("sequence.native: expected none with images stored as tokens, which have their sizes")
+        if self.size not in {tuple(size) for size in sizes}:
+            raise ValueError(
+                f"sequence.image_sizes: expected {list(self.size)}, which images are stored of, among them"
+            )
 
     @property
     def content(self) -> str | Image.Image:

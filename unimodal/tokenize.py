@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from tqdm import tqdm
 
-from unimodal.data.source import Source
+from unimodal.data.source import BrokenDocument, Source
 from unimodal.data.token_files import (
     CORPUS,
     INDEX,
@@ -40,7 +39,7 @@ from unimodal.data.token_files import (
     read_json,
     shard_name,
 )
-from unimodal.documents import Document, write_jsonl
+from unimodal.documents import write_jsonl
 from unimodal.export import load_tokenizer, one_line, read_info
 from unimodal.files import write_atomically
 from unimodal.packing import fit_image, to_tensor
@@ -239,7 +238,8 @@ def finish(out: Path, plan: Plan, module: DocumentData) -> dict[str, Any]:
     with _whole(out / CORPUS) as temporary, temporary.open("w", encoding="utf-8") as file:
         for text in module.corpus():
             file.write(json.dumps(text, ensure_ascii=False) + "\n")
-    write_jsonl(out / PROMPTS, list(_prompts(module, plan.seed)))
+    module.prompt_count, module.seed = KEPT_PROMPTS, plan.seed
+    write_jsonl(out / PROMPTS, module.prompts())
     shards = {shard_name(*shard): Shard(out / shard_name(*shard), plan.layout) for shard in plan.shards()}
     index = {
         "counts": {name: shard.counts for name, shard in shards.items()},
@@ -252,17 +252,6 @@ def finish(out: Path, plan: Plan, module: DocumentData) -> dict[str, Any]:
     for left in out.glob(".*.tmp"):  # of processes that were killed while they wrote
         left.unlink(missing_ok=True)
     return index
-
-
-def _prompts(module: DocumentData, seed: int) -> Iterator[Document]:
-    """As `DocumentData.prompts`, without those that cannot be read."""
-    for s, source in enumerate(module.validation_sources()):
-        for index in range(min(KEPT_PROMPTS, len(source))):
-            try:
-                document = source.document(index, np.random.default_rng((seed, s, index)))
-            except ValueError:
-                continue  # named in its shard
-            yield Document(tuple(takewhile(lambda part: not part.learn, document.parts)), document.kind)
 
 
 @contextmanager
@@ -331,7 +320,7 @@ class Writer:
                 try:
                     document = source.document(index, np.random.default_rng((self.plan.seed, s, index)))
                     images = [fit_image(image, sizes) for image in document.images]
-                except ValueError as error:
+                except BrokenDocument as error:
                     shard.broken.append(f"{source.kind} {index}: {error}")
                     continue
                 shard.add_document(document, [encoder.add(image) for image in images])
