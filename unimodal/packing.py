@@ -443,9 +443,9 @@ def pack(
         firsts = [i for i in held if (b := blocks[i]) is not None and b.offset == 0]
         return tuple(numbers[segments[i][0], segments[i][1].image] for i in firsts)
 
-    kinds: dict[str, int] = {}
+    shares: dict[str, int] = {}
     for document in documents:
-        kinds[document.kind] = kinds.get(document.kind, 0) + document.length
+        shares[document.kind] = shares.get(document.kind, 0) + document.length
     return PackedSequence(
         table=table,
         inverse=torch.from_numpy(inverse),
@@ -468,9 +468,9 @@ def pack(
         context_blocks=tuple(b for i in context if (b := blocks[i])),
         understood_images=image_numbers(understood),
         understood_blocks=tuple(b for i in understood if (b := blocks[i])),
-        kind=next(iter(kinds)) if len(kinds) == 1 else "",
+        kind=next(iter(shares)) if len(shares) == 1 else "",
         numbers=tuple(document.number for document in documents),
-        kinds=kinds,
+        kinds=shares,
     )
 
 

@@ -88,5 +88,5 @@ def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:
     return digest.hexdigest()
 
 
-def _bytes(value: Tensor) -> memoryview:
-    return memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -177,8 +177,8 @@ def make_plan(
     for height, width in image_sizes:
         loaded.layout.grid(height, width)  # refuses what the stride does not divide
     info = read_info(tokenizer if (tokenizer / "export.json").is_file() else tokenizer / "export")
-    sources = {
-        split: [SourceRecord(source.kind, weight, len(source)) for source, weight in split_sources(module, split)]
+    sources: dict[str, list[SourceRecord]] = {
+        str(split): [SourceRecord(source.kind, weight, len(source)) for source, weight in split_sources(module, split)]
         for split in SPLITS
     }
     made = {"fingerprint": tokenizer_fingerprint(loaded), "class": type(loaded).__name__, "recipe": info.recipe}

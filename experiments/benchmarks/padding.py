@@ -56,7 +56,7 @@ def packed_and_padded(model: UnifiedModel, budget: int, side: int, packs: int) -
     for number in sorted(number for p in packed for number in p.numbers):
         place = mixture.place(number)
         key = (mixture.seed, place.epoch, place.slot)
-        documents.append(sequencer.document(source.document(place.index, np.random.default_rng(key)), key))
+        documents.append(sequencer.document(source.document(place.document, np.random.default_rng(key)), key))
     batches = [documents[i : i + BATCH] for i in range(0, len(documents), BATCH)]
     return packed, [pack(filled_up(model, batch), packing.experts, packing.reads) for batch in batches]
 
@@ -87,7 +87,12 @@ def padding(settings: Settings) -> Result:
 
     def steps(packs: list[PackedSequence]) -> Callable[[], None]:
         each = [step_of(model, lambda p=p: loss_of(model, p), "cpu", torch.float32) for p in packs]  # type: ignore[misc]
-        return lambda: [step() for step in each] and None
+
+        def run() -> None:
+            for step in each:
+                step()
+
+        return run
 
     correct = worst([(losses(model, packed), losses(model, padded))])
     times = interleave({"packed": steps(packed), "padded": steps(padded)}, min(settings.repeats, 6), warmup=1)

@@ -190,7 +190,9 @@ class ChameleonTokenizer(CodebookNetwork, TrainableTokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight."""
-        return self.decoder.conv_out.weight
+        weight = self.decoder.conv_out.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def image_to_vectors(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "P D"]:
         """Encoder outputs."""

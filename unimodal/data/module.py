@@ -153,7 +153,7 @@ def _total_over_ranks() -> Callable[[dict[str, int]], dict[str, int]]:
     """What sums counts over all ranks."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return dict
-    group = torch.distributed.new_group(backend="gloo")  # between hosts: no device waits for it
+    group: Any = torch.distributed.new_group(backend="gloo")  # between hosts: no device waits for it
 
     def total(counts: dict[str, int]) -> dict[str, int]:
         summed = torch.tensor([counts[name] for name in sorted(counts)])

@@ -61,7 +61,7 @@ class Place(NamedTuple):
     number: int
     epoch: int
     source: int
-    index: int
+    document: int
     slot: int
 
 
@@ -189,7 +189,7 @@ class _Lane:
                 self.next = place.number + self.step
             source = self.reader.mixture.sources[place.source].source
             if isinstance(document, BrokenDocument):
-                self.broken.add(source.kind, source, place.index, document)
+                self.broken.add(source.kind, source, place.document, document)
             else:
                 self.broken.read(source.kind)
             if isinstance(document, SequencedDocument):
@@ -262,13 +262,13 @@ class _Documents(Dataset[Read]):
     def __getitem__(self, place: Place) -> Read:
         key, source = (self.seed, place.epoch, place.slot), self.sources[place.source]
         try:
-            read = source.document(place.index, np.random.default_rng(key))
+            read = source.document(place.document, np.random.default_rng(key))
         except BrokenDocument as error:
             return place, error
         document = self.sequencer.document(read, key)
         limit = self.sequencer.rules.context_length
         if document.length > limit:
-            named = f"document {place.index} of {source.kind}"
+            named = f"document {place.document} of {source.kind}"
             return place, f"{named} skipped: {document.length} tokens, sequence.context_length is {limit}"
         return place, replace(document, number=place.number)
 

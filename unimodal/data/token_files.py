@@ -91,7 +91,9 @@ class Plan:
         unknown = set(record) ^ {field.name for field in fields(Plan)}
         if unknown:
             raise ValueError(f"{PLAN}: unknown or missing {', '.join(sorted(unknown))}")
-        layout = {key: tuple(value) if isinstance(value, list) else value for key, value in record["layout"].items()}
+        layout: Any = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record["layout"].items()
+        }
         sources = {split: [SourceRecord(**one) for one in found] for split, found in record["sources"].items()}
         return Plan(**{**record, "layout": TokenLayout(**layout), "sources": sources})
 
@@ -239,7 +241,8 @@ class Shard:
             )
         )
         height, width = (int(side) for side in self._sizes[number])
-        grid, usual = Grid(*(int(side) for side in self._grids[number])), self.layout.grid(height, width)
+        rows, columns = (int(side) for side in self._grids[number])
+        grid, usual = Grid(rows, columns), self.layout.grid(height, width)
         tokens = ImageTokens(values, (usual if (usual.h, usual.w) == (grid.h, grid.w) else grid,))
         return StoredImage(tokens, (height, width), learn, role)
 

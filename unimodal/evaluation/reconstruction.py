@@ -137,8 +137,8 @@ class ImageReconstruction(Benchmark):
                     rows.append(self._row(number, paths[number].relative_to(images).as_posix(), x, y, out))
                 bar.update(len(group))
         self._items = [Item(row["id"], "images", Document(())) for row in rows]
-        measures = {name: _mean(rows, name) for name in ("psnr", "ssim", "lpips") if name in rows[0]}
-        measures |= self._rfid(out) | tally.measures() | {"broken": float(len(self.broken))}
+        measures: dict[str, float] = {name: _mean(rows, name) for name in ("psnr", "ssim", "lpips") if name in rows[0]}
+        measures |= {**self._rfid(out), **tally.measures(), "broken": float(len(self.broken))}
         if self.broken:
             lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.broken)
             write_atomically(out / "broken.jsonl", lines.encode())
