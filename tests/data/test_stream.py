@@ -62,7 +62,7 @@ def order(mixture: Mixture, epoch: int) -> list[tuple[int, int, int]]:
     """(source, index, slot) of every document of an epoch."""
     places = [mixture.place(number) for number in range(epoch * len(mixture), (epoch + 1) * len(mixture))]
     assert {place.epoch for place in places} == {epoch}
-    return [(place.source, place.index, place.slot) for place in places]
+    return [(place.source, place.document, place.slot) for place in places]
 
 
 def take(packs: Iterable[PackedSequence], n: int) -> list[PackedSequence]:
@@ -235,7 +235,7 @@ def test_no_document_is_split(make: Make) -> None:
     model = make("flow", context_length=64, drop_text=0.0)
     alone = {
         place.number: model.sequencer.document(
-            SEVEN_AND_FIVE[place.source].source.document(place.index, np.random.default_rng(key)), key
+            SEVEN_AND_FIVE[place.source].source.document(place.document, np.random.default_rng(key)), key
         ).length
         for place in map(Mixture(SEVEN_AND_FIVE, 3).place, range(60))
         for key in [(3, place.epoch, place.slot)]
