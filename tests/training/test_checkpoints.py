@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -265,78 +266,101 @@ def arguments(folder: Path, pictures: Path, *options: str) -> list[str]:
             "--trainer.default_root_dir", str(folder), *options]  # fmt: skip
 
 
-WATCHED = """
-import os, sys
+DRIVER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
+import unimodal.training.lightning_cli
 from unimodal.cli import main
-from unimodal.training import UnifiedTraining
-log = open(f"{sys.argv[1]}.{os.environ.get('LOCAL_RANK', 0)}", "a", buffering=1)
+from unimodal.training import UnifiedTraining, checkpoints
+
 original = UnifiedTraining.training_step
 def step(self, batch, batch_idx):
     loss = original(self, batch, batch_idx)
     loss = loss + 1e-3 * torch.rand(())  # of the global generator
-    log.write(f"{self.trainer.global_step} {float(loss).hex()} {list(batch.numbers)}\\n".replace(", ", ","))
+    with open(os.environ["LOG"], "a") as log:
+        log.write(f"{self.trainer.global_step} {float(loss).hex()} {list(batch.numbers)}\\n".replace(", ", ","))
+    if self.trainer.global_step == int(os.environ.get("KILL_AT", -1)):
+        os.kill(os.getpid(), signal.SIGKILL)
     return loss
 UnifiedTraining.training_step = step
+
+def start(arguments, rank=0, ranks=1, port="0", **environment):  # a fork imports nothing again
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setpgid(0, 0)
+    folder = arguments[arguments.index("--trainer.default_root_dir") + 1]
+    os.environ.update(environment, LOG=f"{folder}.log.{rank}")
+    if ranks > 1:  # as torchrun sets them
+        os.environ.update(TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                          LOCAL_WORLD_SIZE=str(ranks), GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    code = 99
+    try:
+        code = main(arguments)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+def end(*pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+plan = json.loads(sys.argv[1])
 """
-# Imports once, then a process for every start: killed at random moments ten times, and then left alone.
-KILLED = (
-    WATCHED
-    + """
-import json, random, signal, time
-from pathlib import Path
-import unimodal.training.lightning_cli
-from unimodal.training import checkpoints
-folder, arguments, rng = Path(sys.argv[2]), sys.argv[3:], random.Random(0)
-write = checkpoints._Writer.write
+KILLED = """
+assert end(start(plan["whole"])) == [0]
+write, rng = checkpoints._Writer.write, random.Random(0)
 def slowly(self, data):  # so that many a kill comes while a checkpoint is written
     time.sleep(1e-3)
     return write(self, data)
 checkpoints._Writer.write = slowly
-path = Path(f"{sys.argv[1]}.0")
-def start():
+folder, log = Path(plan["folder"]), Path(plan["folder"] + ".log.0")
+log.touch()
+def go_on():
     going_on = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
-    workers = ["--data.workers", str(rng.choice([0, 1, 3]))]
-    pid = os.fork()
-    if pid == 0:
-        os.setpgid(0, 0)
-        code = 99
-        try:
-            code = main([*arguments, *workers, *going_on])
-        finally:
-            os._exit(code)
-    try:
-        os.setpgid(pid, pid)  # whoever comes first
-    except PermissionError:
-        pass
-    return pid
-writing = killed = 0
+    return start([*plan["killed"], "--data.workers", str(rng.choice([0, 1, 3])), *going_on])
+found = {"killed": 0, "writing": 0}
 for kill in range(10):
-    lines, size = rng.randrange(2), path.stat().st_size
-    pid = start()
+    lines, size, pid = rng.randrange(2), log.stat().st_size, go_on()
     if kill == 3:
-        time.sleep(rng.random())  # before there is any step
+        time.sleep(0.1 + rng.random())  # before there is any step
     else:
-        while path.read_bytes()[size:].count(b"\\n") <= lines and os.waitpid(pid, os.WNOHANG) == (0, 0):
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.1)
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while log.read_bytes()[size:].count(b"\\n") <= lines and os.waitid(os.P_PID, pid, ended) is None:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.2)
     os.killpg(pid, signal.SIGKILL)
-    killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    writing += bool(list((folder / "checkpoints").glob(".step*.tmp")))
-_, status = os.waitpid(start(), 0)
-print(json.dumps({"killed": killed, "writing": writing, "code": os.waitstatus_to_exitcode(status)}))
+    found["killed"] += end(pid) == [-9]
+    found["writing"] += bool(list((folder / "checkpoints").glob(".step*.tmp")))
+found["code"] = end(go_on())
+print(json.dumps(found))
 """
-)
+RANKS = """
+import shutil
+def pair(name, port, *more, **environment):
+    return end(*[start([*plan[name], *more], rank, 2, port, **environment) for rank in range(2)])
+found = {"whole": pair("whole", plan["ports"][0]), "killed": pair("killed", plan["ports"][1], KILL_AT="3")}
+for name in ("one", "other"):
+    shutil.copytree(f"{plan['folder']}/killed/checkpoints", f"{plan['folder']}/{name}/checkpoints", symlinks=True)
+found["resumed"] = pair("killed", plan["ports"][2], "--ckpt_path", "last")
+found["one"] = end(start([*plan["one"], "--ckpt_path", "last"]))
+found["other"] = end(start([*plan["other"], "--ckpt_path", "last"]))
+print(json.dumps(found))
+"""
 
 
-def run(script: str, folder: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """A script over the log of a run and its arguments, to the end."""
-    file = folder.parent / "script.py"
-    file.write_text(script)
-    command = [sys.executable, str(file), str(folder) + ".log", *arguments]
+def drive(script: str, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """What the script found, in a process of its own."""
+    file = folder / "script.py"
+    file.write_text(DRIVER + script)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = [sys.executable, str(file), json.dumps(plan)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    found["said"] = done.stderr
+    return found
 
 
 def logged(folder: Path, rank: int = 0) -> dict[int, list[tuple[str, str]]]:
@@ -390,15 +414,12 @@ def test_killed_ten_times_at_random_moments_and_nothing_differs(pictures: Path, 
     """Losses, documents, weights, both optimizers' moments, average, schedule, random states, position."""
     options = ["--model.init_args.muon_lr", "0.01", "--trainer.max_steps", "32"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run(WATCHED + "sys.exit(main(sys.argv[2:]))", whole, arguments(whole, pictures, *options))
-    assert done.returncode == 0, done.stderr[-3000:]
-    Path(f"{killed}.log.0").touch()
-    done = run(KILLED, killed, [str(killed), *arguments(killed, pictures, *options)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["killed"], result["code"]) == (10, 0), done.stderr[-3000:]
-    assert result["writing"] >= 1
+    plan = {"folder": str(killed), "whole": arguments(whole, pictures, *options),
+            "killed": arguments(killed, pictures, *options)}  # fmt: skip
+    found = drive(KILLED, tmp_path, plan)
+    assert (found["killed"], found["code"]) == (10, [0]), found["said"][-3000:]
+    assert "Traceback" not in found["said"]
+    assert found["writing"] >= 1
     a, b = logged(whole), logged(killed)
     assert list(a) == sorted(b) == list(range(32))
     assert all(a[step] == b[step] for step in a)
@@ -409,35 +430,27 @@ def test_killed_ten_times_at_random_moments_and_nothing_differs(pictures: Path, 
     assert export[0] == export[1]
 
 
-def two_ranks(folder: Path, pictures: Path, *options: str) -> list[str]:
-    return arguments(folder, pictures, "--trainer.devices", "2", "--trainer.strategy", "ddp", *options)
-
-
-STOPPED = WATCHED.replace("    return loss", "    self.trainer.global_step == 3 and os.killpg(0, 9)\n    return loss")
-
-
 @pytest.mark.slow
 def test_two_ranks_go_on_as_two_as_one_and_as_one_with_other_accumulation(pictures: Path, tmp_path: Path) -> None:
-    fit, last = "sys.exit(main(sys.argv[2:]))", ["--ckpt_path", "last"]
     whole, killed, one, other = (tmp_path / name for name in ("whole", "killed", "one", "other"))
-    assert run(WATCHED + fit, whole, two_ranks(whole, pictures)).returncode == 0
-    alone = (
-        "import os\nif 'LOCAL_RANK' not in os.environ: os.setpgid(0, 0)\n"  # what is killed is this run, and all of it
-    )
-    assert run(alone + STOPPED + fit, killed, two_ranks(killed, pictures)).returncode == -9
-    assert len(end_of(killed)["FolderData"]["lanes"]) == 2  # gathered: both ranks' own
-    for folder in (one, other):
-        shutil.copytree(killed / "checkpoints", folder / "checkpoints", symlinks=True)
-    for folder, options in ((killed, two_ranks(killed, pictures)),
-                            (one, arguments(one, pictures, "--trainer.accumulate_grad_batches", "2")),
-                            (other, arguments(other, pictures, "--trainer.accumulate_grad_batches", "3"))):  # fmt: skip
-        done = run(WATCHED + fit, folder, [*options, *last])
-        assert done.returncode == 0, done.stderr[-3000:]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    plan = {
+        "folder": str(tmp_path), "ports": [str(free_port()) for _ in range(3)],
+        "whole": arguments(whole, pictures, *two), "killed": arguments(killed, pictures, *two),
+        "one": arguments(one, pictures, "--trainer.accumulate_grad_batches", "2"),
+        "other": arguments(other, pictures, "--trainer.accumulate_grad_batches", "3"),
+    }  # fmt: skip
+    found = drive(RANKS, tmp_path, plan)
+    assert found["whole"] == found["resumed"] == [0, 0], found["said"][-3000:]
+    assert all(found["killed"]) and -9 in found["killed"]  # noqa: PT018
+    assert found["one"] == found["other"] == [0], found["said"][-3000:]
     expected = [logged(whole, rank) for rank in (0, 1)]
     assert [logged(killed, rank) for rank in (0, 1)] == expected
     assert same(end_of(killed), end_of(whole))
+    assert len(end_of(whole)["FolderData"]["lanes"]) == len(end_of(whole)["callbacks"]["RandomStates"]["ranks"]) == 2
     before = [{step: packs for step, packs in ranks.items() if step < 3} for ranks in expected]
     # One rank in place of two: the same packs, summed in another order.
+    assert list(logged(one)) == list(logged(other)) == [3, 4, 5]
     for step, packs in logged(one).items():
         assert [numbers for _, numbers in packs] == [ranks[step][0][1] for ranks in expected]
     for folder in (one, other):
@@ -445,6 +458,13 @@ def test_two_ranks_go_on_as_two_as_one_and_as_one_with_other_accumulation(pictur
         assert each_once(seen, end_of(folder)["FolderData"]["lanes"]) > 34
     for name, value in end_of(whole)["state_dict"].items():
         torch.testing.assert_close(end_of(one)["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(

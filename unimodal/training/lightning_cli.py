@@ -104,7 +104,7 @@ class UnimodalCLI(LightningCLI):
         if config.get("weights_only") is False:
             raise ValueError("weights_only: expected true (checkpoints that carry code are not read), got false")
         config.weights_only = True
-        started = any((root / "checkpoints").glob("*.ckpt"))
+        started = (root / "checkpoints" / "last.ckpt").is_file()
         dry = config.trainer.fast_dev_run or self._plan
         if self.subcommand == "fit" and started and config.ckpt_path is None and not dry:
             raise ValueError(
