@@ -190,9 +190,7 @@ class ChameleonTokenizer(CodebookNetwork, TrainableTokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight."""
-        weight = self.decoder.conv_out.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return self.decoder.conv_out.get_parameter("weight")
 
     def image_to_vectors(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "P D"]:
         """Encoder outputs."""

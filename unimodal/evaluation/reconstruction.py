@@ -52,7 +52,8 @@ class ImageReconstruction(Benchmark):
 
     Args:
         tokenizer: run folder, or an export, of the tokenizer.
-        size: WIDTHxHEIGHT that images are scaled and cropped to; none: their own, cropped to multiples of the stride.
+        size: WIDTHxHEIGHT that images are scaled and cropped to; none: the tokenizer's where it has one, else their own,
+            cropped to multiples of the stride.
         lpips_weights: file of torchvision's network for LPIPS; none: no LPIPS.
         lpips_network: alex, vgg or squeeze, whichever the file is of.
         inception_weights: file pt_inception-2015-12-05-6726825d.pth for rFID, or torch-fidelity to download its own.
@@ -125,6 +126,8 @@ class ImageReconstruction(Benchmark):
             raise ValueError(f"--out: {out} holds the originals of another evaluation; take another folder")
         place = self.loading.place
         tokenizer = load_tokenizer(self.folder, weights).to(place)
+        if self.size is None and tokenizer.layout.kind == "sequence":  # it has one size
+            self.size = tokenizer.layout.image
         paths = image_paths(images)
         self.images_sha256 = listing_sha256(paths, images)
         rows, tally = [], Tally(tokenizer.layout)
