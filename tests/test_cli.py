@@ -198,7 +198,7 @@ def test_unknown_commands_and_arguments(args: list[str], name: str, refused: Ref
         ("model: {class_path: unimodal.training.Nope}", "Nope"),
         ("model: {init_args: {model: {generator: {class_path: unimodal_generators.Nope}}}}", "Nope"),
         ("model: {init_args: {model: {tokenizer: {class_path: no_such_package.Nope}}}}", "no_such_package"),
-        ("model: {init_args: {model: {tokenizer: {class_path: unimodal_tokenizers.VQTokenizer}}}}", "codebook"),
+        ("model: {init_args: {model: {tokenizer: {class_path: unimodal_tokenizers.GridTokenizer}}}}", "quantizer"),
         ("data: {class_path: unimodal.data.Nope}", "Nope"),
     ],
 )

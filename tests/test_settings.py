@@ -19,7 +19,7 @@ from unimodal.packing import SequenceRules
 from unimodal.training import TokenizerTraining, UnifiedTraining
 
 ROOMS = (unimodal.data, unimodal.training, unimodal.vision, unimodal_generators, unimodal_tokenizers)
-FREE = {"VisionEncoder.settings", "Representation.options", "Sana.settings"}
+FREE = {"FrozenEncoder.options", "VisionEncoder.settings", "Representation.options", "Sana.settings"}
 """Handed on as they are to timm and diffusers, which refuse what they do not take."""
 
 

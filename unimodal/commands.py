@@ -110,6 +110,26 @@ def evaluate_digits(args: argparse.Namespace) -> int:
     return 0
 
 
+def tokenize(args: argparse.Namespace) -> int:
+    """`unimodal tokenize`: shards of tokens with an index, or what is missing of them."""
+    from unimodal.tokenize import tokenize as write
+
+    sizes = [size for text in args.size if (size := _size(text)) is not None]
+    index = write(
+        args.tokenizer, args.data, args.out, sizes, weights=args.weights, seed=args.seed, per_shard=args.per_shard,
+        batch=args.batch, workers=args.workers, device=args.device, most_broken=args.most_broken,
+    )  # fmt: skip
+    for what in index["broken"][:20]:
+        print(f"left out: {what}", file=sys.stderr)
+    if len(index["broken"]) > 20:
+        print(f"and {len(index['broken']) - 20} more, in {args.out / 'index.json'}", file=sys.stderr)
+    print(
+        f"{index['documents']} documents, {index['images']} images, {index['tokens']} tokens in {args.out}; "
+        f"{len(index['broken'])} documents left out"
+    )
+    return 0
+
+
 def import_hf(args: argparse.Namespace) -> int:
     """`unimodal import hf`: the backbone of a recipe that begins as a folder's text model, on standard output."""
     from unimodal.importers.huggingface import KEYS, check_text, read_config

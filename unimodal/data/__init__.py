@@ -6,29 +6,31 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from unimodal.data.folder import FolderSource
     from unimodal.data.hub import HuggingFaceSource
-    from unimodal.data.images import DigitImageData, FolderImageData, ImageData
+    from unimodal.data.images import DigitImageData, FolderImageData, ImageData, ShapesImageData
     from unimodal.data.jsonl import JsonlSource
     from unimodal.data.layouts import Conversation, Edit, Interleaved, Mmc4, Pairs, Parts, Text
     from unimodal.data.mixture import MixtureData
     from unimodal.data.module import DigitsData, DocumentData, FolderData, ShapesData
     from unimodal.data.parquet import ParquetSource
     from unimodal.data.tar import TarSource
+    from unimodal.data.tokenized import TokenData
 
 _ROOMS = {
     "folder": ["FolderSource"],
     "hub": ["HuggingFaceSource"],
-    "images": ["DigitImageData", "FolderImageData", "ImageData"],
+    "images": ["DigitImageData", "FolderImageData", "ImageData", "ShapesImageData"],
     "jsonl": ["JsonlSource"],
     "layouts": ["Conversation", "Edit", "Interleaved", "Mmc4", "Pairs", "Parts", "Text"],
     "mixture": ["MixtureData"],
     "module": ["DigitsData", "DocumentData", "FolderData", "ShapesData"],
     "parquet": ["ParquetSource"],
     "tar": ["TarSource"],
+    "tokenized": ["TokenData"],
 }
 __all__ = [
     "Conversation", "DigitImageData", "DigitsData", "DocumentData", "Edit", "FolderData", "FolderImageData",
     "FolderSource", "HuggingFaceSource", "ImageData", "Interleaved", "JsonlSource", "MixtureData", "Mmc4", "Pairs",
-    "ParquetSource", "Parts", "ShapesData", "TarSource", "Text",
+    "ParquetSource", "Parts", "ShapesData", "ShapesImageData", "TarSource", "Text", "TokenData",
 ]  # fmt: skip
 
 

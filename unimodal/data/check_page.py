@@ -18,7 +18,7 @@ from PIL import Image
 
 from unimodal.attention.visibility import dense_mask
 from unimodal.backbone import Experts
-from unimodal.data.check import Bar, Drawn, Findings, histograms
+from unimodal.data.check import Bar, Drawn, Findings, histograms, pixels
 from unimodal.documents import image_data_uri
 from unimodal.files import write_atomically
 from unimodal.model import UnifiedModel
@@ -127,12 +127,16 @@ def _pieces(document: SequencedDocument, model: UnifiedModel | None) -> list[Pie
             Piece(
                 NAMES[segment.kind], _css(segment.kind), segment.length, first, tokens[:_TOKENS],
                 max(0, len(tokens) - _TOKENS),
-                "" if segment.image < 0 else image_data_uri(_thumbnail(Image.fromarray(document.images[segment.image]))),
+                "" if segment.image < 0 else _picture(document, segment.image),
                 _facts(segment, document),
             )
         )  # fmt: skip
         first += segment.length
     return pieces
+
+
+def _picture(document: SequencedDocument, image: int) -> str:
+    return image_data_uri(_thumbnail(Image.fromarray(pixels(document.images[image]))))
 
 
 def _tokens(segment: Segment, text: TextTokenizer) -> tuple[Token, ...]:
@@ -145,9 +149,9 @@ def _tokens(segment: Segment, text: TextTokenizer) -> tuple[Token, ...]:
 
 def _facts(segment: Segment, document: SequencedDocument) -> tuple[str, ...]:
     block = segment.block
-    if block is None:
+    if block is None or segment.image < 0:
         return (f"{sum(segment.targets)} learned",)
-    height, width = document.images[segment.image].shape[:2]
+    height, width = pixels(document.images[segment.image]).shape[:2]
     facts = [f"{width} x {height} pixels", f"{block.grid.h} x {block.grid.w} tokens"]
     facts += ["sees itself whole" if block.bidirectional else "causal"]
     facts += ["seen by itself only"] if block.private else []
