@@ -195,6 +195,7 @@ def test_broken_lines_are_skipped_by_the_number_of_their_line(tmp_path: Path) ->
         b'{"text": 3}',
         '{"text": "grün \u2028"}'.encode(),
     ]
+    lines += [b'{"text": "\\ud800"}', b'{"text": ' + b"9" * 5000 + b"}", b'{"a":' * 100_000]
     path.write_bytes(b"\r\n".join(lines))
     assert everything(JsonlSource(str(path))) == [
         "a",
@@ -203,7 +204,11 @@ def test_broken_lines_are_skipped_by_the_number_of_their_line(tmp_path: Path) ->
         f"! {path}:5: expected a JSON object, got list",
         f"! {path}:6: text: expected text, got 3",
         "grün \u2028",
+        f"! {path}:8: content: expected Unicode text, got a lone surrogate at 0",
+        f"! {path}:9: expected one JSON object, got one nested too deeply or a number too long",
+        f"! {path}:10: expected one JSON object, got one nested too deeply or a number too long",
     ]
+    assert list(JsonlSource(str(path)).corpus()) == ["a", "grün \u2028"]
 
 
 @given(st.lists(st.dictionaries(st.text(max_size=4), st.text(max_size=9) | st.lists(st.integers(), max_size=2)), max_size=5),

@@ -77,8 +77,10 @@ def decode_object(data: bytes, where: str) -> dict[str, object]:
         raise BrokenDocument(where, "expected UTF-8, got other bytes") from None
     except json.JSONDecodeError as error:
         raise BrokenDocument(where, f"expected one JSON object, got another thing at byte {error.pos}") from None
-    except RecursionError:
-        raise BrokenDocument(where, "expected one JSON object, got one that is nested too deeply") from None
+    except (RecursionError, ValueError):  # Python reads numbers up to 4300 digits
+        raise BrokenDocument(
+            where, "expected one JSON object, got one nested too deeply or a number too long"
+        ) from None
     if not isinstance(value, dict):
         raise BrokenDocument(where, f"expected a JSON object, got {type(value).__name__}")
     return value

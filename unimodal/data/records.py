@@ -161,10 +161,14 @@ class DocumentRules:
         if not parts:
             raise ValueError("expected at least one text or image, got none")
         for part in parts:
-            if isinstance(part.content, str) and len(part.content) > self.longest_text:
+            if not isinstance(part.content, str):
+                continue
+            if len(part.content) > self.longest_text:
                 raise ValueError(
                     f"expected texts of at most rules.longest_text {self.longest_text} characters, got {len(part.content)}"
                 )
+            if not part.content.isascii():
+                Part(part.content)  # refuses lone surrogates, which JSON can spell and no tokenizer takes
 
 
 class RecordSource(ABC):
