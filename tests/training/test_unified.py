@@ -308,7 +308,8 @@ def test_starting_from_an_export(tmp_path: Path, recorder: Recorder, capsys: pyt
 def test_tokenizer_weights_are_loaded_frozen_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tmp_path / "vq.yaml"
     tokenizer.write_text(
-        "model: {init_args: {tokenizer: {init_args: {codebook: 16, dim: 4, channels: [8, 8]}}, warmup_steps: 1}}\n"
+        "model: {init_args: {tokenizer: {init_args: {quantizer: {init_args: {entries: 16, dim: 4}},"
+        " channels: [8, 8]}}, warmup_steps: 1}}\n"
         "data: {init_args: {batch_size: 8}}\n"
         "trainer: {max_steps: 2, val_check_interval: 100, precision: 32-true, accelerator: cpu,"
         " enable_progress_bar: false}\n"
@@ -317,7 +318,8 @@ def test_tokenizer_weights_are_loaded_frozen_and_checked(tmp_path: Path, capsys:
     run = tmp_path / "vq"
     assert main(["fit", "-c", str(recipe), "-c", str(tokenizer), "--trainer.default_root_dir", str(run)]) == 0
     weights = ["--model.init_args.tokenizer_weights", str(run / "export")]
-    shape = [f"--model.init_args.model.tokenizer.init_args.{key}" for key in ("codebook", "dim", "channels")]
+    keys = "quantizer.init_args.entries", "quantizer.init_args.dim", "channels"
+    shape = [f"--model.init_args.model.tokenizer.init_args.{key}" for key in keys]
     small = [shape[0], "16", shape[1], "4", shape[2], "[8, 8]"]
     assert fit(VQ, tmp_path / "model", *weights, *small) == 0
     trained = checkpoint(run)["state_dict"]
