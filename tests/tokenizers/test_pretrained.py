@@ -134,7 +134,7 @@ def test_nothing_of_published_weights_moves(name: str, saved: dict[str, Any]) ->
 @torch.no_grad()
 def test_an_export_needs_the_folder_no_more(name: str, saved: dict[str, Any], tmp_path: Path) -> None:
     source = copied(saved[name][0], tmp_path / "source")
-    tokenizer = from_pretrained(str(source))
+    tokenizer = from_pretrained(str(source)).eval()  # as an export is loaded
     config = {"class_path": "unimodal_tokenizers.from_pretrained", "init_args": {"source": str(source)}}
     save_export(tmp_path / "export", tokenizer, config, INFO)
     for path in source.iterdir():
