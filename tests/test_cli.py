@@ -32,7 +32,8 @@ trainer: {max_steps: 2, val_check_interval: 100, precision: 32-true, accelerator
 """
 COMMANDS = [
     [], ["fit"], ["validate"], ["test"], ["predict"], ["generate"], ["generate", "image"], ["generate", "document"],
-    ["describe"], ["evaluate"], ["evaluate", "digits"], ["import"], ["import", "hf"], ["export"], ["export", "hf"],
+    ["describe"], ["data"], ["data", "check"], ["evaluate"], ["evaluate", "digits"], ["import"], ["import", "hf"],
+    ["export"], ["export", "hf"],
 ]  # fmt: skip
 Refused = Callable[..., str]
 
@@ -113,7 +114,9 @@ def test_help_lists_exactly_the_commands_that_work(capsys: pytest.CaptureFixture
         main(["--help"])
     assert end.value.code == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
-    assert listed == ["fit", "validate", "test", "predict", "generate", "describe", "evaluate", "import", "export"]
+    assert listed == [
+        "fit", "validate", "test", "predict", "generate", "describe", "evaluate", "tokenize", "import", "export", "data",
+    ]  # fmt: skip
 
 
 def test_the_script_reports_on_standard_error_and_exits_with_2() -> None:
@@ -186,7 +189,7 @@ def test_unknown_commands_and_arguments(args: list[str], name: str, refused: Ref
         ("model: {init_args: {warmup_steps: -1}}", "warmup_steps"),
         ("data: {init_args: {batch_tokens: many}}", "batch_tokens"),
         ("data: {init_args: {batch_tokens: 64}}", "batch_tokens"),
-        ("data: {init_args: {workers: 2}}", "workers"),
+        ("data: {init_args: {workers: -1}}", "workers"),
         ("data: {init_args: {mixture: {sum: -2}}}", "sum"),
         ("model: {init_args: {model: {backbone: {depth: -1}}}}", "depth"),
         ("model: {init_args: {model: {backbone: {vocabulary: 100}}}}", "vocabulary"),
@@ -197,7 +200,7 @@ def test_unknown_commands_and_arguments(args: list[str], name: str, refused: Ref
         ("model: {class_path: unimodal.training.Nope}", "Nope"),
         ("model: {init_args: {model: {generator: {class_path: unimodal_generators.Nope}}}}", "Nope"),
         ("model: {init_args: {model: {tokenizer: {class_path: no_such_package.Nope}}}}", "no_such_package"),
-        ("model: {init_args: {model: {tokenizer: {class_path: unimodal_tokenizers.VQTokenizer}}}}", "codebook"),
+        ("model: {init_args: {model: {tokenizer: {class_path: unimodal_tokenizers.GridTokenizer}}}}", "quantizer"),
         ("data: {class_path: unimodal.data.Nope}", "Nope"),
     ],
 )

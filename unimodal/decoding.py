@@ -168,9 +168,9 @@ class _Decoder:
 
     def _drawn(self, grid: Grid) -> int:
         """Tokens a drawn image needs at most: what stays of drawing it, and more that is peeked at or read again."""
-        model, stride = self.model, self.model.tokenizer.layout.stride
+        model = self.model
         learned = model.generator.plan(grid, np.random.default_rng(0))  # lengths do not depend on what is drawn
-        forms = model.sequencer.context_blocks(grid.h * stride, grid.w * stride, drawn=True)
+        forms = model.sequencer.context_blocks(*model.tokenizer.layout.size(grid), drawn=True)
         peeked = max((block.length for block in learned if block.private), default=0)
         kept = sum(block.length for block in learned if not block.private)
         return kept + max(peeked, sum(block.length for block in forms))
@@ -361,8 +361,8 @@ class _Decoder:
         inpainted = [self.rows[i].inpaint if self.rows[i].images == 0 else None for i in images]
         if not any(inpainted):
             return None
-        stride, weight = self.model.tokenizer.layout.stride, self.model.backbone.embedding.weight
-        height, width = grid.h * stride, grid.w * stride
+        weight = self.model.backbone.embedding.weight
+        height, width = self.model.tokenizer.layout.size(grid)
         masks, pixels = [], []
         for i, inpaint in zip(images, inpainted, strict=True):
             if inpaint is None:
@@ -384,6 +384,9 @@ class _Decoder:
             if not self.model.generator.inpaints:
                 name = type(self.model.generator).__name__
                 raise ValueError(f"inpaint: {name} cannot keep what is given of an image, expected none")
+            if self.model.tokenizer.layout.kind == "sequence":
+                name = type(self.model.tokenizer).__name__
+                raise ValueError(f"inpaint: tokens of a {name} lie at no place of the image, expected none")
             if len(self.sizes) > 1:
                 raise ValueError(
                     "size: expected one beside inpaint, where the model may choose among several, got none"

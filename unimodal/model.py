@@ -4,6 +4,7 @@ Letters: S tokens of a pack, P places of its expert order, C width, T image toke
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ class UnifiedModel(nn.Module):
     def forward(self, packed: PackedSequence) -> LossBreakdown:
         """Sums and counts of every loss over a packed sequence."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # the ids that decoding will read
-            tokens = self.encode(packed.images[: packed.tokenized])
+            tokens = self.tokens(packed)
         learned = self.generator.corrupt(tokens.select(packed.learned_images), packed.learned_blocks)
         context = self.generator.context(tokens.select(packed.context_images))
         embeddings = self.generator.embed(learned), self.generator.embed(context)
@@ -175,6 +176,13 @@ class UnifiedModel(nn.Module):
             rows = condition, [r if expert in images else None for expert, r in enumerate(by_expert)]
         # The residual stream has the weights' type, also under autocast.
         return self.backbone(torch.cat(slices), packed.positions, packed.splits, attention, rows, packed.tokens, layers)
+
+    def tokens(self, packed: PackedSequence) -> ImageTokens:
+        """Tokens of all images of a pack that have any, as they are numbered: those stored, then those of pixels."""
+        made, stored = self.encode(packed.images[: packed.tokenized]), packed.stored
+        return (
+            made if stored is None else ImageTokens.cat([replace(stored, values=stored.values.to(made.values)), made])
+        )
 
     def encode(self, images: Sequence[Float[Tensor, "_ 3 _ _"]]) -> ImageTokens:
         """Tokens of images grouped by size."""

@@ -274,8 +274,15 @@ def test_an_export_comes_back_as_it_was(settings: dict, tmp_path: Path) -> None:
         "class_path": "unimodal.model.UnifiedModel",
         name: {
             "tokenizer": {
-                "class_path": "unimodal_tokenizers.VQTokenizer",
-                name: {"codebook": 16, "dim": 4, "channels": [8, 8], "blocks": 1},
+                "class_path": "unimodal_tokenizers.GridTokenizer",
+                name: {
+                    "quantizer": {
+                        "class_path": "unimodal_tokenizers.quantizers.VectorQuantizer",
+                        name: {"entries": 16, "dim": 4},
+                    },
+                    "channels": [8, 8],
+                    "blocks": 1,
+                },
             },
             "generator": {"class_path": "unimodal_generators.Autoregressive", name: settings},
             "backbone": {

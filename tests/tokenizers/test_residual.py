@@ -10,10 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimodal_tokenizers import Grid, ImageTokens, MultiscaleTokenizer, MultiscaleVQ, ResidualVQ, TokenLayout
-from unimodal_tokenizers.vq import CodebookTokenizer, EuclideanQuantizer, nearest_code_of_any_length, squared_distance
+from unimodal_tokenizers import (
+    CodebookTokenizer,
+    Grid,
+    GridTokenizer,
+    ImageTokens,
+    MultiscaleTokenizer,
+    MultiscaleVQ,
+    TokenLayout,
+)
+from unimodal_tokenizers.quantizers import EuclideanQuantizer, ResidualQuantizer
+from unimodal_tokenizers.quantizers.base import squared_distance
+from unimodal_tokenizers.quantizers.search import nearest_code_of_any_length
 
-SMALL: dict[str, Any] = {"dim": 4, "channels": [8, 16], "blocks": 1}
+SMALL: dict[str, Any] = {"channels": [8, 16], "blocks": 1}
 
 
 def some(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,15 +43,15 @@ def stirred(tokenizer: CodebookTokenizer) -> CodebookTokenizer:
 
 def multiscale(scales: tuple[int, ...] = (1, 2, 4), **changed: Any) -> MultiscaleVQ:
     torch.manual_seed(0)
-    made = stirred(MultiscaleVQ(**{"codebook": 32, "scales": scales, **SMALL, **changed}))
+    made = stirred(MultiscaleVQ(**{"codebook": 32, "dim": 4, "scales": scales, **SMALL, **changed}))
     assert isinstance(made, MultiscaleVQ)
     return made
 
 
-def residual(**changed: Any) -> ResidualVQ:
+def residual() -> GridTokenizer:
     torch.manual_seed(0)
-    made = stirred(ResidualVQ(**{"codebook": 16, "codebooks": 3, **SMALL, **changed}))
-    assert isinstance(made, ResidualVQ)
+    made = stirred(GridTokenizer(ResidualQuantizer(entries=16, codebooks=3, dim=4), **SMALL))
+    assert isinstance(made, GridTokenizer)
     return made
 
 
@@ -67,7 +77,7 @@ def test_a_code_s_length_says_something() -> None:
     z = some(0, 20, 2)
     result = quantizer.eval()(z)
     torch.testing.assert_close(result.quantized, quantizer.codes[result.ids])
-    assert float(result.commitment) == pytest.approx(
+    assert float(result.terms["commitment"]) == pytest.approx(
         float(torch.cdist(z, quantizer.codes.detach()).min(-1).values.square().mean())
     )
 
@@ -108,12 +118,11 @@ def test_scales_by_hand(size: tuple[int, int]) -> None:
     for k, one in enumerate(said):
         torch.testing.assert_close(one, torch.stack([sums[k] for _, sums in expected]))
     result = tokenizer(images)
-    assert result.quantized.ids.tolist() == tokens.values.tolist()
     errors = [(f - one).square().sum(1).mean() for one in said]
-    torch.testing.assert_close(result.quantized.codebook_loss, torch.stack(errors).mean())
-    torch.testing.assert_close(result.quantized.commitment, torch.stack(errors).mean())
+    torch.testing.assert_close(result.terms["codebook"], torch.stack(errors).mean())
+    torch.testing.assert_close(result.terms["commitment"], torch.stack(errors).mean())
     torch.testing.assert_close(tokenizer.decode(tokens), result.images)
-    assert result.quantized.counts.tolist() == torch.bincount(tokens.values, minlength=32).tolist()
+    assert result.counts.tolist() == torch.bincount(tokens.values, minlength=32).tolist()
 
 
 def test_gradients_of_both_terms_by_hand() -> None:
@@ -122,8 +131,8 @@ def test_gradients_of_both_terms_by_hand() -> None:
     vectors, grid = some(1, 2 * 16, 4, dtype=torch.float64).requires_grad_(), Grid(4, 4, ((1, 1), (2, 2), (4, 4)))
     result = tokenizer.quantize(vectors, grid)
     shared = [tokenizer.quantizer.codebook.weight, *tokenizer.phi.parameters()]
-    codebook = torch.autograd.grad(result.codebook_loss, shared, retain_graph=True)
-    (commitment,) = torch.autograd.grad(result.commitment, vectors, retain_graph=True)
+    codebook = torch.autograd.grad(result.terms["codebook"], shared, retain_graph=True)
+    (commitment,) = torch.autograd.grad(result.terms["commitment"], vectors, retain_graph=True)
     g = some(2, 32, 4, dtype=torch.float64)
     (straight,) = torch.autograd.grad((result.quantized * g).sum(), vectors)
     assert torch.equal(straight, g)
@@ -160,7 +169,7 @@ def test_more_scales_lower_the_error() -> None:
     optimizer = torch.optim.Adam(tokenizer.parameters(), 5e-3)
     for _ in range(150):
         result = tokenizer(images)
-        loss = F.mse_loss(result.images, images) + result.quantized.codebook_loss + 0.25 * result.quantized.commitment
+        loss = F.mse_loss(result.images, images) + result.terms["codebook"] + 0.25 * result.terms["commitment"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -197,11 +206,11 @@ def test_scales_of_other_shapes_are_shares_of_their_own() -> None:
 def test_a_new_codebook_takes_what_the_scales_leave() -> None:
     """The first batch fills the codebook from coarse to fine, and every entry is in use at once."""
     torch.manual_seed(0)
-    tokenizer = MultiscaleVQ(codebook=24, scales=(1, 2, 4), revive_after=5, **SMALL)
+    tokenizer = MultiscaleVQ(codebook=24, dim=4, scales=(1, 2, 4), revive_after=5, **SMALL)
     result = tokenizer(some(0, 4, 3, 8, 8))  # 4 + 16 + 64 tokens
-    assert (result.quantized.counts > 0).all()
+    assert (result.counts > 0).all()
     assert tokenizer.quantizer.revive_after == 15  # three batches of the codebook are one of images
-    (result.images.square().mean() + result.quantized.codebook_loss + result.quantized.commitment).backward()
+    (result.images.square().mean() + result.terms["codebook"] + result.terms["commitment"]).backward()
     assert [n for n, p in tokenizer.named_parameters() if p.grad is None] == []
 
 
@@ -216,22 +225,20 @@ def test_codebooks_by_hand() -> None:
     with torch.no_grad():
         f = tokenizer.encoder(images).permute(0, 2, 3, 1).flatten(0, 2)
     said, errors, ids = torch.zeros_like(f), [], []
-    for quantizer in tokenizer.quantizers:
+    for quantizer in tokenizer.quantizer.quantizers:
         ids.append(torch.cdist(f - said, quantizer.codes).argmin(-1))
         said = said + quantizer.codes[ids[-1]]
         errors.append((f - said).square().sum(-1).mean())
     assert torch.equal(tokens.values, torch.stack(ids, 1))
     torch.testing.assert_close(tokenizer.lookup(tokens.values), said)
-    first = tokenizer.quantizers[0].codes[ids[0]] + tokenizer.quantizers[1].codes[ids[1]]
+    first = tokenizer.quantizer.quantizers[0].codes[ids[0]] + tokenizer.quantizer.quantizers[1].codes[ids[1]]
     torch.testing.assert_close(tokenizer.lookup(tokens.values[:, :2]), first)
     result = tokenizer(images)
-    assert torch.equal(result.quantized.ids, tokens.values)
-    torch.testing.assert_close(result.quantized.quantized, said)
-    torch.testing.assert_close(result.quantized.codebook_loss, torch.stack(errors).sum())
-    torch.testing.assert_close(result.quantized.commitment, torch.stack(errors).sum())
+    torch.testing.assert_close(result.terms["codebook"], torch.stack(errors).sum())
+    torch.testing.assert_close(result.terms["commitment"], torch.stack(errors).sum())
     torch.testing.assert_close(tokenizer.decode(tokens), result.images)
     expected = [torch.bincount(i, minlength=16).tolist() for i in ids]
-    assert result.quantized.counts.tolist() == expected
+    assert result.counts.tolist() == expected
 
 
 def test_each_codebook_learns_what_is_left_for_it() -> None:
@@ -239,9 +246,9 @@ def test_each_codebook_learns_what_is_left_for_it() -> None:
     tokenizer = residual().double().eval()
     f = some(3, 20, 4, dtype=torch.float64).requires_grad_()
     result = tokenizer.quantize(f, Grid(4, 5))
-    weights = [q.codebook.weight for q in tokenizer.quantizers]
-    (commitment,) = torch.autograd.grad(result.commitment, f, retain_graph=True)
-    codebooks = torch.autograd.grad(result.codebook_loss, weights, retain_graph=True)
+    weights = [q.codebook.weight for q in tokenizer.quantizer.quantizers]
+    (commitment,) = torch.autograd.grad(result.terms["commitment"], f, retain_graph=True)
+    codebooks = torch.autograd.grad(result.terms["codebook"], weights, retain_graph=True)
     g = some(4, 20, 4, dtype=torch.float64)
     (straight,) = torch.autograd.grad((result.quantized * g).sum(), f)
     torch.testing.assert_close(straight, g)
@@ -260,8 +267,8 @@ def test_every_parameter_of_a_residual_tokenizer_gets_a_gradient() -> None:
     tokenizer = residual()
     result = tokenizer(some(0, 4, 3, 8, 8))
     # Were the codebooks to draw their entries from the same tokens, all but the first would be zeros.
-    assert ((result.quantized.counts > 0).float().mean(-1) > 0.4).all()
-    (result.images.square().mean() + result.quantized.codebook_loss + result.quantized.commitment).backward()
+    assert ((result.counts > 0).float().mean(-1) > 0.4).all()
+    (result.images.square().mean() + result.terms["codebook"] + result.terms["commitment"]).backward()
     assert [n for n, p in tokenizer.named_parameters() if p.grad is None] == []
 
 
@@ -303,7 +310,7 @@ def test_half_precision_is_quantized_in_single_precision(make: Any) -> None:
 @BOTH
 def test_layouts_say_what_the_tokens_are(make: Any) -> None:
     tokenizer = make()
-    several = isinstance(tokenizer, ResidualVQ)
+    several = isinstance(tokenizer, GridTokenizer)
     assert tokenizer.layout.kind == ("discrete" if several else "multiscale")
     assert tokenizer.layout.codebooks == ((16,) * 3 if several else (32,))
     assert isinstance(tokenizer, MultiscaleTokenizer) is not several
@@ -328,9 +335,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("scales", [[], [0, 2], [2, 2], [4, 1]])
 def test_scales_that_do_not_rise_are_refused(scales: list[int]) -> None:
     with pytest.raises(ValueError, match="scales: expected rising numbers of rows"):
-        MultiscaleVQ(codebook=8, scales=scales, **SMALL)
+        MultiscaleVQ(codebook=8, dim=4, scales=scales, **SMALL)
 
 
 def test_a_single_codebook_is_no_residual() -> None:
-    with pytest.raises(ValueError, match=r"codebooks: expected at least 2 \(VQTokenizer has one\), got 1"):
-        ResidualVQ(codebook=8, codebooks=1, **SMALL)
+    with pytest.raises(ValueError, match=r"codebooks: expected at least 2 \(EuclideanQuantizer has one\), got 1"):
+        ResidualQuantizer(entries=8, codebooks=1, dim=4)

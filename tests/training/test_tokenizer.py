@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unimodal.training.tokenizer import CodebookCounts, TokenizerTraining, write_reconstructions
-from unimodal_tokenizers import MultiscaleVQ, PatchTokenizer, ResidualVQ, VQTokenizer
+from unimodal_tokenizers import GridTokenizer, MultiscaleVQ, PatchTokenizer
+from unimodal_tokenizers.quantizers import ResidualQuantizer, VectorQuantizer
 
-SMALL: dict[str, Any] = {"dim": 4, "channels": [8, 16], "blocks": 1, "revive_after": 2}
+CODES: dict[str, Any] = {"dim": 4, "revive_after": 2}
+SMALL: dict[str, Any] = {"channels": [8, 16], "blocks": 1}
 TOKENIZERS: dict[str, Callable[[], Any]] = {
-    "vq": lambda: VQTokenizer(codebook=64, **SMALL),
-    "multiscale": lambda: MultiscaleVQ(codebook=128, scales=[1, 2, 4], **SMALL),
-    "residual": lambda: ResidualVQ(codebook=64, codebooks=2, **SMALL),
+    "vq": lambda: GridTokenizer(VectorQuantizer(64, **CODES), **SMALL),
+    "multiscale": lambda: MultiscaleVQ(codebook=128, scales=[1, 2, 4], **CODES, **SMALL),
+    "residual": lambda: GridTokenizer(ResidualQuantizer(64, codebooks=2, **CODES), **SMALL),
 }
 
 
@@ -37,7 +39,7 @@ def bars(count: int) -> list[Tensor]:
 def training(name: str = "vq", **changed: Any) -> TokenizerTraining:
     torch.manual_seed(0)
     tokenizer = TOKENIZERS[name]()
-    settings = {"lr": 1e-2, "l1_weight": 0.5, "l2_weight": 1.0, "commitment_weight": 0.25, **changed}
+    settings = {"lr": 1e-2, "l1_weight": 0.5, "l2_weight": 1.0, **changed}
     return TokenizerTraining(tokenizer, **settings)
 
 
@@ -66,11 +68,11 @@ def test_it_learns_logs_every_term_and_draws(tmp_path: Path, name: str) -> None:
     runner.fit(model, data, data)
     logged = {name: float(value) for name, value in runner.callback_metrics.items()}
     for stage in ("train", "val"):
-        for term in ("l1", "l2", "codebook_loss", "commitment", "loss", "codebook_usage", "codebook_perplexity"):
+        for term in ("l1", "l2", "codebook", "commitment", "loss", "codebook_usage", "codebook_perplexity"):
             assert math.isfinite(logged[f"{stage}/{term}"])
         assert logged[f"{stage}/loss"] == pytest.approx(
             0.5 * logged[f"{stage}/l1"] + logged[f"{stage}/l2"]
-            + logged[f"{stage}/codebook_loss"] + 0.25 * logged[f"{stage}/commitment"],
+            + logged[f"{stage}/codebook"] + 0.25 * logged[f"{stage}/commitment"],
             rel=1e-4,
         )  # fmt: skip
     assert logged["val/psnr"] > before + 3
@@ -112,6 +114,13 @@ def test_the_rate_follows_the_schedule_and_decay_spares_the_codebook(tmp_path: P
     assert any(p is model.tokenizer.quantizer.codebook.weight for p in kept["params"])
 
 
+def test_a_recipe_s_weights_replace_the_tokenizer_s_and_terms_are_logged_without_them(tmp_path: Path) -> None:
+    model = training(weights={"commitment": 2.0})
+    logged = {name: float(value) for name, value in fit(tmp_path, model, 1).callback_metrics.items()}
+    own = 0.5 * logged["train/l1"] + logged["train/l2"] + logged["train/codebook"] + 2 * logged["train/commitment"]
+    assert logged["train/loss"] == pytest.approx(own)
+
+
 def test_a_schedule_without_an_end_is_refused(tmp_path: Path) -> None:
     class Endless(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Any:
@@ -147,13 +156,15 @@ def test_the_picture_shows_images_above_reconstructions(tmp_path: Path) -> None:
     [
         ({"l1_weight": -1.0}, "l1_weight: expected at least 0, got -1"),
         ({"l1_weight": 0.0, "l2_weight": 0.0}, "l1_weight, l2_weight: expected at least one above 0"),
+        ({"weights": {"commitment": -1.0}}, r"weights\.commitment: expected at least 0, got -1"),
+        ({"weights": {"kl": 1.0}}, r"weights: expected terms of GridTokenizer \(codebook, commitment\), got kl"),
     ],
 )
-def test_weights_that_cannot_be_are_refused(changed: dict[str, float], said: str) -> None:
+def test_weights_that_cannot_be_are_refused(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         training(**changed)
 
 
 def test_a_tokenizer_without_weights_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tokenizer: expected one that is trained .* got PatchTokenizer"):
-        TokenizerTraining(PatchTokenizer(2), lr=1.0, l1_weight=1.0, l2_weight=0.0, commitment_weight=0.0)
+        TokenizerTraining(PatchTokenizer(2), lr=1.0, l1_weight=1.0, l2_weight=0.0)

@@ -5,28 +5,53 @@ from unimodal_tokenizers.base import (
     ImageTokenizer,
     ImageTokens,
     MultiscaleTokenizer,
+    Reconstruction,
     TokenLayout,
+    TrainableTokenizer,
     bits_per_token,
 )
+from unimodal_tokenizers.codec import CodecTokenizer
+from unimodal_tokenizers.codes import ChameleonTokenizer, Emu3Tokenizer, JanusTokenizer, MagvitTokenizer
+from unimodal_tokenizers.dynamic import DynamicTokenizer
+from unimodal_tokenizers.frozen import FrozenEncoder
+from unimodal_tokenizers.grid import CodebookTokenizer, GridTokenizer
+from unimodal_tokenizers.kl import KLTokenizer
+from unimodal_tokenizers.latents import DCTokenizer, RAETokenizer, WanTokenizer
+from unimodal_tokenizers.multiscale import MultiscaleVQ
 from unimodal_tokenizers.patch import PatchTokenizer
+from unimodal_tokenizers.pretrained import from_pretrained
 from unimodal_tokenizers.representation import Representation
-from unimodal_tokenizers.residual import MultiscaleVQ, ResidualVQ
-from unimodal_tokenizers.vq import CodebookTokenizer, Quantized, Reconstruction, VectorQuantizer, VQTokenizer
+from unimodal_tokenizers.semantic import SemanticHead
+from unimodal_tokenizers.sequence import SequenceTokenizer
+from unimodal_tokenizers.staged import StagedTokenizer
 
 __all__ = [
+    "ChameleonTokenizer",
     "CodebookTokenizer",
+    "CodecTokenizer",
+    "DCTokenizer",
+    "DynamicTokenizer",
+    "Emu3Tokenizer",
+    "FrozenEncoder",
     "Grid",
+    "GridTokenizer",
     "ImageTokenizer",
     "ImageTokens",
+    "JanusTokenizer",
+    "KLTokenizer",
+    "MagvitTokenizer",
     "MultiscaleTokenizer",
     "MultiscaleVQ",
     "PatchTokenizer",
-    "Quantized",
+    "RAETokenizer",
     "Reconstruction",
     "Representation",
-    "ResidualVQ",
+    "SemanticHead",
+    "SequenceTokenizer",
+    "StagedTokenizer",
     "TokenLayout",
-    "VQTokenizer",
-    "VectorQuantizer",
+    "TrainableTokenizer",
+    "WanTokenizer",
     "bits_per_token",
+    "from_pretrained",
 ]

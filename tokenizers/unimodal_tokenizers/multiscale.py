@@ -1,10 +1,10 @@
-"""Quantizing what is left over: scale by scale (VAR) or codebook by codebook (RQ-VAE).
+"""Quantizing what is left over, scale by scale (VAR).
 
 Letters: B images; h, w the finest token grid, P = B h w encoder outputs; S scales, N tokens of one image over all scales;
-T tokens of all images, Q codebooks a position, D channels of a code. f the encoder's output, f_hat what the codes say of it,
+T tokens of all images, D channels of a code. f the encoder's output, f_hat what the codes say of it,
 r what is left; sg[.] stops the gradient.
 
-Both have codes of any length, learned by gradient like those of `vq.py`: what is left shrinks from one step to the next.
+Codes have any length, since what is left shrinks from one scale to the next, and learn by gradient.
 """
 
 import itertools
@@ -17,13 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimodal_tokenizers.base import Grid, MultiscaleTokenizer
-from unimodal_tokenizers.vq import (
-    CodebookTokenizer,
-    EuclideanQuantizer,
-    Quantized,
-    squared_distance,
-    straight_through,
-)
+from unimodal_tokenizers.grid import CodebookTokenizer
+from unimodal_tokenizers.quantizers.base import Quantized, precise, squared_distance, straight_through
+from unimodal_tokenizers.quantizers.vector import EuclideanQuantizer
 
 
 class MultiscaleVQ(CodebookTokenizer, MultiscaleTokenizer):
@@ -60,26 +56,29 @@ class MultiscaleVQ(CodebookTokenizer, MultiscaleTokenizer):
             raise ValueError(f"scales: expected rising numbers of rows, at least one, from 1 up, got {list(scales)}")
         super().__init__((codebook,), dim, channels, blocks, groups, attention, scales)
         self.quantizer = EuclideanQuantizer(codebook, dim, revive_after * len(scales))
+        self.weights = self.quantizer.weights
         self.phi = nn.ModuleList(Phi(dim) for _ in scales)
 
     def quantize(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Quantized:
         """Both terms of the loss are means over scales of |f - f_hat_k|^2 (VAR, eq. 5), f_hat_k after k scales."""
         with torch.autocast(vectors.device.type, enabled=False):
-            f = self.quantizer.project(vectors)
+            f = precise(vectors)
             ids, sums = self._residual(_maps(f.detach(), grid), grid, lambda z: self.quantizer.assign(z)[0])
             says = [_vectors(f_hat) for f_hat in sums]
             return Quantized(
                 quantized=straight_through(f, says[-1]),
                 ids=ids.flatten(),
-                codebook_loss=torch.stack([squared_distance(f.detach(), x) for x in says]).mean(),
-                commitment=torch.stack([squared_distance(f, x.detach()) for x in says]).mean(),
                 counts=torch.bincount(ids.flatten(), minlength=self.quantizer.entries),
+                terms={
+                    "codebook": torch.stack([squared_distance(f.detach(), x) for x in says]).mean(),
+                    "commitment": torch.stack([squared_distance(f, x.detach()) for x in says]).mean(),
+                },
             )
 
     def vectors_to_ids(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Int64[Tensor, "B N"]:
         """The ids of every scale, coarse to fine."""
         with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
-            f = self.quantizer.project(vectors)
+            f = precise(vectors)
             return self._residual(_maps(f, grid), grid, self.quantizer.vectors_to_ids)[0]
 
     def ids_to_vectors(self, ids: Shaped[Tensor, "B N"], grid: Grid) -> Float[Tensor, "P D"]:
@@ -105,8 +104,6 @@ class MultiscaleVQ(CodebookTokenizer, MultiscaleTokenizer):
         Raises:
             ValueError: ids that are no integers or lie outside the codebook.
         """
-        if tokens.dim() != 1:
-            raise ValueError(f"tokens: expected ids (T,), got shape {tuple(tokens.shape)}")
         return self.quantizer.ids_to_vectors(tokens)
 
     def _residual(
@@ -148,83 +145,6 @@ class Phi(nn.Conv2d):
     def forward(self, input: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
         """In the precision of x."""
         return input + super().forward(input.to(self.weight.dtype)).to(input.dtype)
-
-
-class ResidualVQ(CodebookTokenizer):
-    """An image as h x w positions of Q ids each, one of every codebook (RQ-VAE, arXiv 2203.01941, section 3.1; VILA-U)."""
-
-    def __init__(
-        self,
-        codebook: int,
-        codebooks: int,
-        dim: int,
-        channels: Sequence[int],
-        blocks: int,
-        groups: int = 8,
-        attention: bool = False,
-        revive_after: int = 50,
-    ) -> None:
-        """Args:
-
-        codebook: entries K of each codebook.
-        codebooks: how many, Q; each quantizes what those before it left.
-        dim: channels D of a code.
-        channels: width of the networks at each resolution, fine to coarse; the stride is 2 ** (len(channels) - 1) pixels.
-        blocks: residual blocks of the encoder at each resolution (the decoder has one more).
-        groups: groups of the group norms; must divide every width.
-        attention: whether the middle of both networks attends over the whole image.
-        revive_after: training batches without a token after which an entry of a codebook is replaced.
-        """
-        if codebooks < 2:
-            raise ValueError(f"codebooks: expected at least 2 (VQTokenizer has one), got {codebooks}")
-        super().__init__((codebook,) * codebooks, dim, channels, blocks, groups, attention)
-        # Each draws its entries from other tokens: nothing is left of those that the codebook before has as entries.
-        self.quantizers = nn.ModuleList(EuclideanQuantizer(codebook, dim, revive_after, q) for q in range(codebooks))
-
-    def quantize(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Quantized:
-        """r_q = r_(q-1) - e_q (RQ-VAE, eq. 4); commitment: sum over q of |f - sg[e_1 + ... + e_q]|^2 (eq. 7)."""
-        with torch.autocast(vectors.device.type, enabled=False):
-            f = r = self._quantizers[0].project(vectors)
-            steps = []
-            for quantizer in self._quantizers:
-                steps.append(quantizer(r))
-                r = r - quantizer.ids_to_vectors(steps[-1].ids).detach()  # the gradient of f stays in r
-            return Quantized(
-                quantized=straight_through(f, f - r),
-                ids=torch.stack([step.ids for step in steps], dim=1),
-                codebook_loss=torch.stack([step.codebook_loss for step in steps]).sum(),
-                commitment=torch.stack([step.commitment for step in steps]).sum(),
-                counts=torch.stack([step.counts for step in steps]),
-            )
-
-    def vectors_to_ids(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Int64[Tensor, "B N Q"]:
-        """Of every position, the id of each codebook."""
-        with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
-            ids, r = [], self._quantizers[0].project(vectors)
-            for quantizer in self._quantizers:
-                ids.append(quantizer.vectors_to_ids(r))
-                r = r - quantizer.ids_to_vectors(ids[-1])
-            return torch.stack(ids, dim=1).unflatten(0, (-1, grid.length))  # (B, N, Q)
-
-    def ids_to_vectors(self, ids: Shaped[Tensor, "B N Q"], grid: Grid) -> Float[Tensor, "P D"]:
-        """Ids to the sums of their codes."""
-        return self.lookup(ids.flatten(0, 1))
-
-    def lookup(self, tokens: Shaped[Tensor, "T *channels"]) -> Float[Tensor, "T D"]:
-        """Ids `(T, Q)` to the sums of their codes `(T, D)`; the first q codebooks alone say `(T, q)`.
-
-        Raises:
-            ValueError: ids that are no integers or lie outside the codebook.
-        """
-        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= len(self.quantizers):
-            expected = f"(T, {len(self.quantizers)})"
-            raise ValueError(f"tokens: expected ids {expected}, got shape {tuple(tokens.shape)}")
-        parts = [q.ids_to_vectors(ids) for q, ids in zip(self._quantizers, tokens.unbind(1), strict=False)]
-        return torch.stack(parts).sum(0)
-
-    @property
-    def _quantizers(self) -> list[EuclideanQuantizer]:
-        return [q for q in self.quantizers if isinstance(q, EuclideanQuantizer)]
 
 
 def _maps(vectors: Float[Tensor, "P D"], grid: Grid) -> Float[Tensor, "B D h w"]:
