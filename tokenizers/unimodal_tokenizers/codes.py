@@ -190,7 +190,7 @@ class ChameleonTokenizer(CodebookNetwork, TrainableTokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight."""
-        return self.decoder.conv_out.weight
+        return self.decoder.conv_out.get_parameter("weight")
 
     def image_to_vectors(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "P D"]:
         """Encoder outputs."""

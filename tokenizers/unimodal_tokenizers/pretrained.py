@@ -62,7 +62,7 @@ def from_pretrained(source: str, scale: Scale = None, shift: Scale = None) -> Im
         raise ValueError(f"source: {place}/config.json: {error}") from error
     _load(tokenizer, _tensors(place, nested="vq_config" in record), place)
     tokenizer.config = {"class_path": f"unimodal_tokenizers.{tokenizer_class.__name__}", "init_args": init_args}
-    return tokenizer.eval()
+    return tokenizer
 
 
 # --- what a config means
