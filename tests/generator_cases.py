@@ -15,6 +15,7 @@ from unimodal_generators import (
     DiT,
     Flow,
     Masked,
+    MaskedText,
     NextScale,
     ParallelNext,
     Queries,
@@ -129,6 +130,12 @@ CASES = {
     "masked": Case(Masked, GrayLevels),
     "bound": Case(made(Masked, inputs="codes", schedule="linear", weighting="bound"), GrayLevels, whole=False),
     "parallel": Case(ParallelNext, GrayLevels),
+    "joint": Case(made(Masked, text=made(MaskedText, block=3)), GrayLevels),
+    "joint_bound": Case(
+        made(Masked, weighting="bound", text=made(MaskedText, block=5, schedule="cosine", weighting="bound")),
+        GrayLevels,
+        whole=False,
+    ),
     "next_scale": Case(made(NextScale, token_noise=0.2), GrayPyramid),
     "token_raster": Case(
         made(TokenDiffusion, order="raster", input_noise=0.1, sampling=TokenDiffusionSettings(head_steps=4), **small),

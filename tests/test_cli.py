@@ -32,7 +32,8 @@ trainer: {max_steps: 2, val_check_interval: 100, precision: 32-true, accelerator
 """
 COMMANDS = [
     [], ["fit"], ["validate"], ["test"], ["predict"], ["generate"], ["generate", "image"], ["generate", "document"],
-    ["describe"], ["evaluate"], ["evaluate", "digits"], ["import"], ["import", "hf"], ["export"], ["export", "hf"],
+    ["describe"], ["data"], ["data", "check"], ["evaluate"], ["evaluate", "digits"], ["import"], ["import", "hf"],
+    ["export"], ["export", "hf"],
 ]  # fmt: skip
 Refused = Callable[..., str]
 

@@ -341,7 +341,9 @@ def test_a_design_of_two_stages_from_beginning_to_report(tmp_path: Path, monkeyp
 
 def row(name: str, seed: int, value: float, at: str = "steps") -> Row:
     found: dict[str, Any] = {"name": name, "seed": seed, "at": at, "world": "digits"}
-    found |= dict.fromkeys(DIGITS.scores, value)
+    for score, trials in DIGITS.scores.items():
+        asked = wilson_interval(round(trials * value), trials)
+        found |= {score: value, f"{score}_interval": [asked.low, asked.high]}
     costs = (
         "frechet",
         "frechet_real",

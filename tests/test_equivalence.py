@@ -12,6 +12,7 @@ from unimodal.documents import Document
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, Run, SequencedDocument, pack
 from unimodal_generators.base import Block, Branch, Embeddings, TokenKind
+from unimodal_generators.masked_text import HIDDEN
 
 
 def sequenced(model: UnifiedModel, documents: list[Document]) -> list[SequencedDocument]:
@@ -54,6 +55,11 @@ def hidden_in_session(model: UnifiedModel, document: SequencedDocument) -> torch
             TokenKind.UNDERSTANDING: by_block(Embeddings(model.understand(p.understood)), p.understood_blocks),
         }
         for segment in document.segments:
+            if segment.kind == TokenKind.TEXT and segment.block is not None:  # hidden: targets, and what nobody knows
+                pairs = zip(segment.ids, segment.targets, strict=True)
+                ids = torch.tensor([HIDDEN if learned else i for i, learned in pairs])
+                states.append(session.peek(Embeddings(model.read_text(ids)), [segment.block])[0])
+                continue
             if segment.kind == TokenKind.TEXT:
                 for i in segment.ids:
                     session.append_text([Run((i,), (False,))])
@@ -122,11 +128,13 @@ VARIANTS |= {
             "ladder",
             "dream",
             "token_random",
+            "joint",
         )
         for positions in SCHEMES
     },
     "read-adaln": {"generator": "both", "time": "adaln", "experts": Experts(True, True, True, understanding="look")},
     "read-token": {"generator": "reader", "time": "token", "experts": Experts(mlp=True, understanding="image")},
+    "joint-three": {"generator": "joint_bound", "experts": Experts(True, True, True, clean="look")},
     "cosine": {"generator": "cosine", "experts": Experts(True, True, True, clean="look")},
     "prefilled-three": {"generator": "prefilled", "experts": Experts(True, True, True, clean="look")},
 }

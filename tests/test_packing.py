@@ -434,8 +434,8 @@ def test_nothing_is_refused() -> None:
 def test_announced_and_moved(make: Callable[..., UnifiedModel]) -> None:
     model = make("flow")
     p = packed(model, lay(model, drawing()), lay(model, reading()))
-    told = p.announce({"text": 9, "image": 8}, (1, 2))
-    assert (told.step_counts, told.position) == ({"text": 9, "image": 8}, (1, 2))
+    told = p.announce({"text": 9, "image": 8}, ((1, 2),))
+    assert (told.step_counts, told.position) == ({"text": 9, "image": 8}, ((1, 2),))
     assert (p.step_counts, p.position) == ({}, ())
     assert told.inverse is p.inverse
     moved = told.to("meta")

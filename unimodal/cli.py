@@ -23,7 +23,7 @@ LIGHTNING_HELP = """usage: unimodal {command} -c FILE.yaml [-c FILE.yaml ...] [-
                                   freeze, tokenizer_weights, vision_weights, compile, checkpoint_layers, and below
                                   --model.model.: tokenizer, generator, backbone, sequence, vision
   --data.KEY VALUE                batch_tokens, mixture (digits), weights and root (folder) ...
-  --checkpoint.KEY VALUE          Lightning ModelCheckpoint: every_n_train_steps, save_top_k ...
+  --checkpoint.KEY VALUE          every_n_train_steps, keep_last, monitor, mode
   --seed_everything N             one seed for everything
   --init EXPORT                   start from the weights of an export
   --ckpt_path PATH|last           continue exactly from a checkpoint
@@ -120,8 +120,47 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("--batch", type=int, default=100, help="documents at once (100); changes no score")
     _add_image_sampling(digits)
     digits.set_defaults(run="evaluate_digits")
+    _add_tokenize(commands)
     _add_importers(commands)
+    data = commands.add_parser("data", help="look at training data before training on it")
+    check = data.add_subparsers(metavar="check", required=True).add_parser(
+        "check", help="counts, sizes, lengths, tokens, what is broken, and documents as the model sees them"
+    )
+    check.add_argument("paths", metavar="PATH", nargs="*", help="folders, .tar, .parquet, .jsonl or .json files")
+    check.add_argument(
+        "--config", metavar="RECIPE", type=Path, action="append", default=[],
+        help="tokens under this recipe; repeatable; without PATH, the sources it names",
+    )  # fmt: skip
+    check.add_argument("--sample", metavar="N", type=int, help="documents read of each source (all)")
+    check.add_argument("--documents", metavar="N", type=int, default=3, help="documents drawn of each source (3)")
+    check.add_argument("--out", type=Path, default=Path("out/data-check"), help="folder for index.html, broken.txt")
+    check.set_defaults(run="check_data")
     return parser
+
+
+def _add_tokenize(commands: "argparse._SubParsersAction[_OneLine]") -> None:
+    tokenize = commands.add_parser("tokenize", help="token files that training reads instead of images")
+    tokenize.add_argument("--tokenizer", type=Path, required=True, help="run folder, or an export, of the tokenizer")
+    tokenize.add_argument("--data", type=Path, required=True, metavar="DIR|YAML", help="a folder, or a data block")
+    tokenize.add_argument("--out", type=Path, required=True, help="folder of token files; given again, it is completed")
+    tokenize.add_argument(
+        "--size", metavar="WxH", action="append", required=True, help="of the images, as in sequence.image_sizes; repeatable"
+    )  # fmt: skip
+    tokenize.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step (ema)"
+    )
+    tokenize.add_argument("--seed", type=_seed, default=0, help="of what sources draw (0)")
+    tokenize.add_argument("--per-shard", type=int, default=4096, help="documents of each source in a shard (4096)")
+    tokenize.add_argument("--batch", type=int, default=64, help="images encoded at once (64)")
+    tokenize.add_argument("--workers", type=int, default=1, help="processes (1)")
+    tokenize.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
+    tokenize.add_argument(
+        "--most-broken",
+        type=float,
+        default=0.01,
+        help="share of documents that may be unreadable; they are named (0.01)",
+    )
+    tokenize.set_defaults(run="tokenize")
 
 
 def _add_importers(commands: "argparse._SubParsersAction[_OneLine]") -> None:

@@ -110,6 +110,26 @@ def evaluate_digits(args: argparse.Namespace) -> int:
     return 0
 
 
+def tokenize(args: argparse.Namespace) -> int:
+    """`unimodal tokenize`: shards of tokens with an index, or what is missing of them."""
+    from unimodal.tokenize import tokenize as write
+
+    sizes = [size for text in args.size if (size := _size(text)) is not None]
+    index = write(
+        args.tokenizer, args.data, args.out, sizes, weights=args.weights, seed=args.seed, per_shard=args.per_shard,
+        batch=args.batch, workers=args.workers, device=args.device, most_broken=args.most_broken,
+    )  # fmt: skip
+    for what in index["broken"][:20]:
+        print(f"left out: {what}", file=sys.stderr)
+    if len(index["broken"]) > 20:
+        print(f"and {len(index['broken']) - 20} more, in {args.out / 'index.json'}", file=sys.stderr)
+    print(
+        f"{index['documents']} documents, {index['images']} images, {index['tokens']} tokens in {args.out}; "
+        f"{len(index['broken'])} documents left out"
+    )
+    return 0
+
+
 def import_hf(args: argparse.Namespace) -> int:
     """`unimodal import hf`: the backbone of a recipe that begins as a folder's text model, on standard output."""
     from unimodal.importers.huggingface import KEYS, check_text, read_config
@@ -153,6 +173,35 @@ def export_hf(args: argparse.Namespace) -> int:
         tokenizer=model.text,
     )  # fmt: skip
     print(f"expert {args.expert} in {args.out} ({args.weights} weights)")
+    return 0
+
+
+def check_data(args: argparse.Namespace) -> int:
+    """`unimodal data check`: a report on standard output, index.html and broken.txt."""
+    from unimodal.data.check import examine, open_path, read_recipe, report
+    from unimodal.data.check_page import write_page
+
+    for name in ("sample", "documents"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {value}")
+    recipe = read_recipe(args.config) if args.config else None
+    sources = {path: open_path(path) for path in args.paths} or (recipe.sources if recipe else {})
+    if not sources:
+        raise ValueError("PATH: expected files or folders, or a recipe that names data.init_args.sources, got none")
+    model = None if recipe is None else recipe.model
+    if model is not None and not model.has_text:
+        corpus = (text for source in sources.values() for text in source.corpus())
+        model.text = TextTokenizer.train(corpus, model.backbone.config.vocabulary)
+    limit = None if model is None else model.sequence.context_length
+    found = [examine(name, source, model, args.sample, args.documents) for name, source in sources.items()]
+    for one in found:
+        print(report(one, limit))
+    with _folder(args.out) as out:
+        write_page(out / "index.html", found, model)
+        broken = [f"{name}: {reason}\n" for one in found for name, reason in one.broken.items()]
+        (out / "broken.txt").write_text("".join(broken), encoding="utf-8", errors="backslashreplace")
+    print(f"{args.out / 'index.html'}")
     return 0
 
 

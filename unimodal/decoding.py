@@ -3,7 +3,7 @@
 Letters: R documents, V rows of the vocabulary, n tokens of one image, H, W pixels.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,6 +29,7 @@ from unimodal_generators.base import (
     TokenKind,
 )
 from unimodal_generators.choice import check_choice, choose
+from unimodal_generators.unmasking import masked_settings
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ class _Decoder:
         self.capacity = model.sequence.context_length
         prompt = max(self._tokens(run) for run in runs)
         wanted = prompt + settings.max_tokens + settings.max_images * (self.room + 2)
-        self.session = Session.start(model, len(runs), branches, min(self.capacity, wanted))
+        ahead = 0 if model.generator.text is None else model.generator.text.block  # looked at beyond what is kept
+        self.session = Session.start(model, len(runs), branches, min(self.capacity, wanted) + ahead)
         self.rows = [_Row(torch.Generator().manual_seed(seed)) for seed in seeds]
         self._prefill(runs)
 
@@ -166,9 +168,9 @@ class _Decoder:
 
     def _drawn(self, grid: Grid) -> int:
         """Tokens a drawn image needs at most: what stays of drawing it, and more that is peeked at or read again."""
-        model, stride = self.model, self.model.tokenizer.layout.stride
+        model = self.model
         learned = model.generator.plan(grid, np.random.default_rng(0))  # lengths do not depend on what is drawn
-        forms = model.sequencer.context_blocks(grid.h * stride, grid.w * stride, drawn=True)
+        forms = model.sequencer.context_blocks(*model.tokenizer.layout.size(grid), drawn=True)
         peeked = max((block.length for block in learned if block.private), default=0)
         kept = sum(block.length for block in learned if not block.private)
         return kept + max(peeked, sum(block.length for block in forms))
@@ -219,34 +221,57 @@ class _Decoder:
         texts = [i for i in texts if self.rows[i].state == "text"]
         if not texts:
             return
-        going = []
-        for i, token in zip(texts, self._choose(texts), strict=True):
-            row = self.rows[i]
-            if token == self.special.eos:
-                yield from self._finish(i)
-            elif token == self.special.boi:
-                yield from self._begin_images([i])
-            else:
-                row.ids.append(token)
-                row.tokens += 1
-                if self.settings.stop and any(stop in self.model.text.decode(row.ids) for stop in self.settings.stop):
-                    yield from self._finish(i)
-                    continue
-                yield from self._tell(i)
-                going.append(i)
+        said: dict[int, tuple[int, ...]] = {}
+        drawing = []
+        for i, ids in zip(texts, self._write(texts), strict=True):
+            said[i] = yield from self._say(i, ids)
+            if len(said[i]) < len(ids) and ids[len(said[i])] == self.special.boi and self.rows[i].state == "text":
+                drawing.append(i)
+        going = [i for i in texts if said[i] and self.rows[i].state == "text"]
         if going:
-            self.session.rows(going).append_text([Run((self.rows[i].ids[-1],), (False,)) for i in going])
+            self.session.rows(going).append_text([Run(said[i], (False,) * len(said[i])) for i in going])
+        for i in drawing:
+            yield from self._begin_images([i])
 
-    def _choose(self, texts: list[int]) -> list[int]:
-        """The next id of each row's text."""
-        logits = self.model.backbone.logits(self.session.rows(texts).last[0])  # (R, V)
+    def _say(self, i: int, ids: list[int]) -> Generator[Piece, None, tuple[int, ...]]:
+        """Take ids for further text of a document while it goes on, up to where an image begins; those taken."""
+        row = self.rows[i]
+        for n, token in enumerate(ids):
+            if token == self.special.eos or not self._may_write(i, n):
+                yield from self._finish(i)
+                return tuple(ids[:n])
+            if token == self.special.boi:
+                return tuple(ids[:n])
+            row.ids.append(token)
+            row.tokens += 1
+            if self.settings.stop and any(stop in self.model.text.decode(row.ids) for stop in self.settings.stop):
+                yield from self._finish(i)
+                return tuple(ids[: n + 1])
+            yield from self._tell(i)
+        return tuple(ids)
+
+    def _write(self, texts: list[int]) -> list[list[int]]:
+        """What comes next of each row's text: an id, or a block of them where text is learned masked."""
+        view, backbone, masked = self.session.rows(texts), self.model.backbone, self.model.generator.text
+        s, rngs = self.settings, [self.rows[i].rng for i in texts]
+        if masked is None:
+            logits = self._allowed(backbone.logits(view.last[0]), [(i, 0) for i in texts])  # (R, V)
+            return [[token] for token in choose(logits, rngs, s.temperature, s.top_k, s.top_p).tolist()]
+        places = [(i, n) for i in texts for n in range(masked.block)]
+        settings = masked_settings(self.image).override(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        written = masked.write(
+            view, self.model.read_text, lambda hidden: self._allowed(backbone.logits(hidden), places), settings, rngs
+        )
+        return written.tolist()
+
+    def _allowed(self, logits: Float[Tensor, "n V"], places: Sequence[tuple[int, int]]) -> Float[Tensor, "n V"]:
+        """Scores without what must not come; of which row each is, and so many ids ahead."""
         logits[:, self.model.text.unused(logits.shape[1])] = -torch.inf
         logits[:, [self.special.bos, self.special.eoi]] = -torch.inf
-        for r, i in enumerate(texts):
-            if not self._may_draw(i):
+        for r, (i, n) in enumerate(places):
+            if not self._may_draw(i, n):
                 logits[r, self.special.boi] = -torch.inf
-        s = self.settings
-        return choose(logits, [self.rows[i].rng for i in texts], s.temperature, s.top_k, s.top_p).tolist()
+        return logits
 
     def _text(self, i: int) -> str:
         """The text being written, up to where it stops."""
@@ -266,11 +291,11 @@ class _Decoder:
             yield Piece(i, text[row.told :])
             row.told = len(text)
 
-    def _may_write(self, i: int) -> bool:
-        return self.rows[i].tokens < self.settings.max_tokens and self.session.length(i) < self.capacity
+    def _may_write(self, i: int, ahead: int = 0) -> bool:
+        return self.rows[i].tokens < self.settings.max_tokens and self.session.length(i) + ahead < self.capacity
 
-    def _may_draw(self, i: int) -> bool:
-        fits = self.session.length(i) + self.room + 2 <= self.capacity
+    def _may_draw(self, i: int, ahead: int = 0) -> bool:
+        fits = self.session.length(i) + ahead + self.room + 2 <= self.capacity
         return self.rows[i].images < self.settings.max_images and fits
 
     def _begin_images(self, rows: Iterable[int]) -> Iterator[Piece]:
@@ -336,8 +361,8 @@ class _Decoder:
         inpainted = [self.rows[i].inpaint if self.rows[i].images == 0 else None for i in images]
         if not any(inpainted):
             return None
-        stride, weight = self.model.tokenizer.layout.stride, self.model.backbone.embedding.weight
-        height, width = grid.h * stride, grid.w * stride
+        weight = self.model.backbone.embedding.weight
+        height, width = self.model.tokenizer.layout.size(grid)
         masks, pixels = [], []
         for i, inpaint in zip(images, inpainted, strict=True):
             if inpaint is None:
@@ -359,6 +384,9 @@ class _Decoder:
             if not self.model.generator.inpaints:
                 name = type(self.model.generator).__name__
                 raise ValueError(f"inpaint: {name} cannot keep what is given of an image, expected none")
+            if self.model.tokenizer.layout.kind == "sequence":
+                name = type(self.model.tokenizer).__name__
+                raise ValueError(f"inpaint: tokens of a {name} lie at no place of the image, expected none")
             if len(self.sizes) > 1:
                 raise ValueError(
                     "size: expected one beside inpaint, where the model may choose among several, got none"

@@ -184,25 +184,32 @@ def load_image(path: str | Path) -> Image.Image:
     if size == 0:
         raise ValueError(f"{_shown(path)}: expected an image, got an empty file")
     try:
-        return _decode_image(path)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = Image.MAX_IMAGE_PIXELS
-        raise ValueError(f"{_shown(path)}: expected at most {limit} pixels, got a larger image") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{_shown(path)}: expected an image, got a file of another kind") from None
-    except _DAMAGE as error:
-        raise ValueError(f"{_shown(path)}: expected a whole image, got {_one_line(error)}") from None
+        return decode_image(path)
+    except ValueError as error:
+        raise ValueError(f"{_shown(path)}: {error}") from None
 
 
-def _decode_image(path: Path) -> Image.Image:
+def decode_image(file: Path | io.BytesIO) -> Image.Image:
+    """The first frame of an image file as RGB, decoded completely.
+
+    Raises:
+        ValueError: no image, damaged, or more pixels than `Image.MAX_IMAGE_PIXELS`.
+    """
     Image.init()
-    with warnings.catch_warnings():
-        # Pillow only warns between one and two times its limit; a warning would pass unseen in a loader.
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
-            image.load()
-            return to_rgb(image)
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns between one and two times its limit; a warning would pass unseen in a loader.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+                image.load()
+                return to_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"expected at most {Image.MAX_IMAGE_PIXELS} pixels, got a larger image") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError("expected an image, got a file of another kind") from None
+    except _DAMAGE as error:
+        raise ValueError(f"expected a whole image, got {_one_line(error)}") from None
 
 
 def image_data_uri(image: Image.Image) -> str:

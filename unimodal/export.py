@@ -30,6 +30,7 @@ from unimodal_tokenizers.base import ImageTokenizer
 FORMAT_VERSION = 1
 PACKAGES = ("unimodal.", "unimodal_tokenizers.", "unimodal_generators.")
 KINDS: dict[str, type[nn.Module]] = {"model": UnifiedModel, "tokenizer": ImageTokenizer}
+_FOLDERS = {"model": "run", "tokenizer": "tokenizer"}  # options that such a folder is given by
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,15 @@ def build(config: dict[str, Any], kind: str) -> nn.Module:
     return module
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The safetensors of an export."""
+def read_weights(folder: Path, key: str = "export") -> dict[str, Tensor]:
+    """The safetensors of an export; `key` is the setting that named it, for messages."""
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise ValueError(f"export: {path} is missing")
+        raise ValueError(f"{key}: {path} is missing")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"export: {path} is truncated or no safetensors file ({error})") from error
+        raise ValueError(f"{key}: {path} is truncated or no safetensors file ({error})") from error
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -162,20 +163,33 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_run(run: Path, weights: str = "ema") -> UnifiedModel:
     """The model of a run folder (or of an export folder itself), with averaged or last raw weights."""
+    model = _load_run(run, weights, "model")
+    assert isinstance(model, UnifiedModel)
+    return model
+
+
+def load_tokenizer(run: Path, weights: str = "ema") -> ImageTokenizer:
+    """The image tokenizer of a run folder (or of an export folder itself), likewise."""
+    tokenizer = _load_run(run, weights, "tokenizer")
+    assert isinstance(tokenizer, ImageTokenizer)
+    return tokenizer
+
+
+def _load_run(run: Path, weights: str, kind: str) -> nn.Module:
     folder = run / "export" if (run / "export").is_dir() or not (run / "export.json").is_file() else run
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights: expected ema or raw, got {weights}")
     if not run.is_dir():
-        raise ValueError(f"run: expected a folder, got {run}, which does not exist")
+        raise ValueError(f"{_FOLDERS[kind]}: expected a folder, got {run}, which does not exist")
     if not folder.is_dir():
-        raise ValueError(f"run: {run} holds no export yet (it is written when training ends)")
-    model = load_export(folder, "model")
-    assert isinstance(model, UnifiedModel)
+        raise ValueError(f"{_FOLDERS[kind]}: {run} holds no export yet (it is written when training ends)")
+    module = load_export(folder, kind)
     if weights == "raw":
-        state = read_checkpoint(run / "checkpoints" / "last.ckpt").get("state_dict", {})
-        raw = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
-        load_weights(model, raw, str(run / "checkpoints" / "last.ckpt"))
-    return model
+        path = run / "checkpoints" / "last.ckpt"
+        state = read_checkpoint(path).get("state_dict", {})
+        raw = {name.removeprefix(f"{kind}."): t for name, t in state.items() if name.startswith(f"{kind}.")}
+        load_weights(module, raw, str(path))
+    return module
 
 
 def open_model(run: Path, weights: str = "ema", device: str = "auto", compiled: bool = False) -> UnifiedModel:

@@ -1,16 +1,17 @@
 """The unified model: text, image tokenizer, backbone and generator, wired.
 
-Letters: S tokens of a pack, P places of its expert order, C width, T image tokens, N images.
+Letters: S tokens of a pack, P places of its expert order, C width, T image tokens, N images, n text tokens.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unimodal.attention import choose_backend, packed_attention
@@ -48,6 +49,8 @@ class UnifiedModel(nn.Module):
         _check_condition(self.generator, backbone)
         _check_layers(self.generator, backbone)
         _check_vision(vision, sequence)
+        if sequence.write_size and self.generator.text is not None:  # nobody learns what is written token by token
+            raise ValueError("sequence.write_size: expected false where generator.text writes by the block, got true")
         self.vision = vision
         self.connector = None if vision is None else vision.connect(backbone.width)
         self.backbone = Backbone(backbone, self.generator.image_ids)
@@ -124,12 +127,12 @@ class UnifiedModel(nn.Module):
     def forward(self, packed: PackedSequence) -> LossBreakdown:
         """Sums and counts of every loss over a packed sequence."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # the ids that decoding will read
-            tokens = self.encode(packed.images[: packed.tokenized])
+            tokens = self.tokens(packed)
         learned = self.generator.corrupt(tokens.select(packed.learned_images), packed.learned_blocks)
         context = self.generator.context(tokens.select(packed.context_images))
         embeddings = self.generator.embed(learned), self.generator.embed(context)
         values = {
-            TokenKind.TEXT: self.backbone.embedding(packed.text_ids),
+            TokenKind.TEXT: self.read_text(packed.text_ids),
             TokenKind.LEARNED: self.place(embeddings[0].values, packed.learned_blocks),
             TokenKind.CLEAN: self.place(embeddings[1].values, packed.context_blocks),
             TokenKind.UNDERSTANDING: self.place(self.understand(packed.understood), packed.understood_blocks),
@@ -138,11 +141,16 @@ class UnifiedModel(nn.Module):
         hidden = self.hidden(values, packed, torch.cat(conditions) if conditions else None, self.layers)
         losses = self.generator.loss(hidden[packed.image_reads, : self.image_channels], embeddings[0], learned)
         last = hidden[packed.text_reads, -self.backbone.config.width :]
-        text = linear_cross_entropy(last, self.backbone.tables, packed.text_targets)
+        text = linear_cross_entropy(last, self.backbone.tables, packed.text_targets, weights=packed.text_weights)
         router = self.backbone.router_loss()
         if router is not None:  # in training only
             losses["router"] = LossTerm(router, len(packed))
-        return {"text": LossTerm(text, len(packed.text_targets)), **losses}
+        return {"text": LossTerm(text, packed.text_count), **losses}
+
+    def read_text(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n C"]:
+        """Vectors of text ids; those that are hidden (`MaskedText`) are among them where the generator learns text so."""
+        masked = self.generator.text
+        return self.backbone.embedding(ids) if masked is None else masked.vectors(ids, self.backbone.embedding)
 
     def hidden(
         self,
@@ -169,6 +177,13 @@ class UnifiedModel(nn.Module):
         # The residual stream has the weights' type, also under autocast.
         return self.backbone(torch.cat(slices), packed.positions, packed.splits, attention, rows, packed.tokens, layers)
 
+    def tokens(self, packed: PackedSequence) -> ImageTokens:
+        """Tokens of all images of a pack that have any, as they are numbered: those stored, then those of pixels."""
+        made, stored = self.encode(packed.images[: packed.tokenized]), packed.stored
+        return (
+            made if stored is None else ImageTokens.cat([replace(stored, values=stored.values.to(made.values)), made])
+        )
+
     def encode(self, images: Sequence[Float[Tensor, "_ 3 _ _"]]) -> ImageTokens:
         """Tokens of images grouped by size."""
         if not images:
@@ -191,12 +206,12 @@ class UnifiedModel(nn.Module):
         return features if images else features[:0]
 
     def place(self, values: Float[Tensor, "T C"], blocks: Sequence[Block]) -> Float[Tensor, "T C"]:
-        """Image embeddings plus what the position scheme adds to them."""
+        """Image embeddings plus what the position scheme adds to them; to blocks of text it adds nothing."""
         config = self.backbone.config
         parts = []
         for block in blocks:
             added = _additive(config.positions, block.grid, config.width, values.device)
-            if added is not None:
+            if added is not None and block.kind != TokenKind.TEXT:
                 own = added[block.offset : block.offset + block.length - block.prefix]
                 parts.append(F.pad(own, (0, 0, block.prefix, 0)) if block.prefix else own)
         return values + torch.cat(parts).to(values.dtype) if parts else values  # (T, C)

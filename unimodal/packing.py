@@ -12,6 +12,8 @@ what fills up is zero, sees nothing, is seen by nobody and is never read.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -24,11 +26,17 @@ from unimodal.attention import SegmentTable
 from unimodal.backbone import Experts, PositionScheme
 from unimodal.backbone.positions import Placed
 from unimodal.documents import Document, to_rgb
+from unimodal.image_sizes import NativeSizes
+from unimodal.stored import StoredImage
 from unimodal.text import TextTokenizer
 from unimodal.vision import VisionEncoder
 from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayout
+from unimodal_generators.masked_text import HIDDEN, MaskedText
+from unimodal_tokenizers.base import Grid, ImageTokens
 
 BUCKET = 64  # places of expert slices come in multiples of this
+Lanes = tuple[tuple[int, ...], ...]
+"""Where lanes of the data stream stand: of each the next number to be read, and the earlier ones that are in no pack yet."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class SequenceRules:
             form of a drawn image and always stay; `understanding` then is of given images alone (Janus).
         write_size: whether an image's size in pixels is written before it, between its boundary tokens (Emu3, arXiv
             2409.18869): learned where the image is, so that a model with several sizes chooses one.
+        native: images of training documents and prompts keep their own size; `image_sizes` are those that can be drawn.
     """
 
     image_sizes: list[tuple[int, int]]
@@ -56,6 +65,7 @@ class SequenceRules:
     learn_end: bool = True
     context: Literal["clean", "understanding", "both"] = "clean"
     write_size: bool = False
+    native: NativeSizes | None = None
 
     def __post_init__(self) -> None:
         if not self.image_sizes:
@@ -67,7 +77,10 @@ class SequenceRules:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens of one kind. Text has ids and says which are targets; images have a block and an index."""
+    """A run of tokens of one kind. Text has ids and says which are targets; images have a block and an index.
+
+    Text with a block is a learned copy: its targets are hidden, and so is what has the id HIDDEN.
+    """
 
     kind: TokenKind
     positions: Int[np.ndarray, "n A"]
@@ -82,13 +95,18 @@ class Segment:
         return len(self.positions)
 
 
+Pixels = UInt8[np.ndarray, "_ _ 3"]
+"""An image of a document as its file holds it, RGB."""
+
+
 @dataclass(frozen=True)
 class SequencedDocument:
-    """One document as segments, and the pixels they refer to."""
+    """One document as segments, and the images they refer to."""
 
     segments: tuple[Segment, ...]
-    images: tuple[UInt8[np.ndarray, "_ _ 3"], ...]  # RGB, as they are stored
+    images: tuple[Pixels | StoredImage, ...]
     kind: str = ""
+    number: int = -1  # in the stream of training documents
 
     @property
     def length(self) -> int:
@@ -118,32 +136,48 @@ class Sequencer:
 
     def document(self, document: Document, key: Sequence[int], *, train: bool = True) -> SequencedDocument:
         """Segments of a training document. Every random choice is a function of `key` and the part's number."""
-        draft = _Draft(self)
+        draft = _Draft(self, key)
         # Never a last 0: numpy seeds (a, b) and (a, b, 0) alike, and `key` itself is what the source draws from.
         dropping = np.random.default_rng((*key, 1))
         dropped = train and dropping.random() < self.rules.drop_text
         blind = train and dropping.random() < self.rules.drop_images
-        images: list[np.ndarray] = []
+        images: list[Pixels | StoredImage] = []
         parts = document.parts
         draft.add_text([self.text.special.bos], learn=False)
         for number, part in enumerate(parts, start=1):
-            if isinstance(part.content, str):
+            if part.is_text:
                 if not dropped:
-                    draft.add_text(self.text.encode(part.content), part.learn)
+                    draft.add_text(self.text.encode(part.text), part.learn)
                 continue
-            pixels = fit_image(part.content, self.rules.image_sizes)
-            draft.add_text([self.text.special.boi, *self.size(*pixels.shape[:2])], learn=part.learn and not dropped)
+            if isinstance(part, StoredImage):
+                part.check(self.rules.context, self.rules.native is not None, self.rules.image_sizes)
+            image = part if isinstance(part, StoredImage) else self.fit(part.image)
+            size, grid = self.measure(image)
+            draft.add_text([self.text.special.boi, *self.size(*size)], learn=part.learn and not dropped)
             if blind and not part.learn:
                 draft.add_text([self.text.special.eoi], learn=False)
                 continue
-            images.append(pixels)
+            images.append(image)
             ends = part.learn and number == len(parts) and not self.rules.learn_end
-            draft.add_image(images, np.random.default_rng((*key, 2, number)), learn=part.learn, ends=ends)
+            rng = np.random.default_rng((*key, 2, number))
+            draft.add_image(len(images) - 1, size, grid, rng, learn=part.learn, ends=ends)
             if ends:
                 return SequencedDocument(draft.finish(), tuple(images), document.kind)
             draft.add_text([self.text.special.eoi], learn=False)
         draft.add_text([self.text.special.eos], learn=bool(parts) and parts[-1].learn and not dropped)
         return SequencedDocument(draft.finish(), tuple(images), document.kind)
+
+    def fit(self, image: Image.Image) -> UInt8[np.ndarray, "_ _ 3"]:
+        """Pixels of an image in a size that the rules allow."""
+        native = self.rules.native
+        return fit_image(image, self.rules.image_sizes if native is None else [native.size(image.height, image.width)])
+
+    def measure(self, image: Pixels | StoredImage) -> tuple[tuple[int, int], Grid]:
+        """(height, width) of an image in pixels, and the grid of its tokens."""
+        if isinstance(image, StoredImage):
+            return image.size, image.tokens.grids[0]
+        height, width, _ = image.shape
+        return (height, width), self.layout.grid(height, width)
 
     def size(self, height: int, width: int) -> tuple[int, ...]:
         """Ids of a size as it is written; none where the rules write none.
@@ -161,25 +195,26 @@ class Sequencer:
                 new = self.text.encode(part.content)
                 ids, structural = ids + new, structural + [False] * len(new)
             else:
-                pixels = fit_image(part.content, self.rules.image_sizes)
+                pixels = self.fit(part.content)
                 begin = self.text.special.boi, *self.size(*pixels.shape[:2])
                 runs.append(Run((*ids, *begin), (*structural, *[True] * len(begin))))
                 runs.append(Run(image=pixels))
                 ids, structural = [self.text.special.eoi], [True]
         return [*runs, Run(tuple(ids), tuple(structural))]
 
-    def context_blocks(self, height: int, width: int, *, drawn: bool) -> list[Block]:
+    def context_blocks(self, height: int, width: int, *, drawn: bool, grid: Grid | None = None) -> list[Block]:
         """Blocks in which an image of so many pixels is context, in their order: one a form (see `SequenceRules.context`).
 
         Args:
             height: of the image.
             width: likewise.
             drawn: whether learned tokens come before them.
+            grid: of its tokens; None: the layout's.
         """
         clean, features = self.rules.context != "understanding", self.rules.context != "clean"
         if drawn and not self.generator.repeats:
             clean, features = False, self.rules.context == "both"
-        blocks = self.generator.plan_context(self.layout.grid(height, width)) if clean else []
+        blocks = self.generator.plan_context(grid or self.layout.grid(height, width)) if clean else []
         if features:
             assert self.vision is not None
             grid = self.vision.grid(height, width)
@@ -190,8 +225,8 @@ class Sequencer:
 class _Draft:
     """Segments of a document under construction: where the next position id is, and the text not yet closed."""
 
-    def __init__(self, sequencer: Sequencer) -> None:
-        self.sequencer = sequencer
+    def __init__(self, sequencer: Sequencer, key: Sequence[int]) -> None:
+        self.sequencer, self.key = sequencer, key
         self.segments: list[Segment] = []
         self.next = 0
         self.ids: list[int] = []
@@ -202,20 +237,47 @@ class _Draft:
         self.targets += [learn] * len(ids)
 
     def close_text(self) -> None:
-        if self.ids:
-            placed = self.sequencer.scheme.text(self.next, len(self.ids))
-            self.segments.append(Segment(TokenKind.TEXT, placed.ids, tuple(self.ids), tuple(self.targets)))
-            self.ids, self.targets, self.next = [], [], placed.following
+        masked = self.sequencer.generator.text
+        if masked is None:
+            self._text(self.ids, self.targets)
+        else:
+            for learn, run in groupby(zip(self.ids, self.targets, strict=True), key=itemgetter(1)):
+                ids = [i for i, _ in run]
+                if learn:
+                    self._masked(masked, ids)
+                else:
+                    self._text(ids, [False] * len(ids))
+        self.ids, self.targets = [], []
 
-    def add_image(self, images: Sequence[np.ndarray], rng: np.random.Generator, *, learn: bool, ends: bool) -> None:
+    def _text(self, ids: Sequence[int], targets: Sequence[bool]) -> None:
+        if ids:
+            placed = self.sequencer.scheme.text(self.next, len(ids))
+            self.segments.append(Segment(TokenKind.TEXT, placed.ids, tuple(ids), tuple(targets)))
+            self.next = placed.following
+
+    def _masked(self, masked: MaskedText, ids: Sequence[int]) -> None:
+        """Blocks of one learned text, each hidden and then, unless the document ends, as it is."""
+        special = self.sequencer.text.special
+        for at in range(0, len(ids), masked.block):
+            own = ids[at : at + masked.block]
+            rng = np.random.default_rng((*self.key, 3, len(self.segments) + 1))
+            hidden = masked.plan(own, (special.eos, special.boi), rng)
+            placed = place_block(self.sequencer.scheme, self.next, hidden.block)
+            self.segments.append(Segment(TokenKind.TEXT, placed.ids, hidden.ids, hidden.targets, hidden.block))
+            if own[-1] != special.eos:
+                self._text(own, [False] * len(own))
+
+    def add_image(
+        self, number: int, size: tuple[int, int], grid: Grid, rng: np.random.Generator, *, learn: bool, ends: bool
+    ) -> None:
         self.close_text()
-        sequencer, (height, width, _) = self.sequencer, images[-1].shape
-        blocks = sequencer.generator.plan(sequencer.layout.grid(height, width), rng) if learn else []
+        sequencer = self.sequencer
+        blocks = sequencer.generator.plan(grid, rng) if learn else []
         if not ends:
-            blocks = blocks + sequencer.context_blocks(height, width, drawn=learn)
+            blocks = blocks + sequencer.context_blocks(*size, drawn=learn, grid=grid)
         for block in blocks:
             placed = place_block(sequencer.scheme, self.next, block)
-            self.segments.append(Segment(block.kind, placed.ids, block=block, image=len(images) - 1))
+            self.segments.append(Segment(block.kind, placed.ids, block=block, image=number))
             if block.complete and not block.private:  # what others see keeps its ids to itself; so does a session
                 self.next = placed.following
 
@@ -225,7 +287,9 @@ class _Draft:
 
 
 def place_block(scheme: PositionScheme, start: int, block: Block) -> Placed:
-    """Ids of one block of an image that begins at id `start`, and the id that follows the image."""
+    """Ids of one block of an image that begins at id `start`, and the id that follows the image; of text, likewise."""
+    if block.kind == TokenKind.TEXT:
+        return scheme.text(start, block.length)
     prefix = scheme.text(start, block.prefix)
     image = scheme.image(prefix.following, block.grid)
     own = image.ids[block.offset : block.offset + block.length - block.prefix]
@@ -264,7 +328,10 @@ class PackedSequence:
     text_ids: Int[Tensor, " n"]
     text_reads: Int[Tensor, " M"]  # whose hidden state predicts ...
     text_targets: Int[Tensor, " M"]  # ... this id
+    text_weights: Float[Tensor, " M"] | None  # of each target; None: 1
+    text_count: int  # of targets that the loss is divided by
     image_reads: Int[Tensor, " T"]  # whose hidden state each learned image token is read from
+    stored: ImageTokens | None  # of images that come as tokens; numbered first, then ...
     images: tuple[Float[Tensor, "_ 3 _ _"], ...]  # one tensor a size; numbered through ...
     tokenized: int  # ... those first whose tokens are asked for: so many tensors
     learned_images: tuple[int, ...]  # numbers of the images that are learned
@@ -275,13 +342,15 @@ class PackedSequence:
     understood_blocks: tuple[Block, ...]
     kind: str  # of its documents, or "" when they differ
     step_counts: dict[str, int] = field(default_factory=dict)  # targets of the whole optimizer step, by loss
-    position: tuple[int, ...] = ()  # of the data stream behind this pack (or its whole step, once announced)
+    position: Lanes = ()  # of this rank in the data stream, behind the whole step
+    numbers: tuple[int, ...] = ()  # of its documents in the data stream
+    kinds: dict[str, int] = field(default_factory=dict)  # tokens by kind of document
 
     @property
     def counts(self) -> dict[str, int]:
         """Targets of this pack, by loss."""
         image = sum(block.n_targets for block in self.learned_blocks)
-        return {"text": len(self.text_targets), "image": image, "router": len(self)}
+        return {"text": self.text_count, "image": image, "router": len(self)}
 
     @property
     def documents(self) -> int:
@@ -291,13 +360,14 @@ class PackedSequence:
     @property
     def understood(self) -> list[Float[Tensor, "3 _ _"]]:
         """Images whose understanding features are asked for, one a block."""
+        # Documents with stored images have no features, so that pixels are numbered from 0 wherever features are asked for.
         every = [image for group in self.images for image in group] if self.understood_images else []
         return [every[i] for i in self.understood_images]
 
     def __len__(self) -> int:
         return len(self.inverse)
 
-    def announce(self, counts: dict[str, int], position: tuple[int, ...]) -> "PackedSequence":
+    def announce(self, counts: dict[str, int], position: Lanes = ()) -> "PackedSequence":
         """The same pack, told the counts of its optimizer step and where the next one begins."""
         return replace(self, step_counts=counts, position=position)
 
@@ -305,7 +375,11 @@ class PackedSequence:
         """The same pack on another device."""
         names = ("inverse", "positions", "image_rows", "text_ids", "text_reads", "text_targets", "image_reads")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, images=tuple(i.to(device, non_blocking=True) for i in self.images), **moved)
+        if self.text_weights is not None:
+            moved["text_weights"] = self.text_weights.to(device, non_blocking=True)
+        stored = self.stored and ImageTokens(self.stored.values.to(device, non_blocking=True), self.stored.grids)
+        images = tuple(i.to(device, non_blocking=True) for i in self.images)
+        return replace(self, stored=stored, images=images, **moved)
 
 
 def kind_order(experts: Experts) -> list[TokenKind]:
@@ -317,7 +391,6 @@ def pack(
     documents: Sequence[SequencedDocument],
     experts: Experts,
     reads: str,
-    position: tuple[int, ...] = (),
     bucket: int = BUCKET,
 ) -> PackedSequence:
     """Put documents end to end. `reads` is the generator's: "own" or "previous"."""
@@ -352,19 +425,27 @@ def pack(
     rows[learned + context] = np.cumsum(begins)
     spans = [np.arange(table.start[i] + b.prefix, table.start[i] + b.length) for i in learned if (b := blocks[i])]
     learned_at = np.concatenate([*spans, np.zeros(0, dtype=np.int64)]) - (reads == "previous")
-    target = np.array([t for _, s in segments if s.kind == TokenKind.TEXT for t in s.targets], dtype=bool)
-    text_ids = np.array([i for _, s in segments if s.kind == TokenKind.TEXT for i in s.ids], dtype=np.int64)
-    text_at = by_kind[TokenKind.TEXT][target] - 1  # a text token is predicted by the one before it
+    texts = [s for _, s in segments if s.kind == TokenKind.TEXT]
+    target = np.array([t for s in texts for t in s.targets], dtype=bool)
+    text_ids = np.array([i for s in texts for i in s.ids], dtype=np.int64)
+    own = np.array([s.block is not None for s in texts for _ in s.ids], dtype=bool)
+    text_at = (
+        by_kind[TokenKind.TEXT][target] - ~own[target]
+    )  # read from the one before, a hidden one from its own place
+    counted = [s.block.n_targets if s.block else sum(s.targets) for s in texts]
+    weights = np.array([n / sum(s.targets) for s, n in zip(texts, counted, strict=True) for t in s.targets if t])
 
     with_tokens = {(segments[i][0], segments[i][1].image) for i in learned + context}
-    images, tokenized, numbers = _gather_images(documents, with_tokens)
+    stored, images, tokenized, numbers = _gather_images(documents, with_tokens)
 
     def image_numbers(held: list[int]) -> tuple[int, ...]:
         """Of the images whose first block is among the segments `held`."""
         firsts = [i for i in held if (b := blocks[i]) is not None and b.offset == 0]
         return tuple(numbers[segments[i][0], segments[i][1].image] for i in firsts)
 
-    document_kinds = {document.kind for document in documents}
+    shares: dict[str, int] = {}
+    for document in documents:
+        shares[document.kind] = shares.get(document.kind, 0) + document.length
     return PackedSequence(
         table=table,
         inverse=torch.from_numpy(inverse),
@@ -372,10 +453,13 @@ def pack(
         tokens=tokens,
         positions=by_place(np.concatenate([s.positions for _, s in segments])),
         image_rows=by_place(np.repeat(rows, lengths)),
-        text_ids=torch.from_numpy(text_ids),
+        text_ids=torch.from_numpy(np.where(own & target, HIDDEN, text_ids)),
         text_reads=torch.from_numpy(inverse[text_at]),
         text_targets=torch.from_numpy(text_ids[target]),
+        text_weights=None if (weights == 1).all() else torch.from_numpy(weights).float(),
+        text_count=sum(counted),
         image_reads=torch.from_numpy(inverse[learned_at]),
+        stored=stored,
         images=images,
         tokenized=tokenized,
         learned_images=image_numbers(learned),
@@ -384,8 +468,9 @@ def pack(
         context_blocks=tuple(b for i in context if (b := blocks[i])),
         understood_images=image_numbers(understood),
         understood_blocks=tuple(b for i in understood if (b := blocks[i])),
-        kind=document_kinds.pop() if len(document_kinds) == 1 else "",
-        position=position,
+        kind=next(iter(shares)) if len(shares) == 1 else "",
+        numbers=tuple(document.number for document in documents),
+        kinds=shares,
     )
 
 
@@ -408,15 +493,23 @@ def _fill(
 
 def _gather_images(
     documents: Sequence[SequencedDocument], tokenized: set[tuple[int, int]]
-) -> tuple[tuple[Float[Tensor, "_ 3 _ _"], ...], int, dict[tuple[int, int], int]]:
-    """Images stacked by size, and the number of image i of document d under (d, i).
+) -> tuple[ImageTokens | None, tuple[Float[Tensor, "_ 3 _ _"], ...], int, dict[tuple[int, int], int]]:
+    """Stored images, the others stacked by size, and the number of image i of document d under (d, i).
 
-    Those in `tokenized` come first, in as many stacks as the second value says.
+    Stored ones come first, then those in `tokenized`, in as many stacks as the third value says.
     """
+    every = {(d, i): image for d, document in enumerate(documents) for i, image in enumerate(document.images)}
+    parts = {name: image.tokens for name, image in every.items() if isinstance(image, StoredImage)}
+    pixels = {name: image for name, image in every.items() if not isinstance(image, StoredImage)}
     sizes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    names = [(d, i) for d, document in enumerate(documents) for i in range(len(document.images))]
-    for d, i in sorted(names, key=lambda name: name not in tokenized):
-        sizes.setdefault(((d, i) not in tokenized, *documents[d].images[i].shape), []).append((d, i))
-    stacks = tuple(to_tensor([documents[d].images[i] for d, i in members]) for members in sizes.values())
-    ordered = [member for members in sizes.values() for member in members]
-    return stacks, sum(not rest for rest, *_ in sizes), {member: number for number, member in enumerate(ordered)}
+    for name in sorted(pixels, key=lambda name: name not in tokenized):
+        sizes.setdefault((name not in tokenized, *pixels[name].shape), []).append(name)
+    stacks = tuple(to_tensor([pixels[name] for name in members]) for members in sizes.values())
+    ordered = [*parts, *(member for members in sizes.values() for member in members)]
+    stored = ImageTokens.cat(list(parts.values())) if parts else None
+    return (
+        stored,
+        stacks,
+        sum(not rest for rest, *_ in sizes),
+        {member: number for number, member in enumerate(ordered)},
+    )

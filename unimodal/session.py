@@ -4,7 +4,8 @@ Letters: R documents, G guidance branches (N = G * R cached sequences, branch by
 C width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,16 @@ class Session:
         d = self._documents[document]
         return max(self._state.cache.lengths[g * self._total + d] for g in range(self.branches))
 
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """What is appended inside is forgotten at the end."""
+        state = self._state
+        lengths, following, last = list(state.cache.lengths), list(state.next), state.last.clone()
+        try:
+            yield
+        finally:
+            state.cache.lengths[:], state.next, state.last = lengths, following, last
+
     def append(self, embeddings: Embeddings, blocks: Sequence[Block]) -> Float[Tensor, "G T C"]:
         """One image block a document; its tokens enter the cache for good."""
         return self._image(embeddings, blocks, keep=True, branches=range(self.branches))
@@ -78,7 +89,10 @@ class Session:
     def peek(
         self, embeddings: Embeddings, blocks: Sequence[Block], branches: int | None = None
     ) -> Float[Tensor, "G T C"]:
-        """One image block a document; sees the cache, leaves no trace. `branches`: of the first so many; None is all."""
+        """One block of an image (or of text) a document; sees the cache, leaves no trace.
+
+        `branches`: of the first so many; None is all.
+        """
         return self._image(embeddings, blocks, keep=False, branches=range(branches or self.branches))
 
     def append_text(self, runs: Sequence[Run]) -> None:

@@ -3,7 +3,18 @@
 import sys
 from pathlib import Path
 
-from experiments.benchmarks import attention, blocks, decoding, evaluation, geneval, memory, runner, training
+from experiments.benchmarks import (
+    attention,
+    blocks,
+    decoding,
+    evaluation,
+    geneval,
+    memory,
+    padding,
+    runner,
+    tokenizers,
+    training,
+)
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.machine import probe
 from experiments.benchmarks.results import Goal
@@ -18,6 +29,7 @@ GOALS: dict[str, Goal | None] = {
     "attention_fp32": Goal(1.7, "x"),
     "attention_bf16": Goal(3.0, "x"),
     "packing": Goal(7.0, "x"),
+    "padding": Goal(2.0, "x"),
     "mask_plan_ms": Goal(1.0, "ms", at_most=True),
     "t2i_fp32": Goal(6.0, "x"),
     "t2i_bf16": Goal(15.0, "x"),
@@ -31,10 +43,13 @@ GOALS: dict[str, Goal | None] = {
     "plan_overhead": None,
     "fid_features": Goal(0.95, ""),
     "geneval_scoring": Goal(3.0, "x"),
+    "code_search": Goal(1.0, "x"),
+    "code_search_any_length": Goal(1.0, "x"),
+    "vq_encode_share": Goal(0.95, ""),
 }
 CASES: dict[str, Case] = {
     **training.CASES, **blocks.CASES, **attention.CASES, **decoding.CASES, **memory.CASES,
-    **evaluation.CASES, **geneval.CASES,
+    **evaluation.CASES, **geneval.CASES, **tokenizers.CASES, **padding.CASES,
 }  # fmt: skip
 
 

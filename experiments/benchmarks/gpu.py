@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from experiments.benchmarks import evaluation, geneval, models, peers, runner
+from experiments.benchmarks import evaluation, geneval, models, peers, runner, tokenizers
 from experiments.benchmarks.attention import both_ways, heads_of, plan_table
 from experiments.benchmarks.blocks import Blocks, ratio
 from experiments.benchmarks.blocks import measure as measure_blocks
@@ -383,6 +383,9 @@ GOALS: dict[str, Goal | None] = {
     "h12_loss_memory": Goal(4.0, "x"),
     "fid_features": Goal(0.95, ""),
     "geneval_scoring": Goal(3.0, "x"),
+    "code_search": Goal(1.0, "x"),
+    "code_search_any_length": Goal(1.0, "x"),
+    "vq_encode_share": Goal(0.95, ""),
 }
 CASES: dict[str, Case] = {
     "h1_train": partial(train, share=False),
@@ -402,6 +405,7 @@ CASES: dict[str, Case] = {
     "h12_loss_memory": loss_memory,
     **evaluation.CASES,
     **geneval.CASES,
+    **tokenizers.CASES,
 }
 
 

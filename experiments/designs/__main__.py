@@ -22,8 +22,6 @@ from experiments.designs.table import DESIGNS, WORLDS, World, chosen
 from unimodal.environment import describe_installation
 from unimodal.files import write_atomically
 
-SEEDS = 3
-
 
 def main(argv: list[str] | None = None) -> int:
     """Plan, train, score, report."""
@@ -31,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for runs, scores and the report")
     parser.add_argument("--world", choices=tuple(WORLDS), default="digits", help="what is drawn and read (digits)")
     parser.add_argument("--only", nargs="+", metavar="DESIGN", help="train these alone")
-    parser.add_argument("--seeds", type=int, help=f"runs a design ({SEEDS}; 1 with --quick)")
+    parser.add_argument("--seeds", type=int, help="runs a design (the world's own; 1 with --quick)")
     parser.add_argument("--steps", type=int, help="optimizer steps a run (the world's own)")
     parser.add_argument("--quick", action="store_true", help="fewer steps, one seed")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the threads (1)")
@@ -39,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     world: World = WORLDS[args.world]
     steps = (world.quick_steps if args.quick else world.steps) if args.steps is None else args.steps
-    seeds = (1 if args.quick else SEEDS) if args.seeds is None else args.seeds
+    seeds = (1 if args.quick else world.seeds) if args.seeds is None else args.seeds
     for name, value, least in (("--steps", steps, 3), ("--seeds", seeds, 1), ("--jobs", args.jobs, 1)):
         if value < least:
             parser.error(f"{name}: expected at least {least}, got {value}")
@@ -54,6 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     describe(mine, budget)
     if args.plan:
         return 0
+    there = args.out / "rows.json"
+    reported = {row["world"] for row in json.loads(there.read_text())} if there.is_file() else {world.name}
+    if reported != {world.name}:
+        parser.error(
+            f"--out: expected a folder of the {world.name}, got {args.out}, with a report on {', '.join(reported)}"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / ".lock").open("w") as lock:
         try:

@@ -22,7 +22,10 @@ from unimodal.files import write_atomically
 
 Row = dict[str, Any]
 
-TEACHER = {"digits_representation": ("experiments.digits.teacher", "digits_teacher/encoder.safetensors")}
+TEACHER = {
+    f"{world}_representation": (f"experiments.{world}.teacher", f"{world}_teacher/encoder.safetensors")
+    for world in ("digits", "shapes")
+}
 """Tokenizers whose frozen encoder is trained first: the module that does, and its file."""
 FIRST_SEED = 1000
 """Added to the seed in a first stage: the second must not see the same documents again."""
@@ -65,6 +68,11 @@ class Run:
         return f"{self.design.name}-{self.seed}-{self.steps}"
 
     @property
+    def tokenizer(self) -> str | None:
+        """Recipe of the tokenizer that is trained before."""
+        return self.world.tokenizer(self.design)
+
+    @property
     def steps(self) -> int:
         """Of all stages."""
         return sum(stage.steps for stage in self.stages)
@@ -93,7 +101,9 @@ def plan(design: Design, world: World, seed: int, steps: int) -> Run:
     if design.first is None:
         return Run(design, world, seed, (_stage("run", own, steps),))
     before = round(steps * design.first.share)
-    begin = merged(merged(own, design.first.changes), {"seed_everything": FIRST_SEED + seed})
+    begin = own
+    for more in (design.first.changes, world.reading, {"seed_everything": FIRST_SEED + seed}):
+        begin = merged(begin, more)
     end = merged(own, training(freeze=list(design.first.kept)))
     return Run(design, world, seed, (_stage("first", begin, before), _stage("run", end, steps - before)))
 
@@ -131,16 +141,16 @@ class Runner:
         left = [steps for steps in points if not self._page(run, steps).is_file()]
         if not left:
             return
-        if run.design.tokenizer is not None:
+        if run.tokenizer is not None:
             with self._one_tokenizer:
-                self._tokenizer(run.design.tokenizer)
+                self._tokenizer(run.tokenizer)
         starts = list(self._first(run))
         for steps in left:
             self._train(run, run.stages[-1], steps, starts)
             scored, (able, _) = self._page(run, steps).parent, can_compile()
-            asked = ["evaluate", "digits", "--run", str(self.folder(run) / "run"), "--out", str(scored)]
+            asked = [*run.world.scoring, "--run", str(self.folder(run) / "run"), "--out", str(scored)]
             asked += ["--seed", str(run.seed), *(["--compile"] if able else [])]
-            self._unimodal(asked, scored.with_name(f"{scored.name}.log"))
+            self._call([sys.executable, "-m", *asked], scored.with_name(f"{scored.name}.log"))
 
     def _page(self, run: Run, steps: int) -> Path:
         """What scoring writes last."""
@@ -151,8 +161,8 @@ class Runner:
         target = self.folder(run) / "seconds.json"
         if not target.is_file():
             trained = str(self.folder(run) / "run")
-            command = [sys.executable, "-m", "experiments.designs.seconds", trained, "--out", str(target)]
-            self._call(command, target.with_suffix(".log"))
+            command = [sys.executable, "-m", "experiments.designs.seconds", trained, "--world", run.world.name]
+            self._call([*command, "--out", str(target)], target.with_suffix(".log"))
 
     def rows(self, run: Run, flops: float) -> list[Row]:
         """One row at equal FLOPs and one at equal steps, the same scores where both are the whole run.
@@ -203,8 +213,8 @@ class Runner:
     def _train(self, run: Run, stage: Stage, steps: int, options: list[str]) -> None:
         folder = self.folder(run) / stage.name
         settings = dict(stage.config)
-        if run.design.tokenizer is not None:
-            weights = str(self.out / "tokenizers" / run.design.tokenizer / "export")
+        if run.tokenizer is not None:
+            weights = str(self.out / "tokenizers" / run.tokenizer / "export")
             settings = merged(settings, training(tokenizer_weights=weights))
         config, text = folder.with_suffix(".yaml"), yaml.safe_dump(settings, sort_keys=False)
         if folder.is_dir() and config.is_file() and config.read_text(encoding="utf-8") != text:
@@ -242,7 +252,7 @@ class Runner:
         row |= {"parameters": last.cost.parameters, "learning": last.cost.learning}
         row |= json.loads((folder / "seconds.json").read_text())
         row |= {key: scores[key] for name in run.world.scores for key in (name, f"{name}_interval")}
-        row |= {key: scores[key] for key in ("frechet", "frechet_real", "recall", "copies", "guidance")}
+        row |= {key: scores[key] for key in run.world.noted}
         earlier = [json.loads((folder / stage.name / "run.json").read_text())["train_seconds"] for stage in before]
         row["train_seconds"] = scores["train_seconds"] + sum(earlier)
         row["samples"] = str((scored / "samples.png").relative_to(self.out))

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from unimodal.data.digits import caption
+from experiments.designs.table import WORLDS
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part
 from unimodal.export import open_model
@@ -20,13 +20,14 @@ def main(argv: list[str] | None = None) -> int:
     """Time it, write it down."""
     parser = argparse.ArgumentParser("python -m experiments.designs.seconds", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--world", choices=tuple(WORLDS), required=True, help="whose prompts are asked")
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     args = parser.parse_args(argv)
     model = open_model(args.run)
     settings = DecodingSettings("image", max_tokens=0, max_images=1)
-    taken = []
+    prompts, taken = WORLDS[args.world].prompts, []
     for number in range(IMAGES + 1):
-        document = Document((Part(caption(number % 10), learn=False),))
+        document = Document((Part(prompts[number % len(prompts)], learn=False),))
         started = time.perf_counter()
         decode(model, [document], settings, [number])
         taken.append(time.perf_counter() - started)

@@ -6,6 +6,7 @@ Letters: B scans.
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,38 @@ def train(steps: int, seed: int = 0, batch: int = 128) -> tuple[nn.Module, float
     torch.manual_seed(seed)
     model = timm.create_model(NAME, num_classes=10, pretrained=False, dynamic_img_size=True, **OPTIONS)
     images, labels = scans("train")
+    rng = torch.Generator().manual_seed(seed)
+    draws = (torch.randint(len(images), (batch,), generator=rng) for _ in range(steps))
+    fit(model, ((images[at], labels[at]) for at in draws), F.cross_entropy, steps)
+    images, labels = scans("test")
+    with torch.no_grad():
+        accuracy = float((model(images).argmax(1) == labels).float().mean())
+    return model, accuracy
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+) -> None:
+    """Teach a network to say of images what they show, over as many batches as there are steps; it is at rest afterwards."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    rng = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        at = torch.randint(len(images), (batch,), generator=rng)
-        loss = F.cross_entropy(model(images[at]), labels[at])
+    for images, shown in batches:
+        loss = loss_of(model(images), shown)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     model.eval()
-    images, labels = scans("test")
-    with torch.no_grad():
-        accuracy = float((model(images).argmax(1) == labels).float().mean())
-    return model, accuracy
+
+
+def save(model: nn.Module, out: Path, steps: int, accuracy: float) -> None:
+    """Write its weights, say how good it is."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: w.contiguous() for name, w in model.state_dict().items()}, out)
+    print(json.dumps({"weights": str(out), "steps": steps, "accuracy": round(accuracy, 4)}))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,9 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args(argv)
     model, accuracy = train(args.steps)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: w.contiguous() for name, w in model.state_dict().items()}, args.out)
-    print(json.dumps({"weights": str(args.out), "steps": args.steps, "accuracy": round(accuracy, 4)}))
+    save(model, args.out, args.steps, accuracy)
     return 0
 
 

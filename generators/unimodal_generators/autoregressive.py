@@ -60,7 +60,7 @@ class Autoregressive(ImageGenerator):
     """
 
     reads = "previous"
-    accepts: ClassVar = ("discrete",)
+    accepts: ClassVar = ("discrete", "sequence")
     repeats = False
     inpaints = True
     head: CodeHeads
@@ -83,6 +83,11 @@ class Autoregressive(ImageGenerator):
             raise ValueError(f"token_noise: expected a share from 0 to below 1, got {token_noise}")
         if shuffle < 1:
             raise ValueError(f"generator.shuffle: expected at least 1 (no shuffle), got {shuffle}")
+        if layout.kind == "sequence" and (shuffle > 1 or end_of_row):
+            name, value = ("shuffle", shuffle) if shuffle > 1 else ("end_of_row", "true")
+            raise ValueError(
+                f"generator.{name}: expected none with tokens of a sequence, which has no rows, got {value}"
+            )
         if vocabulary == "shared" and (inputs == "codes" or depth is not None):
             raise ValueError("generator.vocabulary: shared rows need inputs: ids and no depth, got another")
         self.layout, self.token_noise, self.sampling = layout, token_noise, sampling

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import UnionType
 from typing import (
+    TYPE_CHECKING,
     Any,
     ClassVar,
     Literal,
@@ -29,6 +30,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout
+
+if TYPE_CHECKING:
+    from unimodal_generators.masked_text import MaskedText
 
 
 class TokenKind(IntEnum):
@@ -311,6 +315,10 @@ class ImageGenerator(nn.Module, ABC):
     image_ids: int = 0  # rows that are added to the model's vocabulary for this generator
     layout: TokenLayout
     sampling: SamplingSettings
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: MaskedText | None = None  # how learned text is hidden; without, it is learned token by token
 
     def bind(self, tokenizer: ImageTokenizer, rows: Callable[[], ImageRows] | None = None) -> None:
         """Called once by the model: its tokenizer, for what tokens say, and the rows of `image_ids`.

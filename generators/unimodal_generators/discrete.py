@@ -23,7 +23,7 @@ class Discrete(ImageGenerator):
         inputs: what is read of an id: a learned row ("ids"), or its code vector through an MLP ("codes", as Janus does).
     """
 
-    accepts: ClassVar = ("discrete",)
+    accepts: ClassVar = ("discrete", "sequence")
 
     def __init__(self, layout: TokenLayout, width: int, inputs: Literal["ids", "codes"]) -> None:
         super().__init__()

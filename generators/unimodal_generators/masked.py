@@ -3,17 +3,16 @@
 MaskGIT (arXiv 2202.04200), Show-o (arXiv 2408.12528), UniDisc (arXiv 2503.20853), MMaDA (arXiv 2505.15809).
 
 Letters: N images, T ids of all of them, n of one of them, k hidden ones of it, M hidden ones of all, V entries of the
-codebook, C width, R documents of a session, G guidance branches, K steps; r from 0 (all hidden) to 1 (none).
+codebook, C width, R documents of a session, G guidance branches, K steps.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unimodal_generators.base import (
@@ -28,43 +27,10 @@ from unimodal_generators.base import (
     TokenKind,
     per_token,
 )
-from unimodal_generators.choice import ChoiceSettings, choose, gumbel
 from unimodal_generators.discrete import Discrete
+from unimodal_generators.masked_text import MaskedText
+from unimodal_generators.unmasking import MaskedSettings, hidden_count, masked_settings, schedule_named, unmask
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
-
-Schedule = Callable[[float], float]
-
-SCHEDULES: dict[str, Schedule] = {
-    "cosine": lambda r: math.cos(math.pi / 2 * r),
-    "linear": lambda r: 1 - r,
-    "square": lambda r: 1 - r**2,
-    "cubic": lambda r: 1 - r**3,
-    "root": lambda r: 1 - math.sqrt(r),
-}
-"""gamma(r), the share of ids that are hidden at r: from 1 down to 0 (MaskGIT, section 3.3)."""
-
-
-@dataclass(frozen=True)
-class MaskedSettings(ChoiceSettings):
-    """How hidden ids are drawn, and which of them stay.
-
-    Args:
-        steps: network evaluations, exactly; at most one an id of the image.
-        temperature: 0 takes the likeliest ids, those the model is surest of first: nothing is random.
-        top_k: 0 is all.
-        top_p: 1 is all.
-        choice_temperature: of the Gumbel noise on the log-probabilities that say which ids stay; it falls linearly to 0.
-    """
-
-    steps: int = 8
-    choice_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps: expected 1 or more, got {self.steps}")
-        if not 0 <= self.choice_temperature < math.inf:
-            raise ValueError(f"choice_temperature: expected 0 (no noise) or more, got {self.choice_temperature}")
 
 
 class Masked(Discrete):
@@ -81,6 +47,7 @@ class Masked(Discrete):
             hidden in its image and counts all ids, which with the linear schedule bounds the negative log-likelihood of
             an id (UniDisc, MMaDA: 1 / t).
         sampling: defaults of the sampler.
+        text: how text is learned masked too (UniDisc, MMaDA); None learns it token by token (Show-o).
     """
 
     reads: Literal["own", "previous"] = "own"
@@ -95,17 +62,17 @@ class Masked(Discrete):
         schedule: str = "cosine",
         weighting: Literal["hidden", "bound"] = "hidden",
         sampling: MaskedSettings = MaskedSettings(),
+        text: Callable[[int], MaskedText] | None = None,
     ) -> None:
         super().__init__(layout, width, inputs)
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule}")
-        self.schedule, self.weighting, self.sampling = SCHEDULES[schedule], weighting, sampling
+        self.schedule, self.weighting, self.sampling = schedule_named(schedule), weighting, sampling
+        self.text = None if text is None else text(width)
         self.hidden = nn.Parameter(0.02 * torch.randn(width))  # read in place of a hidden id
 
     def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
         """One private block: ceil(gamma(r) n) ids of it are hidden (MaskGIT, section 3.1); its time is the share shown."""
         n = grid.length
-        k = max(1, math.ceil(self.schedule(rng.random()) * n))
+        k = hidden_count(self.schedule, rng.random(), n)
         seed, targets = int(rng.integers(2**63)), k if self.weighting == "hidden" else n
         return [replace(self._block(grid), time=1 - k / n, seed=seed, n_targets=targets)]
 
@@ -156,37 +123,22 @@ class Masked(Discrete):
         rngs: Sequence[torch.Generator],
         known: Known | None = None,
     ) -> Iterator[ImageTokens]:
-        """Draw all hidden ids, keep the surest, hide the rest again, K times (MaskGIT, section 3.2).
-
-        A preview a step: what is kept, and what was drawn for the rest. Given ids are kept from the start.
-        """
-        if not isinstance(settings, MaskedSettings):
-            raise ValueError(f"sampling: expected MaskedSettings, got {type(settings).__name__}")
-        lengths, device, steps = [grid.length for grid in grids], self.hidden.device, settings.steps
-        if steps > min(lengths):
-            raise ValueError(f"steps: expected at most one an id ({min(lengths)}), got {steps}")
+        """`unmask` with a peek a step; previews are what it yields. Given ids are kept from the start."""
+        settings = masked_settings(settings)
+        lengths, device = [grid.length for grid in grids], self.hidden.device
         masked = torch.ones(sum(lengths), dtype=torch.bool) if known is None else ~known.mask.cpu()  # (T,)
-        left = [remaining(self.schedule, int(m.sum()), steps) for m in masked.split(lengths)]  # a list an image
-        masked = masked.to(device)
-        ids = torch.full_like(masked, self.entries, dtype=torch.long)
+        ids = torch.full_like(masked, self.entries, dtype=torch.long, device=device)
         if known is not None:
-            ids = torch.where(masked, ids, known.tokens.values.to(device))
+            ids = torch.where(masked.to(device), ids, known.tokens.values.to(device))
         blocks = [self._block(grid) for grid in grids]
-        drawing = [rng for rng, n in zip(rngs, lengths, strict=True) for _ in range(n)]  # of each id
-        for i in range(steps):
+
+        def score(ids: Int[Tensor, " T"], step: int) -> Float[Tensor, "T V"]:
             corrupted = Corrupted(ids, self.hidden.new_zeros(len(grids)), tuple(grids))
-            hidden = session.peek(self.embed(corrupted), blocks, settings.active(i / steps))  # (G, T, C)
-            logits = settings.guide(self.logits(self._read(hidden, session, lengths)))  # (T, V)
-            drawn = choose(logits, drawing, settings.temperature, settings.top_k, settings.top_p)
-            sure = confidence(logits, drawn)
-            heat = settings.choice_temperature * (1 - (i + 1) / steps) if settings.temperature else 0.0
-            if heat:
-                noise = [gumbel([rng], n)[0] for rng, n in zip(rngs, lengths, strict=True)]
-                sure = sure + heat * torch.cat(noise).to(device)
-            drawn = torch.where(masked, drawn, ids)
+            hidden = session.peek(self.embed(corrupted), blocks, settings.active(step / settings.steps))  # (G, T, C)
+            return settings.guide(self.logits(self._read(hidden, session, lengths)))
+
+        for drawn in unmask(score, ids, masked, lengths, self.schedule, settings, rngs, self.entries):
             yield ImageTokens(drawn, tuple(grids))
-            masked = least(sure.masked_fill(~masked, torch.inf), lengths, [counts[i] for counts in left])
-            ids = drawn.masked_fill(masked, self.entries)
 
     def _read(
         self, hidden: Float[Tensor, "G T C"], session: DecodingSession, lengths: Sequence[int]
@@ -215,29 +167,3 @@ class ParallelNext(Masked):
         before = session.last[: len(hidden)].split(1, dim=1)  # R of (G, 1, C)
         images = hidden.split(list(lengths), dim=1)
         return torch.cat([x for last, own in zip(before, images, strict=True) for x in (last, own[:, :-1])], dim=1)
-
-
-def remaining(schedule: Schedule, hidden: int, steps: int) -> list[int]:
-    """How many of `hidden` ids are still hidden after each step: floor(gamma(i / K) hidden), and 0 at the end.
-
-    Every step shows one at least and leaves one for each that follows, while there are so many.
-    """
-    counts, left = [], hidden
-    for i in range(1, steps + 1):
-        left = max(min(math.floor(schedule(i / steps) * hidden), left - 1), min(left, steps - i))
-        counts.append(left)
-    return counts
-
-
-def confidence(logits: Float[Tensor, "T V"], ids: Int[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """log p(id), in float64."""
-    return logits.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
-
-
-def least(scores: Float[Tensor, " T"], lengths: Sequence[int], counts: Sequence[int]) -> Bool[Tensor, " T"]:
-    """Which tokens are among the so many lowest of their image; of equal ones, the first."""
-    chosen = []
-    for one, count in zip(scores.split(list(lengths)), counts, strict=True):
-        lowest = one.argsort(stable=True)[:count]
-        chosen.append(torch.zeros_like(one, dtype=torch.bool).index_fill(0, lowest, True))
-    return torch.cat(chosen)

@@ -178,7 +178,7 @@ def test_what_writes_to_the_residual_stream_begins_smaller() -> None:
 
 def packed(model: UnifiedModel, documents: Sequence[Document], bucket: int = 64, first: int = 0) -> PackedSequence:
     sequenced = [model.sequencer.document(d, (0, 0, first + i), train=False) for i, d in enumerate(documents)]
-    return pack(sequenced, model.backbone.config.experts, model.generator.reads, (0, 0), bucket)
+    return pack(sequenced, model.backbone.config.experts, model.generator.reads, bucket)
 
 
 def recorded(model: UnifiedModel) -> list[tuple[Tensor, Tensor]]:
@@ -257,7 +257,7 @@ def test_training_adds_a_mean_over_tokens_and_logs_it(make: Make, mixed: list[Do
     p = packed(model, mixed)
     assert p.counts["router"] == len(p) == sum(p.tokens)
     training, logged = module(model)
-    loss = training.training_step(p.announce(p.counts, (0, 0)), 0)
+    loss = training.training_step(p.announce(p.counts), 0)
     means = {name: term.sum / term.count for name, term in model(p).items()}
     assert set(means) == {"text", "image", "router"}
     torch.testing.assert_close(loss, sum(means.values()))
@@ -288,7 +288,7 @@ def test_accumulated_packs_weigh_by_their_tokens(make: Make, mixed: list[Documen
     expected.backward()
     training, _ = module(theirs, accumulate=2)
     for i, p in enumerate(packs):
-        (training.training_step(p.announce(counts, (0, 0)), i) / 2).backward()
+        (training.training_step(p.announce(counts), i) / 2).backward()
     for (name, ours), other in zip(model.named_parameters(), theirs.parameters(), strict=True):
         if ours.requires_grad:
             torch.testing.assert_close(other.grad, ours.grad, atol=1e-8, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,7 +1,8 @@
 """Teacher-forced likelihoods are the training loss, and do not depend on what is scored beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,8 @@ from unimodal.documents import Document, Part
 from unimodal.evaluation.likelihood import Likelihood, log_likelihoods
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, pack
-from unimodal_generators.base import Branch
+from unimodal_generators.base import Block, Branch, Grid, TokenKind
+from unimodal_generators.masked_text import HIDDEN, MaskedBlock
 
 Make = Callable[..., UnifiedModel]
 
@@ -34,9 +36,26 @@ def training_loss(model: UnifiedModel, prompt: Document, choice: str, end: bool)
     """The text loss of a packed forward in which the choice alone (and the end, if asked) is learned."""
     tail = () if end else (Part("tail", learn=False),)  # whatever follows keeps the end from being a target
     document = Document((*prompt.parts, Part(choice), *tail))
-    sequenced = model.sequencer.document(document, (0,), train=False)
-    with torch.no_grad():
-        return float(model(pack([sequenced], model.backbone.config.experts, model.generator.reads))["text"].sum)
+
+    def loss() -> float:
+        sequenced = model.sequencer.document(document, (0,), train=False)
+        with torch.no_grad():
+            return float(model(pack([sequenced], model.backbone.config.experts, model.generator.reads))["text"].sum)
+
+    if (masked := model.generator.text) is None:
+        return loss()
+    total = 0.0
+    for j in range(masked.block):  # the j-th id of every block, all behind it hidden
+
+        def plan(ids: Sequence[int], ends: Sequence[int], rng: np.random.Generator, j: int = j) -> MaskedBlock:
+            own = [*ids[: j + 1], *[HIDDEN] * (masked.block - len(ids[: j + 1]))]
+            block = Block(Grid(1, masked.block), TokenKind.TEXT, True, True, n_targets=int(j < len(ids)))
+            return MaskedBlock(tuple(own), tuple(i == j < len(ids) for i in range(masked.block)), block)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(masked, "plan", plan)
+            total += loss()
+    return total
 
 
 @pytest.mark.parametrize("end", [False, True])

@@ -19,7 +19,7 @@ from unimodal.packing import Run, pack, to_tensor
 from unimodal_generators import Autoregressive, FlowSettings, Masked, MaskedSettings, ParallelNext
 from unimodal_generators.base import Block, Branch, Corrupted, Embeddings, Grid, ImageTokens, Known, TokenKind
 from unimodal_generators.choice import choose
-from unimodal_generators.masked import SCHEDULES, least, remaining
+from unimodal_generators.unmasking import SCHEDULES, least, remaining
 from unimodal_tokenizers.base import TokenLayout
 
 V, HIDDEN = 16, 16  # ids are 0 to 15

@@ -54,6 +54,27 @@ def test_grid_counts_strides_and_refuses_other_sizes() -> None:
             layout.grid(*size)
 
 
+def test_a_layout_knows_the_size_of_its_grids() -> None:
+    rows = TokenLayout("sequence", dim=3, stride=2, codebooks=(8,), length=5, image=(8, 12))
+    for layout in (TokenLayout("discrete", 3, 4, (8,)), rows):
+        assert layout.size(layout.grid(8, 12)) == (8, 12)
+    assert rows.grid(8, 12) == Grid(1, 5)
+    with pytest.raises(ValueError, match=r"image size: expected 8x12, .* got 12x8 pixels"):
+        rows.grid(12, 8)
+    for wrong in ({"length": 5}, {"image": (8, 8)}, {"kind": "sequence"}, {"kind": "sequence", "length": 5}):
+        with pytest.raises(ValueError, match="layout: expected length and image of a sequence"):
+            TokenLayout(**{"kind": "discrete", "dim": 3, "stride": 4, **wrong})
+
+
+def test_a_prefix_holds_the_first_tokens_of_every_image() -> None:
+    tokens = numbered([Grid(1, 5), Grid(1, 3)])
+    assert tokens.prefix(2).values.tolist() == [0, 1, 5, 6]
+    assert tokens.prefix(2).grids == (Grid(1, 2),) * 2
+    for wrong, count in ((tokens, 4), (tokens, 0), (numbered([Grid(2, 2)]), 1)):
+        with pytest.raises(ValueError, match="count: expected from 1 to as many tokens as each sequence has"):
+            wrong.prefix(count)
+
+
 def test_images_of_several_sizes_keep_their_order() -> None:
     rng = torch.Generator().manual_seed(0)
     images = [torch.randn(3, *size, generator=rng) for size in [(4, 4), (2, 6), (4, 4), (6, 2)]]

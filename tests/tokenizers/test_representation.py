@@ -38,14 +38,16 @@ def test_tokens_are_the_encoder_s_patch_features() -> None:
     assert tokens.grids == (Grid(4, 4),) * 4
     assert (tokenizer.layout.kind, tokenizer.layout.dim, tokenizer.layout.stride) == ("continuous", 16, 2)
     with torch.no_grad():
-        features = tokenizer.encoder.forward_features(images() / 2 / 0.5)[:, 1:]  # mean and deviation 0.5 of [0, 1]
+        features = tokenizer.encoder.network.forward_features(images() / 2 / 0.5)[
+            :, 1:
+        ]  # mean and deviation 0.5 of [0, 1]
     torch.testing.assert_close(tokens.values, features.flatten(0, 1) / (1 + 1e-5) ** 0.5)  # statistics begin as 0, 1
 
 
 @pytest.mark.parametrize("dim", [None, 3])
 def test_stored_statistics_normalise_every_channel(dim: int | None) -> None:
     tokenizer = made(dim=dim).train()
-    assert not tokenizer.encoder.training
+    assert not tokenizer.encoder.network.training
     for _ in range(400):  # 0.98 ** 400 of the first guess is left
         tokenizer(images(16))
     tokenizer.eval()
@@ -99,7 +101,7 @@ def test_only_the_decoder_learns(tmp_path: Path) -> None:
     assert float(runner.callback_metrics["val/psnr"]) > before + 1
     assert float(runner.callback_metrics["train/loss"]) == float(runner.callback_metrics["train/l2"])
     assert "val/codebook_usage" not in runner.callback_metrics
-    own = model.tokenizer.encoder.state_dict()
+    own = model.tokenizer.encoder.network.state_dict()
     assert all(torch.equal(own[name], value) for name, value in teacher.state_dict().items() if name in own)
     config = {
         "class_path": "unimodal_tokenizers.Representation",
@@ -115,8 +117,8 @@ def test_only_the_decoder_learns(tmp_path: Path) -> None:
 def test_encoder_weights_that_cannot_be_are_refused(tmp_path: Path) -> None:
     tokenizer = made()
     with pytest.raises(ValueError, match=r"encoder_weights: .*none\.safetensors is missing"):
-        tokenizer.load_encoder(tmp_path / "none.safetensors")
-    state = {name: w.clone() for name, w in tokenizer.encoder.state_dict().items()}
+        tokenizer.encoder.load(tmp_path / "none.safetensors")
+    state = {name: w.clone() for name, w in tokenizer.encoder.network.state_dict().items()}
     for wrong, message in (
         ({**state, "extra": torch.zeros(1)}, "does not fit vit_tiny_patch16_224: extra"),
         ({name: w for name, w in state.items() if name != "pos_embed"}, "pos_embed"),
@@ -124,9 +126,9 @@ def test_encoder_weights_that_cannot_be_are_refused(tmp_path: Path) -> None:
     ):
         save_file(wrong, tmp_path / "wrong.safetensors")
         with pytest.raises(ValueError, match=message):
-            tokenizer.load_encoder(tmp_path / "wrong.safetensors")
+            tokenizer.encoder.load(tmp_path / "wrong.safetensors")
     vq = GridTokenizer(VectorQuantizer(64, 4), channels=[8, 16], blocks=1)
-    with pytest.raises(ValueError, match="encoder_weights: expected none for a GridTokenizer"):
+    with pytest.raises(ValueError, match="encoder_weights: expected none for this GridTokenizer"):
         TokenizerTraining(vq, lr=1.0, l1_weight=1.0, l2_weight=0.0, encoder_weights=tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError, match="got PatchTokenizer"):
         TokenizerTraining(PatchTokenizer(2), lr=1.0, l1_weight=1.0, l2_weight=0.0)
@@ -141,6 +143,33 @@ def test_encoder_weights_that_cannot_be_are_refused(tmp_path: Path) -> None:
 def test_encoders_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Representation(**{"encoder": NAME, "options": OPTIONS, **settings})
+
+
+def test_the_decoder_learns_from_noised_tokens() -> None:
+    """Half normal deviations an image, anew each batch, none outside training; resumed, the same."""
+    tokenizer = made(noise=0.5).train()
+    zeros = torch.zeros(400, 4, 16)
+    state = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    first, second = tokenizer._noised(zeros), tokenizer._noised(zeros)
+    assert not torch.equal(first, second)
+    assert float(first.square().mean()) == pytest.approx(0.25, rel=0.2)
+    assert float(first.std((1, 2)).std()) > 0.1  # not one for all
+    tokenizer.load_state_dict({**state, "steps": torch.tensor(1)})
+    assert torch.equal(tokenizer._noised(zeros), second)
+    assert not torch.equal(tokenizer(images()).images, tokenizer.decode(tokenizer.encode(images())))
+    tokenizer.eval()
+    assert torch.equal(tokenizer(images()).images, tokenizer.decode(tokenizer.encode(images())))
+    with pytest.raises(ValueError, match="noise: expected at least 0, got -1"):
+        made(noise=-1.0)
+
+
+def test_a_projection_to_few_channels_learns_with_the_decoder() -> None:
+    tokenizer = made(dim=2).train()
+    assert tokenizer.encode(images()).values.shape == (64, 2)
+    (tokenizer(images()).images - images()).square().mean().backward()
+    learned = {name: p for name, p in tokenizer.named_parameters() if p.requires_grad}
+    assert "project.weight" in learned
+    assert not [name for name, p in learned.items() if p.grad is None or not p.grad.any()]
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

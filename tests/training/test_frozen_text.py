@@ -70,9 +70,9 @@ def learn(module: UnifiedTraining, documents: list[Document], steps: int = 4) ->
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.3}
     for step in range(steps):
         sequenced = [model.sequencer.document(d, (0, 0, i)) for i, d in enumerate(documents)]
-        packed = pack(sequenced, FULL, model.generator.reads, (0, 0))
+        packed = pack(sequenced, FULL, model.generator.reads)
         optimizer.zero_grad()
-        loss = module.training_step(packed.announce(packed.counts, (0, 0)), step + 1)
+        loss = module.training_step(packed.announce(packed.counts), step + 1)
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))

@@ -46,7 +46,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def packed(model: UnifiedModel, documents: list[Document], bucket: int = BUCKET) -> PackedSequence:
     sequenced = [model.sequencer.document(d, (0, 0, i), train=False) for i, d in enumerate(documents)]
-    return pack(sequenced, model.backbone.config.experts, model.generator.reads, (0, 0), bucket)
+    return pack(sequenced, model.backbone.config.experts, model.generator.reads, bucket)
 
 
 # ---- counting

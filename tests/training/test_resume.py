@@ -134,8 +134,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize(("accumulate", "stop"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
-@pytest.mark.parametrize("kind", ["unified", "tokenizer"])
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "stop"),
+    [("unified", 1, signal.SIGINT), ("unified", 2, signal.SIGTERM), ("tokenizer", 1, signal.SIGUSR1),
+     ("tokenizer", 2, signal.SIGTERM)],
+)  # fmt: skip
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     kind: str, accumulate: int, stop: signal.Signals, whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,13 +181,13 @@ def test_the_position_counts_what_was_consumed(whole: Any, tmp_path: Path) -> No
         folder.parent.mkdir()
         watched = Watched("unified", stop=signal.SIGTERM, at=3)
         assert watched.run(folder, *options, str(workers)) == 143
-        positions.append(last(folder)["DigitsData"]["position"])
+        positions.append(last(folder)["DigitsData"]["lanes"])
         rest = Watched("unified")
         assert rest.run(folder, *options, str(1 - workers), "--ckpt_path", "last") == 0
         assert watched.seen + rest.seen == expected
         compare(undisturbed, folder)
-    assert positions[0] == positions[1] != [0, 0]
-    assert last(undisturbed)["DigitsData"]["position"] > positions[0]
+    assert positions[0] == positions[1] != [[0]]
+    assert last(undisturbed)["DigitsData"]["lanes"] > positions[0]
 
 
 def test_a_checkpoint_in_mid_run_is_where_it_says(whole: Any, tmp_path: Path) -> None:
@@ -192,7 +195,7 @@ def test_a_checkpoint_in_mid_run_is_where_it_says(whole: Any, tmp_path: Path) ->
     undisturbed, expected = whole("unified", 2)
     folder = tmp_path / "run"
     watched = Watched("unified", stop=signal.SIGTERM, at=5)
-    options = ["--trainer.accumulate_grad_batches", "2", "--checkpoint.save_top_k", "-1"]
+    options = ["--trainer.accumulate_grad_batches", "2", "--checkpoint.keep_last", "9"]
     assert watched.run(folder, *options) == 143
     periodic = sorted(path.name for path in (folder / "checkpoints").glob("step_*.ckpt"))
     assert periodic == ["step_000002.ckpt", "step_000004.ckpt", "step_000006.ckpt"]

@@ -166,9 +166,9 @@ def trained_on(
     average.on_fit_start(trainer, module)
     for step in range(steps):
         sequenced = [model.sequencer.document(d, (0, step, i)) for i, d in enumerate(documents)]
-        packed = pack(sequenced, model.backbone.config.experts, model.generator.reads, (0, 0))
+        packed = pack(sequenced, model.backbone.config.experts, model.generator.reads)
         optimizer.zero_grad()
-        module.training_step(packed.announce(packed.counts, (0, 0)), step + 1).backward()
+        module.training_step(packed.announce(packed.counts), step + 1).backward()
         optimizer.step()
         trainer.global_step += 1
         average.on_train_batch_end(trainer, module)

@@ -57,7 +57,7 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 
 def packed(model: UnifiedModel, documents: Sequence[Document]) -> PackedSequence:
     sequenced = [model.sequencer.document(d, (0, 0, i), train=False) for i, d in enumerate(documents)]
-    return pack(sequenced, model.backbone.config.experts, model.generator.reads, (0, 0))
+    return pack(sequenced, model.backbone.config.experts, model.generator.reads)
 
 
 def training(model: UnifiedModel, accumulate: int = 1, **settings: Any) -> UnifiedTraining:
@@ -74,7 +74,7 @@ def gradients(model: UnifiedModel, packs: list[PackedSequence], **settings: Any)
     module = training(copy.deepcopy(model).double(), len(packs), **settings)
     counts = {name: sum(p.counts[name] for p in packs) for name in ("text", "image")}
     for i, p in enumerate(packs):
-        (module.training_step(p.announce(counts, (0, 0)), i + 1) / len(packs)).backward()
+        (module.training_step(p.announce(counts), i + 1) / len(packs)).backward()
     return {n: p.grad for n, p in module.model.named_parameters() if p.grad is not None}
 
 
@@ -89,7 +89,7 @@ def test_two_micro_batches_are_one_step_over_both(model: UnifiedModel, mixed: li
 
     def one(documents: list[Document]) -> PackedSequence:
         sequenced = [model.sequencer.document(d, (0, 0, keys[id(d)]), train=False) for d in documents]
-        return pack(sequenced, model.backbone.config.experts, model.generator.reads, (0, 0))
+        return pack(sequenced, model.backbone.config.experts, model.generator.reads)
 
     together = gradients(model, [one([*first, *second])], **weights)
     apart = gradients(model, [one(first), one(second)], **weights)
@@ -104,7 +104,7 @@ def test_two_micro_batches_are_one_step_over_both(model: UnifiedModel, mixed: li
 
 def test_the_loss_is_a_weighted_sum_of_two_means(model: UnifiedModel, mixed: list[Document]) -> None:
     p = packed(model, mixed)
-    p = p.announce(p.counts, (0, 0))
+    p = p.announce(p.counts)
     with torch.no_grad():
         terms = model(p)
         loss = training(model, text_weight=0.5, image_weight=3.0).training_step(p, 1)
@@ -118,7 +118,7 @@ def test_every_trained_parameter_gets_a_gradient_and_the_tokenizer_none(make: Ma
     for generator in ("flow", "autoregressive"):
         model = make(generator)
         p = packed(model, mixed)
-        training(model).training_step(p.announce(p.counts, (0, 0)), 1).backward()
+        training(model).training_step(p.announce(p.counts), 1).backward()
         trained = {n: q for n, q in model.named_parameters() if q.requires_grad}
         assert not [n for n in trained if n.startswith("tokenizer.")]
         dead = [n for n, q in trained.items() if q.grad is None or not q.grad.abs().sum() > 0]
@@ -132,7 +132,7 @@ def test_a_pack_of_one_kind_still_reaches_every_parameter(
     """With a zero where there is nothing to learn from: what data-parallel training needs."""
     model = copy.deepcopy(model)
     p = packed(model, [mixed[kind]])
-    training(model).training_step(p.announce({"text": 100, "image": 100}, (0, 0)), 1).backward()
+    training(model).training_step(p.announce({"text": 100, "image": 100}), 1).backward()
     missing = [n for n, q in model.named_parameters() if q.requires_grad and q.grad is None]
     assert missing == []
 
@@ -334,6 +334,9 @@ def test_tokenizer_weights_are_loaded_frozen_and_checked(tmp_path: Path, capsys:
     assert len(said.splitlines()) == 1
     assert "codebook" in said
     assert "[16, 4], expected [32, 4]" in said
+    nowhere = ["--model.init_args.tokenizer_weights", str(tmp_path / "nowhere")]
+    assert fit(VQ, tmp_path / "missing", *nowhere) == 2
+    assert f"tokenizer_weights: {tmp_path / 'nowhere' / 'model.safetensors'} is missing" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -10,7 +10,10 @@ from unimodal_tokenizers.base import (
     TrainableTokenizer,
     bits_per_token,
 )
+from unimodal_tokenizers.codec import CodecTokenizer
 from unimodal_tokenizers.codes import ChameleonTokenizer, Emu3Tokenizer, JanusTokenizer, MagvitTokenizer
+from unimodal_tokenizers.dynamic import DynamicTokenizer
+from unimodal_tokenizers.frozen import FrozenEncoder
 from unimodal_tokenizers.grid import CodebookTokenizer, GridTokenizer
 from unimodal_tokenizers.kl import KLTokenizer
 from unimodal_tokenizers.latents import DCTokenizer, RAETokenizer, WanTokenizer
@@ -18,12 +21,18 @@ from unimodal_tokenizers.multiscale import MultiscaleVQ
 from unimodal_tokenizers.patch import PatchTokenizer
 from unimodal_tokenizers.pretrained import from_pretrained
 from unimodal_tokenizers.representation import Representation
+from unimodal_tokenizers.semantic import SemanticHead
+from unimodal_tokenizers.sequence import SequenceTokenizer
+from unimodal_tokenizers.staged import StagedTokenizer
 
 __all__ = [
     "ChameleonTokenizer",
     "CodebookTokenizer",
+    "CodecTokenizer",
     "DCTokenizer",
+    "DynamicTokenizer",
     "Emu3Tokenizer",
+    "FrozenEncoder",
     "Grid",
     "GridTokenizer",
     "ImageTokenizer",
@@ -37,6 +46,9 @@ __all__ = [
     "RAETokenizer",
     "Reconstruction",
     "Representation",
+    "SemanticHead",
+    "SequenceTokenizer",
+    "StagedTokenizer",
     "TokenLayout",
     "TrainableTokenizer",
     "WanTokenizer",

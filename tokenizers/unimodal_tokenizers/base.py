@@ -51,18 +51,39 @@ class Grid(NamedTuple):
 class TokenLayout:
     """What a tokenizer's tokens look like: all that generators and packing need to know of it."""
 
-    kind: Literal["continuous", "discrete", "multiscale"]
+    kind: Literal["continuous", "discrete", "multiscale", "sequence"]  # a sequence: ids in one row, of no place
     dim: int  # channels of one token (continuous), or of its code vector (discrete)
-    stride: int  # pixels a token covers along each axis
+    stride: int  # pixels a token covers along each axis; of a sequence, those that its tokenizer takes together
     codebooks: tuple[int, ...] = ()  # entries of each codebook; empty when continuous
     scales: tuple[int, ...] = ()  # rows and columns of each scale of an image whose finest is square; multiscale only
+    length: int = 0  # tokens of an image; sequence only
+    image: tuple[int, int] = (0, 0)  # (height, width) in pixels of every image; sequence only
+
+    def __post_init__(self) -> None:
+        whole, none = self.length >= 1 and min(self.image) >= 1, not self.length and not any(self.image)
+        if not (whole if self.kind == "sequence" else none):
+            raise ValueError(
+                f"layout: expected length and image of a sequence, and of nothing else, got {self.length}, "
+                f"{list(self.image)} of {self.kind} tokens"
+            )
 
     def grid(self, height: int, width: int) -> Grid:
         """Token grid of an image of `height` x `width` pixels."""
+        if self.kind == "sequence":
+            if (height, width) != tuple(self.image):
+                h, w = self.image
+                raise ValueError(
+                    f"image size: expected {h}x{w}, the one this tokenizer has, got {height}x{width} pixels"
+                )
+            return Grid(1, self.length)
         if height % self.stride or width % self.stride or height < 1 or width < 1:
             raise ValueError(f"image size: expected multiples of the stride {self.stride}, got {height}x{width} pixels")
         h, w = height // self.stride, width // self.stride
         return Grid(h, w, tuple((self._side(h, s), self._side(w, s)) for s in self.scales))
+
+    def size(self, grid: Grid) -> tuple[int, int]:
+        """(height, width) in pixels of an image with that grid: the inverse of `grid`."""
+        return self.image if self.kind == "sequence" else (grid.h * self.stride, grid.w * self.stride)
 
     def _side(self, finest: int, scale: int) -> int:
         """Cells of a scale along a side of so many: the share the scale has of the last one, rounded, at least 1."""
@@ -109,6 +130,15 @@ class ImageTokens:
         grids = tuple(grid.first(scales) for grid in self.grids)
         parts = [v[: grid.length] for v, grid in zip(self.values.split(self.lengths), grids, strict=True)]
         return ImageTokens(torch.cat([self.values[:0], *parts]), grids)
+
+    def prefix(self, count: int) -> "ImageTokens":
+        """The same images, of whose sequences only so many first tokens are held; a tokenizer says whether that decodes."""
+        if any(grid.h != 1 or grid.scales or not 1 <= count <= grid.w for grid in self.grids):
+            raise ValueError(
+                f"count: expected from 1 to as many tokens as each sequence has, got {count} of {self.grids}"
+            )
+        parts = [values[:count] for values in self.values.split(self.lengths)]
+        return ImageTokens(torch.cat([self.values[:0], *parts]), (Grid(1, count),) * len(self))
 
     @staticmethod
     def cat(items: Sequence["ImageTokens"]) -> "ImageTokens":

@@ -1,7 +1,8 @@
 """An image as a grid of ids: a convolutional encoder, a quantizer that is passed in, a convolutional decoder.
 
 Letters: B images, H height, W width (pixels); h, w the token grid; N tokens of one image, T of all images end to end, P
-encoder outputs of all of them (B h w); Q codebooks, D channels of an encoder output.
+encoder outputs of all of them (B h w); Q codebooks, D channels of an encoder output, E
+of a text's embedding.
 """
 
 from abc import abstractmethod
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from unimodal_tokenizers.base import Grid, Reconstruction, TokenLayout, TrainableTokenizer
 from unimodal_tokenizers.quantizers.base import Quantized, Quantizer
+from unimodal_tokenizers.semantic import SemanticHead
 
 
 class CodebookTokenizer(TrainableTokenizer):
@@ -121,7 +123,13 @@ class GridTokenizer(CodebookTokenizer):
     """An image as h x w positions, each an id of every codebook that the quantizer has."""
 
     def __init__(
-        self, quantizer: Quantizer, channels: Sequence[int], blocks: int, groups: int = 8, attention: bool = False
+        self,
+        quantizer: Quantizer,
+        channels: Sequence[int],
+        blocks: int,
+        groups: int = 8,
+        attention: bool = False,
+        semantic: SemanticHead | None = None,
     ) -> None:
         """Args:
 
@@ -131,9 +139,31 @@ class GridTokenizer(CodebookTokenizer):
         blocks: residual blocks of the encoder at each resolution (the decoder has one more).
         groups: groups of the group norms; must divide every width.
         attention: whether the middle of both networks attends over the whole image.
+        semantic: what the quantized vectors are to mean.
         """
         super().__init__(quantizer.codebooks, quantizer.dim, channels, blocks, groups, attention)
-        self.quantizer, self.weights = quantizer, quantizer.weights
+        self.quantizer, self.semantic = quantizer, semantic
+        self.weights = {**quantizer.weights, **({} if semantic is None else semantic.weights)}
+        if semantic is not None:
+            semantic.check(quantizer.dim)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"], texts: Float[Tensor, "B E"] | None = None) -> Reconstruction:
+        """Images `(B, 3, H, W)` in [-1, 1] through the quantizer and back, with the terms of the loss.
+
+        Args:
+            images: of one size.
+            texts: embeddings of what is said of each, for a `semantic` that asks for them.
+
+        Raises:
+            ValueError: the stride does not divide the height and width; texts that are missing or not asked for.
+        """
+        grid = self.layout.grid(*images.shape[-2:])
+        quantized = self.quantizer(self._images_to_vectors(images))
+        terms = dict(quantized.terms)
+        if self.semantic is not None:
+            vectors = quantized.quantized.unflatten(0, (-1, grid.length))  # (B, N, D)
+            terms |= self.semantic(vectors, grid, images, texts)
+        return Reconstruction(self._vectors_to_images(quantized.quantized, grid), terms, quantized.counts)
 
     def quantize(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Quantized:
         """Each output by itself."""

@@ -1,22 +1,22 @@
 """Features of a frozen vision encoder as continuous tokens, and a trained decoder that makes pixels of them.
 
 Emu (arXiv 2307.05222) and MetaMorph (arXiv 2412.14164) predict such features; RAE (arXiv 2510.11690) shows that a plain
-transformer decoder brings them back to pixels.
+transformer decoder brings them back to pixels, VUGEN (arXiv 2510.06529) that few channels of them are easier to draw.
 
 Letters: B images, H height, W width (pixels); h, w the token grid, N = h w; p the encoder's patch; E channels of a
 feature, D of a token, C width of the decoder.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unimodal_tokenizers.base import Grid, Reconstruction, TokenLayout, TrainableTokenizer
+from unimodal_tokenizers.frozen import FrozenEncoder
+from unimodal_tokenizers.transformer import Transformer, patches_to_images, places
 
 
 class Representation(TrainableTokenizer):
@@ -24,8 +24,10 @@ class Representation(TrainableTokenizer):
 
     The encoder never learns; the decoder does, and the projection where there is one. Mean and deviation are those of the
     batches seen in training, averaged exponentially, and stored. The encoder begins as random weights:
-    `load_encoder` gives it its own, and an export carries them.
+    `encoder.load` gives it its own, and an export carries them.
     """
+
+    steps: Int64[Tensor, ""]
 
     def __init__(
         self,
@@ -35,6 +37,7 @@ class Representation(TrainableTokenizer):
         decoder_width: int = 256,
         decoder_depth: int = 4,
         decoder_heads: int = 4,
+        noise: float = 0.0,
     ) -> None:
         """Args:
 
@@ -44,92 +47,46 @@ class Representation(TrainableTokenizer):
         decoder_width: of the pixel decoder, a transformer over the token grid; a multiple of 4.
         decoder_depth: its layers.
         decoder_heads: its attention heads.
+        noise: tau of the noise on tokens that the decoder learns to draw from, so that it bears what a generator gets wrong.
+            It depends on a counter among the buffers only.
         """
         super().__init__()
-        # Here, not above: timm takes seconds to import, and whoever trains on pixels never needs it.
-        import timm
-        from timm.models.vision_transformer import Block
-
-        if encoder not in timm.list_models(module="vision_transformer"):
-            raise ValueError(f"encoder: expected a vision transformer's name in timm, without a tag, got {encoder}")
         if decoder_width % 4 or decoder_width % decoder_heads:
             raise ValueError(f"decoder_width: expected a multiple of 4 and of decoder_heads, got {decoder_width}")
-        self.name = encoder
+        if noise < 0:
+            raise ValueError(f"noise: expected at least 0, got {noise}")
+        self.encoder = FrozenEncoder(encoder, options)
         self.weights = {}  # nothing but the reconstruction
-        options = {"dynamic_img_size": True, **(options or {})}
-        self.encoder = timm.create_model(encoder, pretrained=False, num_classes=0, **options)
-        self.encoder.requires_grad_(False).eval()
-        width: int = self.encoder.embed_dim
-        (p, q) = self.encoder.patch_embed.patch_size
-        if p != q:
-            raise ValueError(f"encoder: expected square patches, got {p} x {q}")
+        width, p = self.encoder.layout.dim, self.encoder.layout.stride
         self.layout = TokenLayout("continuous", dim=dim or width, stride=p)
-        of = self.encoder.pretrained_cfg  # what its pixels are normalised by
-        self.register_buffer("pixel_mean", torch.tensor(of["mean"])[:, None, None], persistent=False)  # (3, 1, 1)
-        self.register_buffer("pixel_std", torch.tensor(of["std"])[:, None, None], persistent=False)
         self.project = nn.Identity() if dim is None else nn.Linear(width, dim, bias=False)
         self.normalise = nn.BatchNorm1d(self.layout.dim, affine=False, momentum=0.02)
+        self.noise = noise
         self.token_in = nn.Linear(self.layout.dim, decoder_width)
-        self.decoder = nn.Sequential(*(Block(decoder_width, decoder_heads) for _ in range(decoder_depth)))
-        self.norm = nn.LayerNorm(decoder_width)
+        self.decoder = Transformer(decoder_width, decoder_depth, decoder_heads)
         self.pixels_out = nn.Linear(decoder_width, 3 * p * p)
-
-    pixel_mean: Float[Tensor, "3 1 1"]
-    pixel_std: Float[Tensor, "3 1 1"]
-
-    def load_encoder(self, path: Path) -> None:
-        """The encoder's weights, from a safetensors file with timm's names; a classification head is left out.
-
-        Raises:
-            ValueError: the file is missing or damaged, or does not fit.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            weights = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"encoder_weights: {path} is missing or no safetensors file ({error})") from error
-        weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
-        own = self.encoder.state_dict()
-        wrong = sorted(own.keys() ^ weights.keys()) or [n for n in own if own[n].shape != weights[n].shape]
-        if wrong:
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise ValueError(f"encoder_weights: {path} does not fit {self.name}: {', '.join(wrong[:5])}{more}")
-        self.encoder.load_state_dict(weights)
-
-    def train(self, mode: bool = True) -> "Representation":
-        """The encoder stays in evaluation mode."""
-        super().train(mode)
-        self.encoder.eval()
-        return self
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training batches that got noise
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Reconstruction:
         """Images `(B, 3, H, W)` in [-1, 1] to tokens and back, for training the decoder."""
         grid = self.layout.grid(*images.shape[-2:])
-        return Reconstruction(self.decode_batch(self.encode_batch(images), grid))
+        tokens = self.encode_batch(images)
+        return Reconstruction(self.decode_batch(self._noised(tokens) if self.training and self.noise else tokens, grid))
 
     @property
     def last_layer(self) -> nn.Parameter:
         """The linear layer that makes pixels."""
         return self.pixels_out.get_parameter("weight")
 
-    def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N E"]:
-        """What the encoder says of each patch; class and register tokens are left out.
+    def encode_batch(
+        self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator | None = None
+    ) -> Float[Tensor, "B N D"]:
+        """Images in [-1, 1] to normalised features; `rng` is not used. In training mode the batch's own statistics.
 
         Raises:
             ValueError: the patch does not divide the image's height and width.
         """
-        self.layout.grid(*images.shape[-2:])
-        with torch.no_grad():
-            pixels = ((images + 1) / 2 - self.pixel_mean) / self.pixel_std
-            return self.encoder.forward_features(pixels)[:, self.encoder.num_prefix_tokens :]
-
-    def encode_batch(
-        self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator | None = None
-    ) -> Float[Tensor, "B N D"]:
-        """Images in [-1, 1] to normalised features; `rng` is not used. In training mode the batch's own statistics."""
-        tokens = self.project(self.features(images))
+        tokens = self.project(self.encoder(images))
         return self.normalise(tokens.flatten(0, 1)).view_as(tokens)  # (B, N, D)
 
     def decode_batch(
@@ -140,21 +97,22 @@ class Representation(TrainableTokenizer):
         Raises:
             ValueError: the tokens are not h w vectors of D channels an image.
         """
-        from timm.layers import build_sincos2d_pos_embed
-
         expected = (grid.length, self.layout.dim)
         if tuple(tokens.shape[1:]) != expected:
             raise ValueError(f"tokens: expected (N, D) = {expected} an image, got {tuple(tokens.shape[1:])}")
-        weight = self.token_in.weight
-        places = build_sincos2d_pos_embed([grid.h, grid.w], dim=len(weight), device=weight.device)  # (N, C)
-        hidden = self.decoder(self.token_in(tokens.to(weight.dtype)) + places.to(weight.dtype))  # (B, N, C)
-        return rearrange(
-            self.pixels_out(self.norm(hidden)), "B (h w) (p q c) -> B c (h p) (w q)",
-            h=grid.h, w=grid.w, p=self.layout.stride, q=self.layout.stride,
-        )  # fmt: skip
+        x = self.token_in(tokens.to(self.token_in.weight.dtype))
+        x = self.decoder(x + places(grid, x))  # (B, N, C)
+        return patches_to_images(self.pixels_out(x), grid, self.layout.stride)
 
     def lookup(self, tokens: Shaped[Tensor, "T *channels"]) -> Float[Tensor, "T D"]:
         """Continuous tokens are their own vectors."""
         if tokens.dim() != 2 or tokens.shape[-1] != self.layout.dim:
             raise ValueError(f"tokens: expected vectors (T, {self.layout.dim}), got shape {tuple(tokens.shape)}")
         return tokens
+
+    def _noised(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """z + sigma n with n ~ N(0, 1) and, image by image, sigma ~ |N(0, tau^2)| (RAE, section 4.3)."""
+        rng = torch.Generator().manual_seed(int(self.steps))
+        self.steps.add_(1)
+        sigma = self.noise * torch.randn(len(tokens), 1, 1, generator=rng).abs()
+        return tokens + (sigma * torch.randn(tokens.shape, generator=rng)).to(tokens)

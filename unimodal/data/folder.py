@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from unimodal.data.source import BrokenDocument
 from unimodal.documents import (
     Document,
     DocumentRecord,
@@ -23,7 +24,7 @@ from unimodal.documents import (
 )
 
 Task = Literal["text_to_image", "image_to_text"]
-FolderSplit = Literal["train", "val"]
+FolderSplit = Literal["train", "val", "all"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
@@ -73,7 +74,7 @@ class FolderSource:
 
     Args:
         root: the folder.
-        split: "train" or "val".
+        split: "train" or "val"; "all" holds nothing out.
         task: which side of a captioned image is learned.
         validation_share: share of the items held out, above 0 and below 1.
 
@@ -104,6 +105,9 @@ class FolderSource:
             raise ValueError(f"root: expected at most one .jsonl in {root}, got {', '.join(p.name for p in lists)}")
         items = _listed_items(lists[0], root) if lists else _captioned_files(root)
         self.kind: str = "document" if any(isinstance(item, _Written) for item in items) else task
+        if split == "all":
+            self._items = items
+            return
         chosen = _in_validation([_key(item, root) for item in items], validation_share)
         self._items = [item for item, held_out in zip(items, chosen, strict=True) if held_out == (split == "val")]
         if not self._items:
@@ -118,15 +122,18 @@ class FolderSource:
 
         Raises:
             IndexError: `index` is outside 0 <= index < len.
-            ValueError: the image is broken (named).
+            BrokenDocument: an image is broken.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         item = self._items[index]
-        if isinstance(item, _Written):
-            document = item.record.load()
-            return document if document.kind else Document(document.parts, self.kind)
-        image = load_image(item.image)
+        try:
+            if isinstance(item, _Written):
+                document = item.record.load()
+                return document if document.kind else Document(document.parts, self.kind)
+            image = load_image(item.image)
+        except ValueError as error:
+            raise BrokenDocument(_name(item), str(error).removeprefix(f"{_name(item)}: ")) from None
         if self.task == "text_to_image":
             return Document((Part(item.caption, learn=False), Part(image)), self.kind)
         return Document((Part(image, learn=False), Part(item.caption)), self.kind)
@@ -198,6 +205,10 @@ def _captioned_line(line: JsonLine, root: Path) -> _Captioned:
         raise ValueError(f"{line.where}: {texts[0]}: expected a caption, got {caption!r}")
     image = contained_path(line.record.get("image"), root, line.where)
     return _Captioned(image, _relative(image, root), caption.strip())
+
+
+def _name(item: _Item) -> str:
+    return str(item.image) if isinstance(item, _Captioned) else item.record.where
 
 
 def _images(item: _Item) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from unimodal.data.digits import digit_images
 from unimodal.data.folder import FolderSource
+from unimodal.data.shapes import ShapesSource
 from unimodal.packing import fit_image, to_tensor
 
 
@@ -41,11 +43,12 @@ class ImageData(LightningDataModule):
         assert trainer is not None
         images = self.images("train")
         stream = _Batches(images, self.batch_size, self.seed, self.first, trainer.global_rank, trainer.world_size)
-        return DataLoader(stream, batch_size=None)
+        # A generator of its own: the loader's draw must not move the random state of the run.
+        return DataLoader(stream, batch_size=None, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Every held-out image once."""
-        return DataLoader(self.images("val"), batch_size=self.batch_size)
+        return DataLoader(self.images("val"), batch_size=self.batch_size, generator=torch.Generator())
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -109,6 +112,37 @@ class DigitImageData(ImageData):
     def images(self, split: str) -> Dataset[Tensor]:
         """Training scans, or those no training ever sees."""
         return _Pictures(list(digit_images("train" if split == "train" else "test").images()), (8, 8))
+
+
+class ShapesImageData(ImageData):
+    """Rendered scenes of coloured shapes, as `unimodal.data.ShapesData` draws them from captions.
+
+    Every validation scene holds a pair of shape and colour that training never shows.
+
+    Args:
+        batch_size: images of a batch on one device.
+        size: pixels of the images' sides, 32 to 256.
+        scenes: training scenes, each drawn at its first use and kept.
+        validation_scenes: held-out scenes.
+        seed: of the order; linked to `seed_everything`. The scenes are the same whatever it is.
+    """
+
+    def __init__(
+        self, batch_size: int, size: int = 32, scenes: int = 10_000, validation_scenes: int = 400, seed: int = 0
+    ) -> None:
+        super().__init__(batch_size, seed)
+        self.training = ShapesSource("text_to_image", "train", size, scenes, seed=0)
+        self.held_out = ShapesSource("text_to_image", "test", size, validation_scenes, seed=0)
+
+    def images(self, split: str) -> Dataset[Tensor]:
+        """The scenes of a split."""
+        source = self.training if split == "train" else self.held_out
+
+        @cache
+        def scene(index: int) -> Any:
+            return source.document(index, np.random.default_rng()).images[0]
+
+        return _Pictures([partial(scene, index) for index in range(len(source))], (source.size, source.size))
 
 
 class FolderImageData(ImageData):

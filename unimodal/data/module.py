@@ -1,7 +1,7 @@
 """LightningDataModules of documents: where they come from, how they are mixed and packed, and where the run stands."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
+from unimodal.data.broken import BrokenItems
 from unimodal.data.digits import DigitsSource
 from unimodal.data.folder import FolderSource, FolderSplit
 from unimodal.data.shapes import ShapesKind, ShapesSource, Split
-from unimodal.data.source import Source
+from unimodal.data.source import BrokenDocument, Source
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, validation_packs
 from unimodal.documents import Document
-from unimodal.packing import PackedSequence
+from unimodal.packing import Lanes, PackedSequence
 
 if TYPE_CHECKING:
     from unimodal.model import UnifiedModel
@@ -31,7 +32,8 @@ class DocumentData(LightningDataModule):
         validation_documents: most documents of each kind in validation.
         prompts: documents of each kind that are continued in validation, always the same.
         seed: of every draw; linked to `seed_everything`.
-        workers: 0 packs in the training process, 1 beside it.
+        workers: processes that read documents beside the training process; what is trained on is the same for any number.
+        broken_share: of a source's documents, how many may be broken; those are skipped and named, more stop the run.
     """
 
     def __init__(
@@ -41,13 +43,18 @@ class DocumentData(LightningDataModule):
         prompts: int = 20,
         seed: int = 0,
         workers: int = 0,
+        broken_share: float = 0.01,
     ) -> None:
         super().__init__()
-        if workers not in (0, 1):
-            raise ValueError(f"data.workers: expected 0 or 1 (packs are cut from one stream), got {workers}")
+        BrokenItems(broken_share)  # refuses what is no share, where it enters
+        self.broken_share = broken_share
+        if workers < 0:
+            raise ValueError(f"data.workers: expected 0 or more, got {workers}")
         self.batch_tokens, self.seed, self.workers = batch_tokens, seed, workers
         self.validation_documents, self.prompt_count = validation_documents, prompts
-        self.position = (0, 0)  # of the stream behind the last finished optimizer step
+        self.position: Lanes | None = None  # of this rank's lanes, behind the last finished optimizer step
+        self._resumed: Lanes = ()  # of all lanes of the run that is continued ...
+        self._counts: list[int] = []  # ... and what its epochs were made of
 
     @abstractmethod
     def training_sources(self) -> list[Weighted]:
@@ -70,7 +77,10 @@ class DocumentData(LightningDataModule):
         prompts = []
         for s, source in enumerate(self.validation_sources()):
             for index in range(min(self.prompt_count, len(source))):
-                document = source.document(index, np.random.default_rng((self.seed, s, index)))
+                try:
+                    document = source.document(index, np.random.default_rng((self.seed, s, index)))
+                except BrokenDocument:
+                    continue
                 kept = tuple(takewhile(lambda part: not part.learn, document.parts))
                 prompts.append(Document(kept, document.kind))
         return prompts
@@ -79,18 +89,27 @@ class DocumentData(LightningDataModule):
         """The stream of this rank, from where the run stands. It has no end: `max_steps` has."""
         trainer = self.trainer
         assert trainer is not None
+        mixture = Mixture(self.training_sources(), self.seed)
+        if self._counts not in ([], mixture.counts):
+            raise ValueError(
+                f"data: expected sources that give {self._counts} documents an epoch, as in the checkpoint, got "
+                f"{mixture.counts}; an export (init) can be trained on with others"
+            )
         stream = PackStream(
-            Mixture(self.training_sources(), self.seed), self._packing(), self.position,
-            rank=trainer.global_rank, ranks=trainer.world_size, accumulate=trainer.accumulate_grad_batches,
+            mixture, self._packing(), self._resumed, rank=trainer.global_rank, ranks=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches, workers=self.workers, broken_share=self.broken_share,
+            total=_total_over_ranks(),
         )  # fmt: skip
-        return DataLoader(_Iterable(stream), batch_size=None, num_workers=self.workers)
+        self.position, self._counts = stream.position, mixture.counts
+        return stream
 
     def val_dataloader(self) -> Iterable[PackedSequence]:
         """Held-out packs of one kind each."""
         packs = validation_packs(self.validation_sources(), self._packing(), self.seed, self.validation_documents)
         assert self.trainer is not None
         mine = packs[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(mine, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+        # A generator of its own: the loader's draw must not move the random state of the run.
+        return DataLoader(mine, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]  # a list is a dataset
 
     test_dataloader = val_dataloader
 
@@ -103,15 +122,17 @@ class DocumentData(LightningDataModule):
         return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: tensors and plain lists only, so that checkpoints load without code."""
-        return {"position": list(self.position), "seed": self.seed}
+        """Where every lane of every rank stands, which all ranks ask at once: plain lists, so that checkpoints load
+        without code.
+        """
+        lanes = self._resumed if self.position is None else _of_all_ranks(self.position)
+        return {"lanes": [list(lane) for lane in lanes], "counts": self._counts, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there, with any number of ranks and workers."""
         if state_dict["seed"] != self.seed:
             raise ValueError(f"seed_everything: the checkpoint was trained with {state_dict['seed']}, got {self.seed}")
-        epoch, number = state_dict["position"]
-        self.position = (epoch, number)
+        self._resumed, self._counts = tuple(tuple(lane) for lane in state_dict["lanes"]), state_dict["counts"]
 
     def _packing(self) -> Packing:
         assert self.trainer is not None
@@ -119,12 +140,27 @@ class DocumentData(LightningDataModule):
         return Packing(model.sequencer, model.backbone.config.experts, model.generator.reads, self.batch_tokens)
 
 
-class _Iterable(IterableDataset):
-    def __init__(self, stream: PackStream) -> None:
-        self.stream = stream
+def _of_all_ranks(own: Lanes) -> Lanes:
+    """Lanes of every rank in their order: lane a * ranks + r is number a of rank r."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    parts: list[Lanes] = [()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    return tuple(lane for lanes in zip(*parts, strict=True) for lane in lanes)
 
-    def __iter__(self) -> Any:
-        return iter(self.stream)
+
+def _total_over_ranks() -> Callable[[dict[str, int]], dict[str, int]]:
+    """What sums counts over all ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return dict
+    group: Any = torch.distributed.new_group(backend="gloo")  # between hosts: no device waits for it
+
+    def total(counts: dict[str, int]) -> dict[str, int]:
+        summed = torch.tensor([counts[name] for name in sorted(counts)])
+        torch.distributed.all_reduce(summed, group=group)
+        return dict(zip(sorted(counts), summed.tolist(), strict=True))
+
+    return total
 
 
 @dataclass(frozen=True)
@@ -146,7 +182,7 @@ class DigitsData(DocumentData):
         validation_documents: most documents of each kind in validation.
         prompts: documents of each kind that are continued in validation, always the same.
         seed: of every draw; linked to `seed_everything`.
-        workers: 0 packs in the training process, 1 beside it.
+        workers: processes that read documents beside the training process; what is trained on is the same for any number.
     """
 
     def __init__(
@@ -201,7 +237,7 @@ class ShapesData(DocumentData):
         validation_documents: most documents of each kind in validation.
         prompts: documents of each kind that are continued in validation, always the same.
         seed: of every draw; linked to `seed_everything`.
-        workers: 0 packs in the training process, 1 beside it.
+        workers: processes that read documents beside the training process; what is trained on is the same for any number.
     """
 
     def __init__(
@@ -257,7 +293,8 @@ class FolderData(DocumentData):
         validation_documents: most documents of each kind in validation.
         prompts: documents of each kind that are continued in validation, always the same.
         seed: of every draw; linked to `seed_everything`.
-        workers: 0 packs in the training process, 1 beside it.
+        workers: processes that read documents beside the training process; what is trained on is the same for any number.
+        broken_share: of the images, how many may be broken; those are skipped and named, more stop the run.
     """
 
     def __init__(
@@ -270,8 +307,9 @@ class FolderData(DocumentData):
         prompts: int = 20,
         seed: int = 0,
         workers: int = 0,
+        broken_share: float = 0.01,
     ) -> None:
-        super().__init__(batch_tokens, validation_documents, prompts, seed, workers)
+        super().__init__(batch_tokens, validation_documents, prompts, seed, workers, broken_share)
         self.root, self.weights, self.validation_share = Path(root), weights, validation_share
 
     def training_sources(self) -> list[Weighted]:

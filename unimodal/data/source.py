@@ -6,8 +6,25 @@ from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from unimodal.documents import Document
+
+
+class BrokenDocument(ValueError):  # noqa: N818  # it is what a run skips, no failure of its own
+    """A document that cannot be read: it is skipped, counted and named (`unimodal.data.broken`), and the run goes on.
+
+    Args:
+        name: of what is broken, a file or an item of one. What breaks many documents, a vanished shard, has one name.
+        reason: what was expected and what came.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)  # both: exceptions travel between processes by their arguments
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
 
 @runtime_checkable
@@ -32,10 +49,29 @@ class Source(Protocol):
 
         Raises:
             IndexError: `index` is outside.
-            ValueError: the document's files cannot be read (named).
+            BrokenDocument: the document cannot be read.
         """
         ...
 
     def corpus(self) -> Iterable[str]:
         """Texts that hold everything this source may say; the text tokenizer is trained on them."""
         ...
+
+
+@runtime_checkable
+class Ordered(Source, Protocol):
+    """A source that says in which order it is best read: shards on disk, streams."""
+
+    def order(self, epoch: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        """Indices of all documents of the source's round `epoch`, those that lie together near each other.
+
+        It is a function of `epoch` and `rng` alone, so that what a shuffle buffer would hold need not be saved: a
+        position in the order says it all. A stream goes on where its last round ended, with indices from
+        `epoch * len` on.
+        """
+        ...
+
+
+def epoch_order(source: Source, epoch: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+    """The source's own order of a round, or any order where it has none."""
+    return source.order(epoch, rng) if isinstance(source, Ordered) else rng.permutation(len(source))

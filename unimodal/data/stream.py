@@ -1,14 +1,28 @@
-"""An endless stream of packed sequences whose position is three integers."""
+"""An endless stream of packed sequences, whose position is a few integers a lane.
+
+Documents are counted through all epochs: *number* n is document n % len(mixture) of epoch n // len(mixture). A *lane* is
+what one micro-batch of every optimizer step is cut from; of L lanes, lane l reads the numbers l, L + l, 2 L + l ... So what
+a step holds depends on L = ranks x accumulation alone, and a rank reads its own documents only.
+"""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count, islice
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from unimodal.backbone import Experts
-from unimodal.data.source import Source
-from unimodal.packing import PackedSequence, SequencedDocument, Sequencer, pack
+from unimodal.data.broken import BrokenItems
+from unimodal.data.order import mixed_order
+from unimodal.data.source import BrokenDocument, Source
+from unimodal.packing import Lanes, PackedSequence, SequencedDocument, Sequencer, pack
+
+CHUNK = 8  # documents that a worker is asked for at a time
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class Packing:
     experts: Experts
     reads: str
     tokens: int  # most tokens of a pack
+    waiting: int = 32  # documents of a lane among which the best fit is chosen
 
     def __post_init__(self) -> None:
         if self.tokens < self.sequencer.rules.context_length:
@@ -40,10 +55,20 @@ class Packing:
             )
 
 
+class Place(NamedTuple):
+    """Which document has a number. A slot is never used twice in an epoch; every draw is a function of (epoch, slot)."""
+
+    number: int
+    epoch: int
+    source: int
+    document: int
+    slot: int
+
+
 class Mixture:
     """Documents of several sources, in an order that is a function of (seed, epoch).
 
-    Every source gives its share of `len(self)` documents, all of its own before any comes twice.
+    Every source gives its share of `len(self)` documents, all of its own before any comes twice, also from epoch to epoch.
     """
 
     def __init__(self, sources: Sequence[Weighted], seed: int) -> None:
@@ -58,87 +83,194 @@ class Mixture:
         total = sum(s.weight for s in self.sources)
         size = sum(len(s.source) for s in self.sources)
         self.counts = [max(1, round(size * s.weight / total)) for s in self.sources]
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return sum(self.counts)
 
-    def order(self, epoch: int) -> list[tuple[int, int, int]]:
-        """(source, index, slot) of every document of an epoch; a slot is never used twice in it."""
-        rng = np.random.default_rng((self.seed, epoch))
-        items = []
-        for s, (weighted, count) in enumerate(zip(self.sources, self.counts, strict=True)):
-            n = len(weighted.source)
-            rounds = [rng.permutation(n) for _ in range(-(-count // n))]
-            items += [(s, int(i)) for i in np.concatenate(rounds)[:count]]
-        slots = rng.permutation(len(items))
-        return [(*items[slot], int(slot)) for slot in slots]
+    def place(self, number: int) -> Place:
+        """Which document has a number."""
+        epoch, at = divmod(number, len(self))
+        if epoch not in self._orders:
+            while len(self._orders) > 1:  # lanes stand in one epoch or the next
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = mixed_order([s.source for s in self.sources], self.counts, self.seed, epoch)
+        sources, indices = self._orders[epoch]
+        return Place(number, epoch, int(sources[at]), int(indices[at]), at)
+
+
+def deal(lanes: Lanes, count: int) -> Lanes:
+    """The same unread documents for `count` lanes; no lanes are a stream that begins."""
+    if len(lanes) == count:
+        return lanes
+    first = max((lane[0] for lane in lanes), default=0)
+    unread = sorted(n for lane in lanes for n in (*lane[1:], *range(lane[0], first, len(lanes))))
+    # The smallest number from `first` on that is l modulo `count`, behind this lane's part of what was left before it.
+    return tuple((first + (lane - first) % count, *unread[lane::count]) for lane in range(count))
 
 
 class PackStream:
     """Packs for one rank, from a position on, for ever.
 
-    A *step* is what one optimizer step sees: `accumulate` packs on each of `ranks`. Its packs are cut from the stream in
-    order and dealt round the ranks, so two ranks see what one rank sees in twice the accumulation; every pack announces the
-    target counts of its whole step. `position` is (epoch, document): where the step after this one begins.
+    A *step* is what one optimizer step sees: `accumulate` packs on each of `ranks`, one of every lane. Pack a of rank r is
+    of lane a * ranks + r, so two ranks see what one rank sees in twice the accumulation. Every pack announces the target
+    counts of its whole step, and where this rank's lanes stand behind it.
+
+    Args:
+        mixture: of the documents.
+        packing: what packs are made with.
+        position: of all lanes; any number of them, see `deal`.
+        rank: whose packs these are.
+        ranks: how many there are.
+        accumulate: packs of a rank in a step.
+        workers: processes that read documents; the packs are the same for any number.
+        broken_share: of a source's documents, how many may be broken before reading stops.
+        total: sums counts over the ranks; every rank calls it once a step.
     """
 
     def __init__(
-        self, mixture: Mixture, packing: Packing, position: tuple[int, int] = (0, 0),
-        *, rank: int = 0, ranks: int = 1, accumulate: int = 1,
+        self, mixture: Mixture, packing: Packing, position: Lanes = (),
+        *, rank: int = 0, ranks: int = 1, accumulate: int = 1, workers: int = 0, broken_share: float = 0.0,
+        total: Callable[[dict[str, int]], dict[str, int]] = dict,
     ) -> None:  # fmt: skip
-        self.mixture, self.packing, self.position = mixture, packing, position
-        self.rank, self.ranks, self.accumulate = rank, ranks, accumulate
+        self.mixture, self.packing, self.workers, self.total = mixture, packing, workers, total
+        self.broken = BrokenItems(broken_share)
+        self.position = deal(position, ranks * accumulate)[rank::ranks]
+        self._step = ranks * accumulate  # from one number of a lane to the next
 
     def __iter__(self) -> Iterator[PackedSequence]:
-        packs = self._packs()
+        reader = _Reader(self.mixture, self.packing, self.position, self._step, self.workers)
+        lanes = [_Lane(reader, self.broken, i, position, self._step) for i, position in enumerate(self.position)]
         while True:
-            step = [next(packs) for _ in range(self.ranks * self.accumulate)]
+            packs = [pack(lane.cut(), self.packing.experts, self.packing.reads) for lane in lanes]
             counts: dict[str, int] = {}
-            for one in step:
-                for name, count in one.counts.items():
-                    counts[name] = counts.get(name, 0) + count
-            for one in step[self.rank :: self.ranks]:
-                yield one.announce(counts, step[-1].position)
+            for one in packs:
+                for name, targets in one.counts.items():
+                    counts[name] = counts.get(name, 0) + targets
+            position, counts = tuple(lane.position for lane in lanes), self.total(counts)
+            for one in packs:
+                yield one.announce(counts, position)
 
-    def _packs(self) -> Iterator[PackedSequence]:
-        held: list[SequencedDocument] = []
-        tokens = 0
-        for position, document in self._documents():
-            if tokens + document.length > self.packing.tokens:
-                yield pack(held, self.packing.experts, self.packing.reads, position)
-                held, tokens = [], 0
-            held.append(document)
-            tokens += document.length
 
-    def _documents(self) -> Iterator[tuple[tuple[int, int], SequencedDocument]]:
-        """Documents with their own position."""
-        epoch, first = self.position
-        while True:
-            order = self.mixture.order(epoch)
-            found = 0
-            for number in range(first, len(order)):
-                document = self._document(epoch, *order[number])
-                if document is not None:
-                    found += 1
-                    yield (epoch, number), document
-            if not found and first == 0:
-                limit = self.packing.sequencer.rules.context_length
+class _Lane:
+    """Documents that wait, and the packs that are cut from them."""
+
+    def __init__(
+        self, reader: "_Reader", broken: BrokenItems, lane: int, position: tuple[int, ...], step: int
+    ) -> None:  # fmt: skip
+        self.reader, self.broken, self.lane, self.step = reader, broken, lane, step
+        self.next, self.unread = position[0], deque(position[1:])
+        self.waiting: list[SequencedDocument] = []
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """The next number, and the earlier ones that are in no pack yet, in the order of reading."""
+        return self.next, *(document.number for document in self.waiting), *self.unread
+
+    def cut(self) -> list[SequencedDocument]:
+        """The documents of the next pack: the oldest, so that none waits for ever, then the best fit of those that wait."""
+        held, room = [], self.reader.packing.tokens
+        chosen: int | None = 0
+        while chosen is not None:
+            self._fill()
+            held.append(self.waiting.pop(chosen))
+            room -= held[-1].length
+            self._fill()
+            chosen = best_fit(self.waiting, room, len(self.reader.mixture))
+        return held
+
+    def _fill(self) -> None:
+        left_out = 0
+        while len(self.waiting) < self.reader.packing.waiting:
+            place, document = self.reader.take(self.lane)
+            if self.unread:
+                self.unread.popleft()
+            else:
+                self.next = place.number + self.step
+            source = self.reader.mixture.sources[place.source].source
+            if isinstance(document, BrokenDocument):
+                self.broken.add(source.kind, source, place.document, document)
+            else:
+                self.broken.read(source.kind)
+            if isinstance(document, SequencedDocument):
+                left_out = 0
+                self.waiting.append(document)
+                continue
+            if isinstance(document, str):
+                warnings.warn(document, stacklevel=2)
+            left_out += 1
+            if left_out >= len(self.reader.mixture) and not self.waiting:
+                limit = self.reader.packing.sequencer.rules.context_length
                 raise ValueError(f"data: no document fits sequence.context_length {limit}")
-            epoch, first = epoch + 1, 0
 
-    def _document(self, epoch: int, source: int, index: int, slot: int) -> SequencedDocument | None:
-        """The document in a slot; every draw in it is a function of (seed, epoch, slot). None: too long."""
-        key = (self.mixture.seed, epoch, slot)
-        one = self.mixture.sources[source].source
-        document = self.packing.sequencer.document(one.document(index, np.random.default_rng(key)), key)
-        limit = self.packing.sequencer.rules.context_length
+
+def best_fit(waiting: Sequence[SequencedDocument], room: int, epoch: int) -> int | None:
+    """Which document goes into `room` tokens: of the earliest epoch the longest that fits, of equals the oldest.
+
+    An epoch, of `epoch` documents, thus ends before the next begins, but for what fills the last packs.
+    """
+    fitting = [i for i, document in enumerate(waiting) if document.length <= room]
+    return min(fitting, key=lambda i: (waiting[i].number // epoch, -waiting[i].length, i), default=None)
+
+
+Read = tuple[Place, SequencedDocument | str | BrokenDocument]
+"""A place, and its document or why there is none."""
+
+
+class _Reader:
+    """Reads the documents of a rank's lanes, ahead of time where there are workers.
+
+    Which lane is read for next depends on what they have; what a lane gets, and in which order, does not.
+    """
+
+    def __init__(self, mixture: Mixture, packing: Packing, lanes: Lanes, step: int, workers: int) -> None:
+        self.mixture, self.packing = mixture, packing
+        self._numbers = [chain(lane[1:], count(lane[0], step)) for lane in lanes]
+        self._arrived: list[deque[Read]] = [deque() for _ in lanes]
+        self._ahead = [0] * len(lanes)  # documents that were asked for and not taken
+        self._asked: deque[int] = deque()  # lanes of the requests that are under way
+        self._chunk = CHUNK if workers else 1
+        # A generator of its own: the loader's draw must not move the random state of the run.
+        loader = DataLoader(
+            _Documents(mixture, packing), batch_sampler=self._requests(), collate_fn=list, num_workers=workers,
+            prefetch_factor=4 if workers else None, generator=torch.Generator(),
+        )  # fmt: skip
+        self._documents: Iterator[list[Read]] = iter(loader)
+
+    def take(self, lane: int) -> Read:
+        """The next document of a lane."""
+        while not self._arrived[lane]:
+            found = next(self._documents)
+            self._arrived[self._asked.popleft()] += found
+        self._ahead[lane] -= 1
+        return self._arrived[lane].popleft()
+
+    def _requests(self) -> Iterator[list[Place]]:
+        while True:
+            lane = min(range(len(self._ahead)), key=self._ahead.__getitem__)
+            self._asked.append(lane)
+            self._ahead[lane] += self._chunk
+            yield [self.mixture.place(number) for number in islice(self._numbers[lane], self._chunk)]
+
+
+class _Documents(Dataset[Read]):
+    """Documents by their place; runs in the workers."""
+
+    def __init__(self, mixture: Mixture, packing: Packing) -> None:
+        self.sources, self.seed, self.sequencer = [s.source for s in mixture.sources], mixture.seed, packing.sequencer
+
+    def __getitem__(self, place: Place) -> Read:
+        key, source = (self.seed, place.epoch, place.slot), self.sources[place.source]
+        try:
+            read = source.document(place.document, np.random.default_rng(key))
+        except BrokenDocument as error:
+            return place, error
+        document = self.sequencer.document(read, key)
+        limit = self.sequencer.rules.context_length
         if document.length > limit:
-            warnings.warn(
-                f"document {index} of {one.kind} skipped: {document.length} tokens, sequence.context_length is {limit}",
-                stacklevel=2,
-            )
-            return None
-        return document
+            named = f"document {place.document} of {source.kind}"
+            return place, f"{named} skipped: {document.length} tokens, sequence.context_length is {limit}"
+        return place, replace(document, number=place.number)
 
 
 def validation_packs(sources: Sequence[Source], packing: Packing, seed: int, limit: int) -> list[PackedSequence]:
@@ -148,7 +280,11 @@ def validation_packs(sources: Sequence[Source], packing: Packing, seed: int, lim
         held: list[SequencedDocument] = []
         for index in range(min(limit, len(source))):
             key = (seed, s, index)
-            document = packing.sequencer.document(source.document(index, np.random.default_rng(key)), key, train=False)
+            try:
+                read = source.document(index, np.random.default_rng(key))
+            except BrokenDocument:
+                continue
+            document = packing.sequencer.document(read, key, train=False)
             if document.length > packing.sequencer.rules.context_length:
                 continue
             if held and sum(d.length for d in held) + document.length > packing.tokens:

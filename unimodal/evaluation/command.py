@@ -15,6 +15,7 @@ from unimodal.evaluation.benchmark import Benchmark
 from unimodal.evaluation.fingerprint import items_sha256, model_record, sampling_record
 from unimodal.evaluation.harness import Choice, generate, report, score
 from unimodal.evaluation.image_sets import ImageSets, evaluate_folder
+from unimodal.evaluation.reconstruction import ImageReconstruction
 from unimodal.evaluation.registry import benchmark_class
 from unimodal.evaluation.results import Summary, print_summary
 from unimodal.export import one_line, open_model
@@ -208,10 +209,14 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images: expected a folder, got {options.images}, which does not exist")
     choice = options.choice()
-    if isinstance(benchmark, ImageSets) and options.images is not None:
+    if isinstance(benchmark, ImageReconstruction) and options.images is None:
+        raise ValueError("--images: expected a folder of images to reconstruct, got none")
+    if isinstance(benchmark, ImageSets | ImageReconstruction) and options.images is not None:
         for name, given in (("tasks", options.tasks), ("limit", options.limit), ("no-score", not options.score)):
             if given:
                 raise ValueError(f"--{name}: a folder of images is scored as a whole, expected none")
+        if isinstance(benchmark, ImageReconstruction):
+            return benchmark.measure(options.images, options.out, options.batch, options.weights)
         return evaluate_folder(benchmark, options.images, options.out)
     items = choice.of(benchmark.items())
     folder = AnswerFolder(options.images or options.out / "answers", benchmark.draws, benchmark.samples)

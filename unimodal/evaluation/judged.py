@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from unimodal.documents import Document, Part, load_image, read_json_lines
+from unimodal.documents import Document, Part, read_json_lines
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row, Verdict
 from unimodal.evaluation.interleaved import kinds, means, structure_cause, structure_fields
 from unimodal.evaluation.judge import Endpoint, OpenAIJudge, Opinion, Question
+from unimodal.evaluation.lazy_images import image_at
 from unimodal.files import contained_path
 from unimodal.metrics.interleaved import structure_match
 
@@ -161,11 +162,7 @@ class JudgedSet(Benchmark):
         return Verdict(value, reason if value < 1 else "", fields)
 
     def _image(self, name: object, where: str) -> Part:
-        try:
-            return Part(load_image(contained_path(name, self.folder, where)), learn=False)
-        except ValueError as error:
-            text = str(error)
-            raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
+        return image_at(contained_path(name, self.folder, where), where)
 
     def _marked(self, text: str, images: Sequence[object], where: str) -> Iterator[Part]:
         """The text with an image in place of every mark."""

@@ -79,7 +79,11 @@ def image_file(folder: Path, name: str, where: str) -> LazyImage:
     Raises:
         ValueError: a name that leads out of the folder, or no such file; `where` says who wants it.
     """
-    path = image_path(folder, name, where)
+    return image_at(image_path(folder, name, where), where)
+
+
+def image_at(path: Path, where: str) -> LazyImage:
+    """An image file; ValueError, beginning with `where`, when there is none."""
     if not path.is_file():
         raise ValueError(f"{where}: expected the image {path}, got no such file")
     return LazyImage(partial(_load, path), f"{path.name}:{path.stat().st_size}")

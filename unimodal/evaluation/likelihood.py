@@ -16,6 +16,7 @@ from unimodal.decoding import Session, read_prompts
 from unimodal.documents import Document
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run
+from unimodal_generators import MaskedText
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Likelihood:
 def log_likelihoods(
     model: UnifiedModel, prompts: Sequence[Document], choices: Sequence[Sequence[str]], end: bool = False
 ) -> list[list[Likelihood]]:
-    """Likelihood of each choice as the part that follows its prompt.
+    """Likelihood of each choice as the part that follows its prompt; masked text counts as written from left to right.
 
     A prompt is read once, whatever the number of its choices; the first choices of all prompts are scored together, then
     the second ones, and so on. A choice is spelt as a part of its own, as in training: no token spans the border, so a
@@ -89,6 +90,13 @@ def log_likelihoods(
 
 def _score(model: UnifiedModel, session: Session, continuations: Sequence[tuple[int, ...]]) -> list[Likelihood]:
     """Likelihood of one continuation a document; the session stays as it is."""
+    masked = model.generator.text
+    states = _next(session, continuations) if masked is None else _masked(model, masked, session, continuations)
+    return [_likelihood(model.backbone.logits(one), ids) for one, ids in zip(states, continuations, strict=True)]
+
+
+def _next(session: Session, continuations: Sequence[tuple[int, ...]]) -> list[Float[Tensor, "T C"]]:
+    """States that predict each token, where the next one is learned."""
     first = session.last[0][:, None]  # (R, 1, C)
     rest = session.peek_text([Run(ids[:-1], (False,) * (len(ids) - 1)) for ids in continuations])  # rows with ids alone
     found = []
@@ -99,8 +107,24 @@ def _score(model: UnifiedModel, session: Session, continuations: Sequence[tuple[
             assert rest is not None
             hidden = torch.cat([hidden, rest[row, : len(ids) - 1]])  # (T, C)
             row += 1
-        found.append(_likelihood(model.backbone.logits(hidden), ids))
+        found.append(hidden)
     return found
+
+
+def _masked(
+    model: UnifiedModel, masked: MaskedText, session: Session, continuations: Sequence[tuple[int, ...]]
+) -> list[Float[Tensor, "T C"]]:
+    """The same where text is learned masked: from left to right, a network evaluation a token."""
+    found: list[list[Tensor]] = [[] for _ in continuations]
+    with session.trying():
+        for at in range(0, max(map(len, continuations)), masked.block):
+            rows = [i for i, ids in enumerate(continuations) if at < len(ids)]
+            blocks = [continuations[i][at : at + masked.block] for i in rows]
+            view = session.rows(rows)
+            for i, states in zip(rows, masked.follow(view, model.read_text, blocks), strict=True):
+                found[i].append(states)
+            view.append_text([Run(ids, (False,) * len(ids)) for ids in blocks])
+    return [torch.cat(states) for states in found]
 
 
 def _likelihood(logits: Float[Tensor, "T V"], ids: tuple[int, ...]) -> Likelihood:

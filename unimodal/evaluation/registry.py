@@ -24,6 +24,10 @@ BENCHMARKS = {
     ),
     "digits-sums": ("unimodal.evaluation.interleaved.DigitSums", "handwritten digits added, in text and drawn"),
     "images": ("unimodal.evaluation.image_sets.ImageSets", "FID, KID, precision, recall ... of a folder of images"),
+    "reconstruction": (
+        "unimodal.evaluation.reconstruction.ImageReconstruction",
+        "PSNR, SSIM, LPIPS, rFID, codebook usage of a tokenizer",
+    ),
     "interleaved": ("unimodal.evaluation.interleaved.Interleaved", "documents of text and images, as asked in a file"),
     "interleavedbench-aspects": (
         "unimodal.evaluation.judged.InterleavedBench",
@@ -47,6 +51,7 @@ BENCHMARKS = {
 
 _HELP = """usage: unimodal evaluate NAME --run DIR --out DIR [options]       generate, then score
        unimodal evaluate NAME --images DIR --out DIR [options]    score what any other model made
+       unimodal evaluate reconstruction --tokenizer DIR --images DIR --out DIR [options]
        unimodal evaluate digits ...                               the page of the digits recipes
        unimodal evaluate statistics --images DIR --out FILE.npz   reference statistics of a folder of images
        unimodal evaluate compare DIR DIR [--out DIR] [--force]    paired test of two results

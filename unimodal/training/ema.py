@@ -93,4 +93,6 @@ class EMA(Callback):
 
 
 def _trained(module: LightningModule) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """Of what a run is to yield (`part`): a discriminator that is trained beside it has no average."""
+    prefix = f"{part}." if (part := getattr(module, "part", "")) else ""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and name.startswith(prefix)}

@@ -64,7 +64,7 @@ def head_flops(backbone: Backbone, packed: PackedSequence) -> int:
 def image_flops(model: UnifiedModel, packed: PackedSequence) -> tuple[int, int, int]:
     """Of generator, tokenizer and vision encoder, counted while they run: their networks are their own affair."""
     with FlopCounterMode(display=False) as tokenizer, torch.no_grad():
-        model.encode(packed.images[: packed.tokenized])
+        model.tokens(packed)
     with FlopCounterMode(display=False) as both:
         _backward(generator_loss(model, packed), model)
     with FlopCounterMode(display=False) as vision:
@@ -87,7 +87,7 @@ def _backward(loss: Tensor, model: UnifiedModel) -> None:
 def generator_loss(model: UnifiedModel, packed: PackedSequence) -> Tensor:
     """What the generator makes of a pack's images and of hidden states (zeros here), as one sum."""
     with torch.no_grad():
-        tokens = model.encode(packed.images[: packed.tokenized])
+        tokens = model.tokens(packed)
     generator = model.generator
     learned = generator.corrupt(tokens.select(packed.learned_images), packed.learned_blocks)
     embedded = [generator.embed(learned), generator.embed(generator.context(tokens.select(packed.context_images)))]

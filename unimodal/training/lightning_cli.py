@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from unimodal.export import check_weights, one_line, read_checkpoint
+from unimodal.training.checkpoints import Checkpoints, RandomStates, damage, newest_intact
 from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal
 
 # Lightning's warnings about what is meant here: one stream in one process, a run folder that is continued.
@@ -89,14 +90,7 @@ class UnimodalCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Keys beside model, data and trainer."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.every_n_train_steps": 250, "checkpoint.save_last": True, "checkpoint.save_top_k": 1,
-                "checkpoint.monitor": "step", "checkpoint.mode": "max", "checkpoint.filename": "step_{step:06d}",
-                "checkpoint.auto_insert_metric_name": False,
-            }
-        )  # fmt: skip
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def instantiate_classes(self) -> None:
@@ -116,7 +110,6 @@ class UnimodalCLI(LightningCLI):
             raise ValueError(
                 f"trainer.default_root_dir: {root} already holds a run; continue it with --ckpt_path last, or choose another"
             )
-        config.checkpoint.dirpath = str(root / "checkpoints")
         self._recipe, self._root = recipe, root
         self._made = None if root.exists() else root
         try:
@@ -141,12 +134,17 @@ class UnimodalCLI(LightningCLI):
     def _checkpoint(self, asked: str | None, root: Path) -> str | None:
         if asked is None and self.subcommand == "fit":
             return None
-        path = root / "checkpoints" / "last.ckpt" if asked in (None, "last") else Path(str(asked))
-        if not path.is_file():
-            raise ValueError(f"ckpt_path: expected a checkpoint, got {asked or 'last'}: {path} does not exist")
+        named = None if asked in (None, "last") else Path(str(asked))
+        path = newest_intact(root / "checkpoints") if named is None else named
+        if path is None or not path.is_file():
+            missing = path or root / "checkpoints" / "last.ckpt"
+            raise ValueError(f"ckpt_path: expected a checkpoint, got {asked or 'last'}: {missing} does not exist")
         checkpoint = read_checkpoint(path)
         if not {"state_dict", "loops", "pytorch-lightning_version"} <= set(checkpoint):
             raise ValueError(f"ckpt_path: expected a checkpoint of a training, got {path}, which holds something else")
+        problem = damage(path) if named is not None else None
+        if problem is not None:  # asked for by name, it is not passed over
+            raise ValueError(f"ckpt_path: expected an undamaged checkpoint, got {path}: {problem}")
         self._weights = checkpoint["state_dict"]
         return str(path)
 
@@ -161,10 +159,14 @@ class UnimodalCLI(LightningCLI):
             config["logger"] = [CSVLogger(root, "logs"), TensorBoardLogger(root, "tensorboard")]
         resolved = self.config[self.subcommand].model.init_args
         keys = self._parser(self.subcommand).callback_keys
-        callbacks = [*(self._get(self.config_init, key) for key in keys), self.signals, Samples()]
+        callbacks = [*(self._get(self.config_init, key) for key in keys), self.signals, Samples(), RandomStates()]
         if config.get("fast_dev_run"):  # its last.ckpt would take the place of a run's
-            callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
+            callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
             config["enable_checkpointing"] = False
+        config["plugins"] = [
+            *_as_list(config.get("plugins")),
+            *(c.files for c in callbacks if isinstance(c, Checkpoints)),
+        ]
         if config["logger"] and not config.get("fast_dev_run"):
             callbacks.append(LearningRateMonitor("step"))
         if part is not None:
@@ -190,6 +192,10 @@ def run(args: list[str]) -> int:
         print(f"stopped by signal {cli.signals.received}; continue with --ckpt_path last")
         return 128 + cli.signals.received
     return 0
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _check_config(path: Path) -> None:

@@ -37,9 +37,12 @@ class Progress(TQDMProgressBar):
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C and SIGTERM end the run behind the step in progress, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C and SIGTERM end the run behind the step in progress, with a checkpoint; a second one ends it at once.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    So does SIGUSR1, with which SLURM can be asked to announce the end of the time that a job has.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class StopOnSignal(Callback):
 
 
 class RunFolder(Callback):
-    """Keeps time, and leaves `checkpoints/last.ckpt`, `run.json` and `export/` in the run folder."""
+    """Keeps time, and leaves `run.json` and `export/` in the run folder."""
 
     def __init__(self, recipe: str, config: dict[str, Any], command: str) -> None:
         super().__init__()
@@ -104,11 +107,9 @@ class RunFolder(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step."""
+        """Stop the clock."""
         gc.unfreeze()
         self.seconds, self._started = self._elapsed(), 0.0
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the export once the last step is made, also when a resumed run finds nothing left to train."""

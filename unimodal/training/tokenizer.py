@@ -1,26 +1,35 @@
-"""Training of a visual tokenizer: reconstruct the image, keep the codebook in use.
+"""Training of a visual tokenizer: reconstruct the image, keep the codebook in use, deceive an adversary.
 
 Letters: B images, H height, W width (pixels); K entries of a codebook, Q codebooks (one, where it is left out).
 """
 
 import math
+import os
+from collections.abc import Mapping
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from lightning import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio
 from torchvision.utils import make_grid, save_image
 
+from unimodal.metrics.perceptual import Perceptual
+from unimodal.training.adversary import Adversary
+from unimodal.training.ema import EMA
 from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
 from unimodal_tokenizers.base import ImageTokenizer, Reconstruction, TrainableTokenizer
-from unimodal_tokenizers.quantizers import codebook_perplexity, codebook_usage
-from unimodal_tokenizers.representation import Representation
+from unimodal_tokenizers.frozen import FrozenEncoder
+from unimodal_tokenizers.quantizers import TextCodebook, codebook_perplexity, codebook_usage
 
 PICTURE_SIDE = 64  # pixels an image has at least in a reconstruction grid; small ones are enlarged
 
@@ -50,14 +59,31 @@ class CodebookCounts(Metric):
         return self.counts
 
 
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def _only(kind: type[Part], tokenizer: nn.Module, key: str, path: Path) -> Part:
+    """The one module of that kind that a file is for."""
+    found = [module for module in tokenizer.modules() if isinstance(module, kind)]
+    if len(found) != 1:
+        name = type(tokenizer).__name__
+        raise ValueError(f"{key}: expected none for this {name} ({len(found)} {kind.__name__}), got {path}")
+    return found[0]
+
+
 class TokenizerTraining(L.LightningModule):
     """Trains a tokenizer on images `(B, 3, H, W)` in [-1, 1].
 
-    loss = l1_weight |x - y| + l2_weight |x - y|^2 + sum over the tokenizer's terms of their weight * term
+    loss = error + sum_i w_i term_i + adversary.weight lambda (-mean D(y))
+    error = l1_weight |x - y| + l2_weight |x - y|^2 + perceptual_weight perceptual(x, y)
 
-    with y the reconstruction and both norms averaged over pixels and channels. The tokenizer names its terms and says the
-    weight each has by default; they are logged by name, unweighted.
+    with y the reconstruction, norms averaged over pixels and channels, and term_i what the tokenizer's own loss is made of
+    (codebook, commitment, entropy, kl ...). An adversary's discriminator D learns in the same optimizer step, so that a step
+    is one of the tokenizer, and `trainer.accumulate_grad_batches` and `trainer.gradient_clip_val` are kept; each of the two
+    has its gradient clipped by itself. Every term is logged as `train/NAME` without its weight.
     Every validation writes `samples/reconstruction_step_<n>.png` into the run's folder.
+
+    What a tokenizer draws in training depends on (seed, batch, process) alone, so that a resumed run draws the same.
     """
 
     part = "tokenizer"  # what an export of this run holds
@@ -69,13 +95,18 @@ class TokenizerTraining(L.LightningModule):
         l1_weight: float,
         l2_weight: float,
         weights: dict[str, float] | None = None,
+        perceptual: Perceptual | None = None,
+        perceptual_weight: float = 1.0,
+        adversary: Adversary | None = None,
         schedule: Schedule = "cosine",
         warmup_steps: int = 0,
         lr_floor: float = 0.0,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.99),
+        ema_decay: float = 0.0,
         samples: int = 16,
         encoder_weights: Path | None = None,
+        text_embeddings: Path | None = None,
     ) -> None:
         """Args:
 
@@ -83,38 +114,39 @@ class TokenizerTraining(L.LightningModule):
         lr: the highest learning rate of AdamW.
         l1_weight: weight of the mean absolute error.
         l2_weight: weight of the mean squared error.
-        weights: of the tokenizer's own terms, by name, where they are not to be its defaults.
+        weights: of the tokenizer's own terms, by name; those not named keep the tokenizer's.
+        perceptual: a distance as a frozen network sees it.
+        perceptual_weight: its weight.
+        adversary: a discriminator to deceive.
         schedule: how the learning rate falls after the warm-up.
         warmup_steps: optimizer steps over which it rises.
         lr_floor: its last value, as a share of `lr`.
         weight_decay: of AdamW; never on norms, biases and codebooks.
         betas: of AdamW.
+        ema_decay: of the tokenizer's moving average, which is validated and exported; 0 for none.
         samples: images in the reconstruction grid of each validation; 0 for none.
-        encoder_weights: of a representation's frozen encoder: safetensors with timm's names.
+        encoder_weights: of the tokenizer's frozen encoder (a representation's, or a semantic head's teacher): safetensors
+            with timm's names.
+        text_embeddings: of the tokenizer's `TextCodebook`: safetensors with one matrix.
         """
         super().__init__()
         if not isinstance(tokenizer, TrainableTokenizer):
             name = type(tokenizer).__name__
             raise ValueError(f"tokenizer: expected one that is trained (a TrainableTokenizer), got {name}")
         if encoder_weights is not None:
-            if not isinstance(tokenizer, Representation):
-                raise ValueError(
-                    f"encoder_weights: expected none for a {type(tokenizer).__name__}, got {encoder_weights}"
-                )
-            tokenizer.load_encoder(encoder_weights)
-        for name in weights or {}:
-            if name not in tokenizer.weights:
-                known = ", ".join(tokenizer.weights) or "none"
-                raise ValueError(f"weights: expected terms of {type(tokenizer).__name__} ({known}), got {name}")
-        own = {f"weights.{name}": weight for name, weight in (weights or {}).items()}
-        for name, weight in {"l1_weight": l1_weight, "l2_weight": l2_weight, **own}.items():
-            if weight < 0:
+            _only(FrozenEncoder, tokenizer, "encoder_weights", encoder_weights).load(encoder_weights)
+        if text_embeddings is not None:
+            _only(TextCodebook, tokenizer, "text_embeddings", text_embeddings).load(text_embeddings)
+        own = _own_weights(tokenizer, weights or {})
+        error = {"l1_weight": l1_weight, "l2_weight": l2_weight, "perceptual_weight": perceptual_weight}
+        for name, weight in [*error.items(), *((f"weights.{name}", weight) for name, weight in own.items())]:
+            if not 0 <= weight < math.inf:
                 raise ValueError(f"{name}: expected at least 0, got {weight}")
         if l1_weight == l2_weight == 0:
             raise ValueError("l1_weight, l2_weight: expected at least one above 0, got 0 and 0: nothing to reconstruct")
-        self.tokenizer = tokenizer
-        self.l1_weight, self.l2_weight = l1_weight, l2_weight
-        self.weights = {**tokenizer.weights, **(weights or {})}
+        self.tokenizer, self.perceptual, self.adversary = tokenizer, perceptual, adversary
+        self.error_weights = {name.removesuffix("_weight"): weight for name, weight in error.items()}
+        self.own_weights, self.ema_decay = own, ema_decay
         self.lr, self.lr_floor, self.weight_decay, self.betas = lr, lr_floor, weight_decay, betas
         self.schedule, self.warmup_steps, self.samples = schedule, warmup_steps, samples
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3))  # clamps; the mean over images
@@ -125,19 +157,89 @@ class TokenizerTraining(L.LightningModule):
         """Images and their reconstruction, in [-1, 1]."""
         return self.tokenizer.decode(self.tokenizer.encode(images)).float().clamp(-1, 1)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """The moving average comes with the module."""
+        return [EMA(self.ema_decay)] if self.ema_decay else []
+
+    # ---- training
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw from here as if nothing had been drawn before: random states are in no checkpoint."""
+        seed, number = int(os.environ.get("PL_GLOBAL_SEED", "0")), self.trainer.fit_loop.total_batch_idx
+        state = np.random.SeedSequence((seed, number, self.global_rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0]) >> 1)
+
     def training_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> Float[Tensor, ""]:
         """One batch: every term logged by itself, and how the batch used the codebook."""
         result = self.tokenizer(batch)
         terms = self._terms(batch, result)
-        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items() if name != "loss"})
-        self.log("train/loss", terms["loss"].detach(), prog_bar=True)
+        error, loss = self._sums(terms)
+        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
+        self.log("train/loss", loss.detach(), prog_bar=True)
         if result.counts is not None:
-            self.log("train/codebook_usage", codebook_usage(result.counts))
-            self.log("train/codebook_perplexity", codebook_perplexity(result.counts), prog_bar=True)
-        return terms["loss"]
+            self._log_codebook(result.counts, "train")
+        return loss if self.adversary is None else loss + self._contest(self.adversary, batch, result, error)
+
+    def _contest(
+        self, adversary: Adversary, x: Float[Tensor, "B 3 H W"], result: Reconstruction, error: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
+        """What the adversary adds to the loss: the tokenizer's term, and the discriminator's own."""
+        if self.global_step < adversary.start_step:
+            return adversary.idle()
+        y = result.images.float()
+        generator = adversary.of_generator(y)
+        balance = adversary.balance(error, generator, self.tokenizer.last_layer)
+        discriminator = adversary.of_discriminator(x, y)
+        found = {"generator": generator.detach(), "discriminator": discriminator.detach(), "adaptive_weight": balance}
+        self.log_dict({f"train/{name}": value for name, value in found.items()})
+        return adversary.weight * balance * generator + discriminator
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A discriminator that has not started yet has no gradient, rather than one of zeros that AdamW would count."""
+        if self.adversary is not None and self.global_step < self.adversary.start_step:
+            for parameter in self.adversary.parameters():
+                parameter.grad = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Tokenizer and discriminator by themselves: a steep discriminator must not shorten the tokenizer's steps."""
+        if self.adversary is None or not gradient_clip_val:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for part in (self.tokenizer, self.adversary):
+            if gradient_clip_algorithm == "value":
+                nn.utils.clip_grad_value_(part.parameters(), gradient_clip_val)
+            else:
+                nn.utils.clip_grad_norm_(part.parameters(), gradient_clip_val)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """After a step, what learns without gradients moves."""
+        super().optimizer_step(*args, **kwargs)
+        self.tokenizer.after_step()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW without decay on norms, biases and codebooks; the learning rate moves every step.
+
+        The discriminator's parameters are a group of the same optimizer, with a rate and betas of its own and no decay.
+        """
+        groups = parameter_groups(self.tokenizer, self.weight_decay)
+        if self.adversary is not None:
+            lr = self.lr if self.adversary.lr is None else self.adversary.lr
+            trained = [p for p in self.adversary.parameters() if p.requires_grad]
+            groups.append({"params": trained, "lr": lr, "betas": self.adversary.betas, "weight_decay": 0.0})
+        return scheduled(
+            torch.optim.AdamW(groups, lr=self.lr, betas=self.betas), self.trainer.max_steps,
+            warmup_steps=self.warmup_steps, schedule=self.schedule, floor=self.lr_floor,
+        )  # fmt: skip
+
+    # ---- validation
 
     def validation_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
-        """The same terms on held-out images, PSNR in dB, and a picture of the first of them."""
+        """The same terms on held-out images (an adversary's excepted), PSNR in dB, and a picture of the first of them."""
         reconstruction = self._evaluate(batch, "val")
         dry = self.trainer.sanity_checking or self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if batch_idx == 0 and not dry:
@@ -157,34 +259,12 @@ class TokenizerTraining(L.LightningModule):
         self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        """Usage and perplexity of the codebook over all validation images."""
-        self._log_codebook("val")
+        """Usage and perplexity of the codebooks over all validation images."""
+        self._log_epoch("val")
 
     def on_test_epoch_end(self) -> None:
-        """Usage and perplexity of the codebook over all test images."""
-        self._log_codebook("test")
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW without decay on norms, biases and codebooks; the learning rate moves every step."""
-        groups = parameter_groups(self.tokenizer, self.weight_decay)
-        return scheduled(
-            torch.optim.AdamW(groups, lr=self.lr, betas=self.betas), self.trainer.max_steps,
-            warmup_steps=self.warmup_steps, schedule=self.schedule, floor=self.lr_floor,
-        )  # fmt: skip
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The optimizer's step, then that of what learns without gradients."""
-        super().optimizer_step(*args, **kwargs)
-        self.tokenizer.after_step()
-
-    def _terms(self, x: Float[Tensor, "B 3 H W"], result: Reconstruction) -> dict[str, Tensor]:
-        """The terms of the loss by name, unweighted but for their sum, `loss`."""
-        y = result.images.float()
-        terms = {"l1": F.l1_loss(y, x), "l2": F.mse_loss(y, x)}
-        loss = self.l1_weight * terms["l1"] + self.l2_weight * terms["l2"]
-        for name, term in result.terms.items():
-            loss = loss + self.weights[name] * term
-        return {**terms, **result.terms, "loss": loss}
+        """Usage and perplexity of the codebooks over all test images."""
+        self._log_epoch("test")
 
     def _evaluate(self, x: Float[Tensor, "B 3 H W"], stage: str) -> Float[Tensor, "B 3 H W"]:
         """Log one batch of held-out images; their reconstruction."""
@@ -193,18 +273,50 @@ class TokenizerTraining(L.LightningModule):
         self.psnr.update(y, x)
         if self.counts is not None and result.counts is not None:
             self.counts.update(result.counts)
-        self.log_dict({f"{stage}/{name}": term for name, term in terms.items()}, batch_size=len(x), sync_dist=True)
+        logged = {f"{stage}/{name}": term for name, term in {**terms, "loss": self._sums(terms)[1]}.items()}
+        self.log_dict(logged, batch_size=len(x), sync_dist=True)
         self.log(f"{stage}/psnr", self.psnr, prog_bar=True, batch_size=len(x))
         return y
 
-    def _log_codebook(self, stage: str) -> None:
-        """Log how the images of the whole epoch used the codebook, if there is one, and start counting anew."""
-        if self.counts is None:
-            return
-        counts = self.counts.compute()
-        self.log(f"{stage}/codebook_usage", codebook_usage(counts), prog_bar=True)
-        self.log(f"{stage}/codebook_perplexity", codebook_perplexity(counts))
-        self.counts.reset()
+    def _log_epoch(self, stage: str) -> None:
+        """Log how the images of the whole epoch used the codebooks, if there are any, and start counting anew."""
+        if self.counts is not None and self.counts.update_called:
+            self._log_codebook(self.counts.compute(), stage)
+            self.counts.reset()
+
+    # ---- both
+
+    def _terms(self, x: Float[Tensor, "B 3 H W"], result: Reconstruction) -> dict[str, Float[Tensor, ""]]:
+        """The terms of the loss by name, unweighted: those of the error, then the tokenizer's own."""
+        y = result.images.float()
+        terms = {"l1": F.l1_loss(y, x), "l2": F.mse_loss(y, x)}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(x, y).mean()
+        return {**terms, **result.terms}
+
+    def _sums(self, terms: Mapping[str, Float[Tensor, ""]]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """The error, and the loss: the weighted sums of the first terms and of all."""
+        weighted = {name: (self.error_weights | self.own_weights)[name] * term for name, term in terms.items()}
+        error = reduce(add, [term for name, term in weighted.items() if name in self.error_weights])
+        return error, reduce(add, [term for name, term in weighted.items() if name not in self.error_weights], error)
+
+    def _log_codebook(self, counts: Int64[Tensor, "*Q K"], stage: str) -> None:
+        """Usage and perplexity, of several codebooks their means and each one's."""
+        named = {"": counts}
+        if counts.dim() == 2:
+            named |= {f"_{q}": one for q, one in enumerate(counts)}
+        for ending, one in named.items():
+            self.log(f"{stage}/codebook_usage{ending}", codebook_usage(one), prog_bar=stage == "val" and not ending)
+            self.log(f"{stage}/codebook_perplexity{ending}", codebook_perplexity(one))
+
+
+def _own_weights(tokenizer: TrainableTokenizer, given: Mapping[str, float]) -> dict[str, float]:
+    """The tokenizer's weights of its terms, changed where a recipe names them."""
+    for name in given:
+        if name not in tokenizer.weights:
+            known = ", ".join(tokenizer.weights) or "none"
+            raise ValueError(f"weights: expected terms of {type(tokenizer).__name__} ({known}), got {name}")
+    return {**tokenizer.weights, **given}
 
 
 def write_reconstructions(

@@ -16,7 +16,7 @@ from unimodal.evaluation.benchmark import Benchmark
 from unimodal.export import load_weights, read_info, read_weights
 from unimodal.importers import load_text
 from unimodal.model import UnifiedModel
-from unimodal.packing import PackedSequence
+from unimodal.packing import Lanes, PackedSequence
 from unimodal.text import TextTokenizer
 from unimodal.training import stages
 from unimodal.training.ema import EMA
@@ -93,11 +93,13 @@ class UnifiedTraining(LightningModule):
         self.warmup_steps, self.schedule, self.lr_floor = warmup_steps, schedule, lr_floor
         self.loss_weights = {"text": text_weight, "image": image_weight, "router": 1.0}
         self.ema_decay = ema_decay
-        self._position: tuple[int, int] | None = None
+        self._position: Lanes | None = None
+        self._kinds: dict[str, int] = {}  # tokens by kind of document since they were last logged
         self._sums: dict[str, tuple[float, int]] = {}
         self.predicted: list[Document] = []
         if tokenizer_weights is not None:
-            load_weights(model.tokenizer, read_weights(Path(tokenizer_weights)), str(tokenizer_weights))
+            trained = read_weights(Path(tokenizer_weights), "tokenizer_weights")
+            load_weights(model.tokenizer, trained, str(tokenizer_weights))
         if vision_weights is not None:
             if model.vision is None:
                 raise ValueError(f"vision_weights: expected model.vision to load them into, got {vision_weights} alone")
@@ -120,7 +122,7 @@ class UnifiedTraining(LightningModule):
 
     def _initialise(self, folder: Path) -> None:
         read_info(folder)
-        load_weights(self.model, read_weights(folder), str(folder))
+        load_weights(self.model, read_weights(folder, "init"), str(folder))
         self.model.text = TextTokenizer.load(folder / "tokenizer.json")
 
     def configure_callbacks(self) -> list[Callback]:
@@ -144,7 +146,9 @@ class UnifiedTraining(LightningModule):
     def training_step(self, batch: PackedSequence, batch_idx: int) -> Tensor:
         """Weighted losses over the global counts; Lightning then averages over ranks and accumulation."""
         losses: LossBreakdown = self.model(batch)
-        self._position = (batch.position[0], batch.position[1])
+        self._position = batch.position
+        for kind, tokens in batch.kinds.items():
+            self._kinds[kind] = self._kinds.get(kind, 0) + tokens
         shares = self.trainer.world_size * self.trainer.accumulate_grad_batches
         loss = torch.zeros((), device=self.device)
         for name, term in losses.items():
@@ -154,6 +158,9 @@ class UnifiedTraining(LightningModule):
                 if term.count:
                     self.log(f"train/{name}", term.sum.detach() / term.count, batch_size=term.count)
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+            for kind, tokens in self._kinds.items():
+                self.log(f"tokens/{kind or 'document'}", tokens / sum(self._kinds.values()), batch_size=1)
+            self._kinds = {}
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

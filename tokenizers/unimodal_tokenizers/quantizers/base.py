@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from unimodal_tokenizers.quantizers.search import SEARCH_BYTES
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -59,7 +61,10 @@ class Quantizer(nn.Module, ABC):
             return self.find(precise(vectors))
 
     def ids_to_vectors(self, ids: Shaped[Tensor, "P *Q"]) -> Float[Tensor, "P D"]:
-        """Ids to what they say; `vectors_to_ids` gives the ids back (those of a residual: other ids that say the same).
+        """Ids to what they say, which is what the decoder reads.
+
+        `vectors_to_ids` gives the ids back where a code is its own nearest: not where vectors are bent before they are
+        rounded (FSQ), are compared by inner product (IBQ), or leave something to a next codebook (residual).
 
         Raises:
             ValueError: ids that are no integers, lie outside the codebook, or are not one of each codebook.
@@ -75,6 +80,15 @@ class Quantizer(nn.Module, ABC):
         if tuple(ids.shape[1:]) != books or not ids.dim():
             expected = f"(T, {books[0]})" if books else "(T,)"
             raise ValueError(f"tokens: expected ids {expected}, got shape {tuple(ids.shape)}")
+
+
+def check_codebook(entries: int, dim: int) -> None:
+    """Refuse sizes of a codebook that cannot be searched."""
+    most = SEARCH_BYTES // torch.float32.itemsize  # else the similarities of one vector are too many
+    if not 2 <= entries <= most:
+        raise ValueError(f"entries: expected between 2 and {most}, got {entries}")
+    if dim < 1:
+        raise ValueError(f"dim: expected at least 1 channel, got {dim}")
 
 
 def check_ids(ids: Shaped[Tensor, "*shape"], entries: int) -> None:
@@ -99,6 +113,36 @@ def processes() -> int:
 def squared_distance(a: Float[Tensor, "P D"], b: Float[Tensor, "P D"]) -> Float[Tensor, ""]:
     """|a - b|^2, summed over channels and averaged over the rest; on the unit sphere it is 2 - 2 cos, from 0 to 4."""
     return (a - b).square().sum(-1).mean()
+
+
+@torch.no_grad()
+def drawn(z: Float[Tensor, "P D"], count: int, rng: torch.Generator) -> Float[Tensor, "n D"]:
+    """So many vectors (or all, if there are fewer) drawn from those of all processes, the same on every one."""
+    sizes, rank = torch.tensor([len(z)], device=z.device), 0
+    if processes() > 1:
+        rank, parts = torch.distributed.get_rank(), [torch.zeros_like(sizes) for _ in range(processes())]
+        torch.distributed.all_gather(parts, sizes)
+        sizes = torch.cat(parts)
+    chosen = torch.randperm(int(sizes.sum()), generator=rng)[:count].to(z.device) - sizes[:rank].sum()
+    own = (chosen >= 0) & (chosen < len(z))
+    vectors = torch.where(own[:, None], z[torch.where(own, chosen, 0)], 0)  # (n, D)
+    if processes() > 1:
+        torch.distributed.all_reduce(vectors)
+    return vectors
+
+
+def mean_over_processes(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The mean, with the gradient that makes it a mean over one large batch where processes average gradients."""
+    if processes() == 1:
+        return x
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(x) / processes()
+
+
+def entropy(p: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """-sum p log p in nats, whose gradient is finite at 0."""
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum()
 
 
 def straight_through(z: Float[Tensor, "P D"], e: Float[Tensor, "P D"]) -> Float[Tensor, "P D"]:

@@ -7,22 +7,29 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-SEARCH_BYTES = 64 * 2**20  # the largest tokens x entries matrix the search may hold
+SEARCH_BYTES = 64 * 2**20  # the largest vectors x entries matrix that a search, or a quantizer, may hold
+HOST_BYTES = 16 * 2**20  # on the host: above this, memory is fetched from the system anew for every part
+
+
+def rows_at_once(entries: int, like: Tensor, max_bytes: int | None = None) -> int:
+    """Vectors whose row of so many entries, of the precision and on the device of `like`, fit into the limit; at least 1."""
+    limit = max_bytes if max_bytes is not None else HOST_BYTES if like.device.type == "cpu" else SEARCH_BYTES
+    return max(1, limit // (entries * like.element_size()))
 
 
 def nearest_code(
-    z: Float[Tensor, "T D"], codes: Float[Tensor, "K D"], max_bytes: int = SEARCH_BYTES
+    z: Float[Tensor, "T D"], codes: Float[Tensor, "K D"], max_bytes: int | None = None
 ) -> Int64[Tensor, " T"]:
     """ids = argmin_k |z - e_k|^2 = argmax_k <z, e_k>, for vectors of equal length (ViT-VQGAN, section 3.2).
 
-    Searches as many tokens at a time as keep the similarity matrix within `max_bytes` (one token at the least).
+    Searches as many vectors at a time as keep the similarity matrix within `max_bytes` (one vector at the least).
     """
-    rows = max(1, max_bytes // (len(codes) * z.element_size()))
+    rows = rows_at_once(len(codes), z, max_bytes)
     return torch.cat([(part @ codes.T).argmax(-1) for part in z.split(rows)])  # (T,)
 
 
 def nearest_code_of_any_length(
-    z: Float[Tensor, "T D"], codes: Float[Tensor, "K D"], max_bytes: int = SEARCH_BYTES
+    z: Float[Tensor, "T D"], codes: Float[Tensor, "K D"], max_bytes: int | None = None
 ) -> Int64[Tensor, " T"]:
     """ids = argmin_k |z - e_k|^2 = argmax_k <(z, 1), (e_k, -|e_k|^2 / 2)>: the same search, one channel more."""
     offset = -codes.square().sum(-1, keepdim=True) / 2  # (K, 1)

@@ -14,12 +14,14 @@ from torch.nn import functional as F
 from unimodal_tokenizers.quantizers.base import (
     Quantized,
     Quantizer,
+    check_codebook,
+    drawn,
     precise,
     processes,
     squared_distance,
     straight_through,
 )
-from unimodal_tokenizers.quantizers.search import SEARCH_BYTES, nearest_code, nearest_code_of_any_length
+from unimodal_tokenizers.quantizers.search import nearest_code, nearest_code_of_any_length
 
 
 class VectorQuantizer(Quantizer):
@@ -28,7 +30,7 @@ class VectorQuantizer(Quantizer):
     An entry that no token chose for `revive_after` training batches is dead and is replaced by an encoder output of the
     next batch; all entries start dead, so the first batch initialises the codebook. The choice of outputs depends on a
     counter among the buffers only: training that was stopped and resumed makes the same choices. Over several processes
-    entries are dead when no process chose them, and replacements come from rank 0.
+    entries are dead when no process chose them, and replacements are drawn from the outputs of all.
     """
 
     steps: Int64[Tensor, ""]
@@ -43,9 +45,7 @@ class VectorQuantizer(Quantizer):
         seed: of the choice of outputs; quantizers of the same tokens need different ones.
         """
         super().__init__()
-        most = SEARCH_BYTES // torch.float32.itemsize  # else the similarities of one token are too many
-        if not 2 <= entries <= most:
-            raise ValueError(f"entries: expected between 2 and {most}, got {entries}")
+        check_codebook(entries, dim)
         if dim < 2:
             raise ValueError(
                 f"dim: expected at least 2 channels (the unit sphere of one channel is two points), got {dim}"
@@ -107,11 +107,9 @@ class VectorQuantizer(Quantizer):
         if not len(dead):
             return
         rng = torch.Generator().manual_seed(1_000_003 * self.seed + int(self.steps))
-        drawn = torch.randperm(len(z), generator=rng)[: len(dead)].to(z.device)
+        fresh = drawn(z, len(dead), rng)
         # Before the codebook enters this step's graph, so that an output that was drawn chooses its own copy at once.
-        self.codebook.weight[dead[: len(drawn)]] = z[drawn].to(self.codebook.weight.dtype)
-        if processes() > 1:
-            torch.distributed.broadcast(self.codebook.weight, src=0)
+        self.codebook.weight[dead[: len(fresh)]] = fresh.to(self.codebook.weight.dtype)
 
     @torch.no_grad()
     def _count(self, counts: Int64[Tensor, " K"]) -> None:

@@ -1,0 +1,102 @@
+"""The tokenizers that are compared, each with the same convolutions (or transformers of about their size) around it.
+
+A row's rate is stated by what its tokens hold: bits a pixel where they are ids, numbers a pixel where they are vectors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.tokenizers.photographs import SIDE
+from unimodal_tokenizers import (
+    DynamicTokenizer,
+    GridTokenizer,
+    KLTokenizer,
+    MultiscaleVQ,
+    SequenceTokenizer,
+    StagedTokenizer,
+    TrainableTokenizer,
+)
+from unimodal_tokenizers.quantizers import (
+    BSQ,
+    FSQ,
+    IBQ,
+    LFQ,
+    EuclideanQuantizer,
+    MovingAverageQuantizer,
+    Quantizer,
+    ResidualQuantizer,
+    SimVQ,
+    SubCodebooks,
+    VectorQuantizer,
+)
+
+NETWORK: dict[str, Any] = {"channels": [32, 64, 64], "blocks": 1}
+"""Of every encoder and decoder of convolutions; the stride is 4."""
+ENTRIES = 1024
+"""Of every codebook whose size is free: 10 bits."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tokenizer of the comparison.
+
+    Args:
+        name: of its rows.
+        paper: where it comes from.
+        build: makes it, untrained.
+        baseline: what it is held against: "pca" (as many numbers a patch) or "k-means" (as many entries), none where no
+            baseline has its rate.
+        weights: of its own loss terms, where the tokenizer's are not used.
+    """
+
+    name: str
+    paper: str
+    build: Callable[[], TrainableTokenizer]
+    baseline: str | None = None
+    weights: dict[str, float] | None = None
+
+
+def _grid(quantizer: Callable[[], Quantizer]) -> Callable[[], TrainableTokenizer]:
+    return lambda: GridTokenizer(quantizer(), **NETWORK)
+
+
+_TRANSFORMER: dict[str, Any] = {"patch": 4, "width": 96, "heads": 4}
+
+TABLE = (
+    Entry("kl", "latent diffusion", lambda: KLTokenizer(dim=4, **NETWORK), "pca", {"kl": 1e-6}),
+    Entry("staged", "MingTok", lambda: StagedTokenizer(dim=4, depths=(2, 1, 3), **_TRANSFORMER), "pca"),
+    Entry("vq", "LlamaGen", _grid(lambda: VectorQuantizer(ENTRIES, 8)), "k-means"),
+    Entry("vq, any length", "VQ-VAE", _grid(lambda: EuclideanQuantizer(ENTRIES, 8)), "k-means"),
+    Entry("vq, moving average", "VQ-VAE-2", _grid(lambda: MovingAverageQuantizer(ENTRIES, 8)), "k-means"),
+    Entry("simvq", "SimVQ", _grid(lambda: SimVQ(ENTRIES, 8)), "k-means"),
+    Entry("ibq", "IBQ", _grid(lambda: IBQ(ENTRIES, 8)), "k-means"),
+    Entry("fsq", "FSQ", _grid(lambda: FSQ([8, 5, 5, 5])), "k-means"),
+    Entry("lfq", "MAGVIT-v2", _grid(lambda: LFQ(10)), "k-means"),
+    Entry("bsq", "BSQ", _grid(lambda: BSQ(10)), "k-means"),
+    Entry("residual, 2", "RQ-VAE", _grid(lambda: ResidualQuantizer(ENTRIES, 2, 8))),
+    Entry("residual, 4", "RQ-VAE", _grid(lambda: ResidualQuantizer(ENTRIES, 4, 8))),
+    Entry("sub-codebooks, 2", "UniTok", _grid(lambda: SubCodebooks(VectorQuantizer(ENTRIES, 8), 2))),
+    Entry("multi-scale", "VAR", lambda: MultiscaleVQ(ENTRIES, 8, scales=[1, 2, 4, 8, 16], **NETWORK)),
+    Entry(
+        "sequence", "TiTok",
+        lambda: SequenceTokenizer(
+            VectorQuantizer(ENTRIES, 8), image=(SIDE, SIDE), tokens=64, depth=3, **_TRANSFORMER
+        ),
+    ),
+    Entry(
+        "dynamic", "LaVIT",
+        lambda: DynamicTokenizer(
+            VectorQuantizer(ENTRIES, 8), image=(SIDE, SIDE), keep=0.5, depth=3, **_TRANSFORMER
+        ),
+    ),
+)  # fmt: skip
+
+
+def chosen(names: list[str] | None) -> list[Entry]:
+    """Entries by name, all for None; ValueError for a name there is not."""
+    known = {entry.name: entry for entry in TABLE}
+    for name in names or []:
+        if name not in known:
+            raise ValueError(f"--only: expected among {'; '.join(known)}, got {name}")
+    return list(TABLE) if names is None else [known[name] for name in names]

@@ -1,0 +1,251 @@
+"""Mixtures of any sources: rounds, what is held out, what is broken, and streams."""
+
+import logging
+import pickle
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_formats import caption_rows, img2dataset, parquet_rows, shade
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unimodal.data import HuggingFaceSource, JsonlSource, MixtureData, TarSource
+from unimodal.data.broken import ENOUGH, BrokenItems
+from unimodal.data.hub import STREAM_WINDOW
+from unimodal.data.mixture import Entry, Slice
+from unimodal.data.order import mixed_order, round_order
+from unimodal.data.source import BrokenDocument, Source
+from unimodal.documents import Document, Part
+
+RNG = np.random.default_rng(0)
+
+
+class Numbered:
+    """Documents that say their number; those in `bad` are broken."""
+
+    kind = "numbered"
+
+    def __init__(self, count: int, bad: Iterable[int] = ()) -> None:
+        self.count, self.bad = count, set(bad)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def document(self, index: int, rng: np.random.Generator) -> Document:
+        if index in self.bad:
+            raise BrokenDocument(f"item {index}", "expected good")
+        return Document((Part(str(index)),), self.kind)
+
+    def corpus(self) -> Iterable[str]:
+        yield "0123456789"
+
+
+@given(st.integers(1, 9), st.integers(1, 25), st.integers(0, 6))
+@settings(max_examples=50, deadline=None)
+def test_a_source_gives_all_its_documents_before_any_comes_again_across_epochs(n: int, count: int, epochs: int) -> None:
+    row = [i for epoch in range(epochs) for i in round_order(Numbered(n), epoch * count, count, (7,))]
+    assert row == round_order(Numbered(n), 0, epochs * count, (7,)).tolist()
+    for r in range(len(row) // n):
+        assert sorted(row[r * n : (r + 1) * n]) == list(range(n))
+
+
+def test_sources_take_turns_and_keep_their_own_order() -> None:
+    sources: list[Source] = [Numbered(30), Numbered(50)]
+    turns, index = mixed_order(sources, [30, 50], seed=3, epoch=2)
+    assert Counter(turns.tolist()) == {0: 30, 1: 50}
+    for s, count in ((0, 30), (1, 50)):
+        assert index[turns == s].tolist() == round_order(sources[s], 2 * count, count, (3, s, 1)).tolist()
+    assert len(set(turns[:10].tolist())) == 2
+    again = mixed_order(sources, [30, 50], seed=3, epoch=2)
+    assert (turns.tolist(), index.tolist()) == (again[0].tolist(), again[1].tolist())
+
+
+def test_what_is_held_out_is_never_trained_on_and_more_data_moves_none_of_it() -> None:
+    def sides(n: int) -> tuple[set[str], set[str]]:
+        data = MixtureData(1, {"a": Entry(Numbered(n))}, validation_share=0.2)
+        (train,), (held,) = data.training_sources(), data.validation_sources()
+        return tuple({s.document(i, RNG).text for i in range(len(s))} for s in (train.source, held))  # type: ignore[return-value]
+
+    train, held = sides(200)
+    assert not train & held
+    assert train | held == {str(i) for i in range(200)}
+    assert 20 < len(held) < 60
+    assert held <= sides(300)[1]
+    for n in (2, 3, 4):
+        assert all(sides(n))
+
+
+def test_a_slice_keeps_the_order_of_its_source(tmp_path: Path) -> None:
+    source = TarSource(str(img2dataset(tmp_path, shards=20, each=3)))
+    chosen = np.random.default_rng(1).random(60) < 0.7
+    part = Slice("mine", source, chosen)
+    order = part.order(0, np.random.default_rng(2))
+    assert sorted(order) == list(range(int(chosen.sum())))
+    texts = [part.document(int(i), RNG).text for i in order]
+    whole = [source.document(int(i), RNG).text for i in source.order(0, np.random.default_rng(2)) if chosen[i]]
+    assert texts == whole
+    assert {part.document(int(i), RNG).kind for i in order} == {"mine"}
+    with pytest.raises(IndexError):
+        part.document(len(part), RNG)
+
+
+def test_bad_settings_are_named() -> None:
+    for settings_, message in (
+        ({"sources": {}}, "data.sources: expected at least one"),
+        ({"sources": {"a": Entry(Numbered(1))}}, "data.sources.a: expected at least two"),
+        ({"sources": {"a": Entry(Numbered(3), -1.0)}}, "weight of at least 0 for a, got -1.0"),
+        ({"sources": {"a": Entry(Numbered(3))}, "validation_share": 0.0}, "data.validation_share"),
+        ({"sources": {"a": Entry(Numbered(3))}, "broken_share": 2.0}, "data.broken_share"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MixtureData(1, **settings_)  # type: ignore[arg-type]
+
+
+# ---- what is broken
+
+
+def run_through(source: Numbered, share: float, rounds: int = 1) -> BrokenItems:
+    broken = BrokenItems(share)
+    for index in [*range(len(source))] * rounds:
+        try:
+            source.document(index, RNG)
+            broken.read("s")
+        except BrokenDocument as error:
+            broken.add("s", source, index, error)
+    return broken
+
+
+def test_broken_items_are_named_once_and_counted_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert run_through(Numbered(200, [5, 7]), share=0.01, rounds=4).total == 8
+    assert [record.getMessage() for record in caplog.records] == [
+        "data: s: skipped item 5: expected good", "data: s: skipped item 7: expected good"
+    ]  # fmt: skip
+
+
+def test_above_the_share_the_run_stops_and_says_so() -> None:
+    with pytest.raises(ValueError, match=r"data: s: 3 of 200 documents cannot be read, more than data.broken_share 0.01; "
+                       r"the last: item 9: expected good \(all of them: unimodal data check\)"):  # fmt: skip
+        run_through(Numbered(200, [5, 7, 9]), share=0.01)
+    with pytest.raises(ValueError, match="1 of 3 documents"):
+        run_through(Numbered(3, [2]), share=0.0)
+
+
+def test_a_source_that_fails_altogether_stops_long_before_its_end() -> None:
+    broken, long = BrokenItems(0.01), range(10**9)
+    for index in range(ENOUGH // 100):
+        broken.add("s", long, index, BrokenDocument("the disk", "expected it to be there"))
+    with pytest.raises(ValueError, match="11 of 11 documents read"):
+        broken.add("s", long, ENOUGH, BrokenDocument("the disk", "expected it to be there"))
+
+
+def test_a_broken_document_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(BrokenDocument("a", "b")))
+    assert (str(error), error.name, error.reason) == ("a: b", "a", "b")
+
+
+# ---- Hugging Face datasets
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder of `save_to_disk`, and beside it one of Parquet files."""
+    datasets = pytest.importorskip("datasets")
+    parquet_rows(tmp_path / "files" / "train.parquet", caption_rows(10))
+    rows = datasets.Dataset.from_list(caption_rows(10)).cast_column("image", datasets.Image())
+    rows.save_to_disk(str(tmp_path / "saved"))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def said(source: HuggingFaceSource, indices: Iterable[int]) -> list[int]:
+    found = []
+    for index in indices:
+        document = source.document(index, RNG)
+        assert document.text == f"shade {shade(document.images[0])}"
+        found.append(shade(document.images[0]))
+    return found
+
+
+def test_a_folder_of_datasets_is_read_by_row(saved: Path) -> None:
+    for folder in ("saved", "files"):
+        source = HuggingFaceSource(str(saved / folder))
+        assert len(source) == 10
+        assert said(source, [9, 0, 4]) == [9, 0, 4]
+        assert said(pickle.loads(pickle.dumps(source)), [3]) == [3]
+
+
+def test_a_stream_is_the_same_row_for_an_index_however_it_is_reached(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unimodal.data.hub.STREAM_WINDOW", 3)
+    made = [HuggingFaceSource(str(saved / "saved"), streaming=True, documents=4) for _ in range(2)]
+    assert said(made[0], range(25)) == [i % 10 for i in range(25)]  # behind the last row comes the first
+    assert said(made[1], [24, 2, 13, 12, 7, 8]) == [4, 2, 3, 2, 7, 8]
+    assert said(pickle.loads(pickle.dumps(made[0])), [11]) == [1]
+
+
+def test_rounds_of_a_stream_go_on(saved: Path) -> None:
+    source = HuggingFaceSource(str(saved / "files"), streaming=True, documents=4)
+    orders = [source.order(epoch, np.random.default_rng(epoch)).tolist() for epoch in range(3)]
+    assert [sorted(order) for order in orders] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert STREAM_WINDOW > 12
+    with pytest.raises(ValueError, match=r"data\.validation: expected sources: of the stream data\.sources\.s"):
+        MixtureData(1, {"s": Entry(source)})
+    data = MixtureData(1, {"s": Entry(source)}, {"v": Entry(Numbered(3))})
+    (weighted,) = data.training_sources()
+    assert round_order(weighted.source, 4, 4, (0,)).min() == 4
+    assert weighted.source.document(11, RNG).text == "shade 1"
+
+
+def test_nothing_is_fetched_that_is_not_named_as_such(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def offline(path: str, *args: object, **options: object) -> None:
+        asked.append((path, options))
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(
+        ValueError, match="path: expected a folder, or hub:OWNER/NAME for one on the hub, got some/name"
+    ):
+        HuggingFaceSource("some/name")
+    assert not asked
+    with pytest.raises(
+        ValueError, match="path: expected a data set with the split train, got hub:some/name: no network"
+    ):
+        HuggingFaceSource("hub:some/name")
+    assert asked == [("some/name", {"split": "train", "revision": None, "streaming": False})]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="split nope"):
+        HuggingFaceSource(str(saved / "files"), "nope")
+    for streaming, documents in ((True, None), (False, 3), (True, 0)):
+        with pytest.raises(ValueError, match=r"^documents: expected"):
+            HuggingFaceSource(str(saved / "files"), streaming=streaming, documents=documents)
+
+
+def test_a_broken_image_of_a_row_does_not_stop_the_reading(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    rows = caption_rows(4)
+    rows[2] = {"image": {"bytes": b"no image", "path": None}, "caption": "x"}
+    parquet_rows(tmp_path / "train.parquet", rows)
+    source = HuggingFaceSource(str(tmp_path))
+    with pytest.raises(BrokenDocument, match=r"train: row 2: image: expected an image, got a file of another kind"):
+        source.document(2, RNG)
+    assert said(source, [0, 1, 3]) == [0, 1, 3]
+
+
+def test_an_unreadable_source_is_refused_where_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{\n{\n")
+    with pytest.raises(ValueError, match="expected at least one record that can be read, got none"):
+        JsonlSource(str(tmp_path / "a.jsonl"))

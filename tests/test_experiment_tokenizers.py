@@ -1,0 +1,89 @@
+"""The comparison of tokenizers: photographs, baselines, a row from end to end."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.tokenizers import baselines, photographs
+from experiments.tokenizers.__main__ import main
+from experiments.tokenizers.report import aims, table
+from experiments.tokenizers.table import TABLE, chosen
+
+
+def test_a_held_out_photograph_is_in_no_crop() -> None:
+    everything = photographs.photographs()
+    assert set(photographs.TEST) < set(everything)
+    kept = photographs.training("coffee")
+    assert len(kept) == len(everything) - 1
+    assert all(pixels is not everything["coffee"] for pixels in kept)
+
+
+def test_tiles_lie_beside_each_other() -> None:
+    pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    found = photographs.tiles(pixels, 2)
+    slow = [pixels[y : y + 2, x : x + 2] for y in (0, 2) for x in (0, 2, 4)]
+    np.testing.assert_array_equal(found, np.stack(slow))
+
+
+def test_crops_are_functions_of_their_number() -> None:
+    crops = photographs.Crops(photographs.training("rocket"), 8)
+    torch.testing.assert_close(crops[3], crops[3], rtol=0, atol=0)
+    assert not torch.equal(crops[3], crops[4])
+
+
+def test_a_baseline_with_everything_changes_nothing() -> None:
+    images = [torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(i)).byte() for i in range(16)]
+    whole = baselines.fit("pca", 48, images)
+    torch.testing.assert_close(baselines.through(whole, images[0]), images[0], rtol=0, atol=0)
+    few = baselines.fit("k-means", 4, images)
+    made = baselines.patches_of([baselines.through(few, image) for image in images])
+    assert len(np.unique(made, axis=0)) <= 4
+
+
+def test_names_are_known() -> None:
+    assert [entry.name for entry in chosen(["fsq", "kl"])] == ["fsq", "kl"]
+    with pytest.raises(ValueError, match=r"--only: expected among kl; .*, got vqq"):
+        chosen(["vqq"])
+
+
+def test_every_entry_can_be_built() -> None:
+    for entry in TABLE:
+        tokenizer = entry.build()
+        assert set(entry.weights or {}) <= set(tokenizer.weights), entry.name
+        assert tokenizer.layout.grid(photographs.SIDE, photographs.SIDE).length > 0
+
+
+def test_a_run_ends_in_a_report_and_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    small = {name: rng.integers(0, 256, (64, 128, 3), dtype=np.uint8) for name in (*photographs.TEST, "other")}
+    monkeypatch.setattr(photographs, "photographs", lambda: small)
+    monkeypatch.setattr("experiments.tokenizers.__main__.ENTRIES", 16)
+    command = ["--out", str(tmp_path), "--steps", "1", "--only", "sequence", "--held-out", "coffee"]
+    assert main(command) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert set(rows) == {"pca", "k-means", "sequence"}
+    assert rows["sequence"]["bits_per_pixel"] == pytest.approx(64 * 10 / 64**2)
+    assert rows["k-means"]["bits_per_pixel"] == pytest.approx(4 / 16)
+    assert "| sequence | TiTok | 0.156 bits/pixel |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "reconstructions.png").is_file()
+    monkeypatch.setattr("experiments.tokenizers.__main__.train", lambda *_: pytest.fail("a run was made again"))
+    assert main(command) == 0
+
+
+def test_aims_are_told_from_rows() -> None:
+    def row(name: str, psnr: float, used: float | None = None) -> dict[str, object]:
+        more = {} if used is None else {"training_codebook_usage": used}
+        return {"name": name, "held_out": "coffee", "psnr": psnr, "ssim": 0.5, "numbers_per_pixel": 0.25, **more}
+
+    rows = [row("pca", 20), row("kl", 23.5), row("k-means", 20), row("vq", 22, 0.95)]
+    said = aims(rows)
+    assert "- kl at least 3 dB above pca: 3.50 dB, met" in said
+    assert "- vq at least 3 dB above k-means: 2.00 dB, not met" in said
+    assert "- vq uses at least 90 %: 95.0 %, met" in said
+    assert "- PSNR rises with residual depth 1, 2, 4: not measured" in said
+    assert table(rows).splitlines()[2].startswith("| pca | baseline | 0.25 numbers/pixel | 20.00 (20.0) |")

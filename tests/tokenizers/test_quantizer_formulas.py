@@ -1,0 +1,288 @@
+"""Quantizers against vector-quantize-pytorch, or against their formulas written out without regard to memory."""
+
+from typing import Any
+
+import pytest
+import torch
+import vector_quantize_pytorch as library
+from torch import Tensor
+from torch.nn import functional as F
+
+from unimodal_tokenizers.quantizers import (
+    BSQ,
+    FSQ,
+    IBQ,
+    LFQ,
+    EuclideanQuantizer,
+    MovingAverageQuantizer,
+    ResidualQuantizer,
+    SimVQ,
+    SubCodebooks,
+    VectorQuantizer,
+    codebook_usage,
+    search,
+)
+from unimodal_tokenizers.quantizers.binary import bit_entropy, mean_code_probability
+
+
+def some(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven vectors at a time, for 32 entries in double precision."""
+    monkeypatch.setattr(search, "HOST_BYTES", 7 * 32 * 8)
+
+
+# FSQ
+
+
+@pytest.mark.parametrize("levels", [[8, 5, 5, 5], [7, 4, 3], [3]])
+def test_fsq_is_the_library_s(levels: list[int]) -> None:
+    ours, theirs = FSQ(levels), library.FSQ(levels)
+    z = 3 * some(0, 500, len(levels), dtype=torch.float32)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    result, (quantized, ids) = ours(a), theirs(b[None])
+    torch.testing.assert_close(result.quantized, quantized[0])
+    assert torch.equal(result.ids, ids[0].long())
+    g = some(1, *z.shape, dtype=torch.float32)
+    (result.quantized * g).sum().backward()
+    (quantized[0] * g).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    every = torch.arange(ours.codebooks[0])
+    torch.testing.assert_close(ours.ids_to_vectors(every), theirs.indices_to_codes(every[None])[0])
+
+
+def test_fsq_reaches_every_code_and_keeps_zero() -> None:
+    quantizer = FSQ([5, 4, 3])
+    assert codebook_usage(quantizer(2 * some(0, 5000, 3)).counts) == 1
+    assert torch.equal(quantizer(torch.zeros(1, 3)).quantized, torch.zeros(1, 3))
+
+
+# LFQ and BSQ
+
+
+@pytest.mark.parametrize("codebooks", [1, 2])
+def test_lfq_is_the_library_s(codebooks: int) -> None:
+    ours = LFQ(bits=6, codebooks=codebooks, temperature=4.0, diversity=0.7)
+    theirs = library.LFQ(
+        codebook_size=2 ** (6 // codebooks), num_codebooks=codebooks, entropy_loss_weight=0.1, commitment_loss_weight=0.25,
+        diversity_gamma=0.7,
+    )  # fmt: skip
+    z = some(0, 300, 6, dtype=torch.float32)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    result = ours(a)
+    (quantized, ids, loss), parts = theirs(b[None], inv_temperature=1 / 4.0, return_loss_breakdown=True)
+    assert torch.equal(result.quantized, quantized[0])
+    assert torch.equal(result.ids, ids[0].long())
+    assert torch.equal(ours.ids_to_vectors(result.ids), theirs.indices_to_codes(ids)[0])
+    torch.testing.assert_close(
+        result.terms["entropy"], parts.per_sample_entropy - 0.7 * parts.batch_entropy, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(result.terms["commitment"] / 6, parts.commitment)  # theirs is a mean over channels
+    (0.1 * result.terms["entropy"] + 0.25 * result.terms["commitment"] / 6).backward()
+    loss.backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_bsq_is_the_library_s_but_for_the_entropy_of_all() -> None:
+    z = some(0, 300, 5, dtype=torch.float32)
+    ours, theirs = BSQ(bits=5, temperature=0.2), library.LFQ(codebook_size=32, spherical=True)
+    result = ours(z)
+    (quantized, ids, _), parts = theirs(z[None], inv_temperature=5.0, return_loss_breakdown=True)
+    torch.testing.assert_close(result.quantized, quantized[0])
+    torch.testing.assert_close(result.quantized.norm(dim=-1), torch.ones(300))
+    assert torch.equal(result.ids, ids[0].long())
+    torch.testing.assert_close(ours.ids_to_vectors(result.ids), theirs.indices_to_codes(ids)[0])
+    u = F.normalize(z, dim=-1)
+    p = torch.stack([(-(u + 5**-0.5).square() / 0.2).exp(), (-(u - 5**-0.5).square() / 0.2).exp()])
+    p = p / p.sum(0)  # (2, P, 5): of both values of every bit
+    together = -(p.mean(1) * p.mean(1).log()).sum()
+    torch.testing.assert_close(result.terms["entropy"], parts.per_sample_entropy - together, rtol=1e-4, atol=1e-5)
+    assert together > parts.batch_entropy  # an upper bound
+
+
+@pytest.mark.parametrize("bits", [1, 2, 5])
+def test_the_mean_probability_of_codes_without_the_matrix(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "HOST_BYTES", 200)
+    z, g = some(0, 23, bits), some(1, 2**bits)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    codes = torch.tensor([[1.0 if k >> (bits - 1 - i) & 1 else -1.0 for i in range(bits)] for k in range(2**bits)])
+    slow = (-torch.cdist(b, codes.double()).square()).softmax(-1)
+    p = mean_code_probability(4 * a)
+    torch.testing.assert_close(p, slow.mean(0))
+    torch.testing.assert_close(bit_entropy(4 * a).sum(-1), -(slow * slow.log()).sum(-1))
+    for loss in ((p * g).sum(), (slow.mean(0) * g).sum()):
+        loss.backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_certain_bits_have_finite_gradients() -> None:
+    for quantizer in (LFQ(bits=4), BSQ(bits=4)):
+        z = (100 * some(0, 8, 4, dtype=torch.float32)).abs().requires_grad_()  # all choose one code, for sure
+        quantizer(z).terms["entropy"].backward()
+        assert z.grad is not None
+        assert z.grad.isfinite().all()
+
+
+def test_bits_beyond_any_codebook_are_several_codebooks() -> None:
+    quantizer = BSQ(bits=36, codebooks=3)
+    ids = quantizer(some(0, 10, 36)).ids
+    assert quantizer.codebooks == (4096,) * 3
+    assert ids.shape == (10, 3)
+    torch.testing.assert_close(quantizer.double().ids_to_vectors(ids), some(0, 10, 36).sign() / 6)
+
+
+# SimVQ and IBQ
+
+
+def test_simvq_is_the_library_s() -> None:
+    torch.manual_seed(0)
+    ours, theirs = SimVQ(32, 4), library.SimVQ(dim=4, codebook_size=32, rotation_trick=False)
+    with torch.no_grad():
+        theirs.frozen_codebook.copy_(ours.entries)
+        theirs.code_transform.weight.copy_(ours.map.weight)
+    z = some(0, 100, 4, dtype=torch.float32)
+    result, (quantized, ids, loss) = ours(z), theirs(z[None])
+    torch.testing.assert_close(result.quantized, quantized[0])
+    assert torch.equal(result.ids, ids[0])
+    mine = (result.terms["codebook"] + 0.25 * result.terms["commitment"]) / 4  # theirs is a mean over channels
+    torch.testing.assert_close(mine, loss)
+    mine.backward()
+    loss.backward()
+    torch.testing.assert_close(ours.map.weight.grad, theirs.code_transform.weight.grad)
+
+
+def test_one_choice_moves_every_code_of_simvq() -> None:
+    quantizer = SimVQ(32, 4)
+    before = quantizer.say(torch.arange(32)).detach()
+    quantizer(some(0, 1, 4, dtype=torch.float32)).terms["codebook"].backward()
+    with torch.no_grad():
+        quantizer.map.weight -= 0.1 * quantizer.map.weight.grad
+    assert ((quantizer.say(torch.arange(32)) - before).abs().sum(-1) > 1e-6).all()
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_ibq_by_its_formulas() -> None:
+    quantizer = IBQ(32, 4, temperature=0.5, diversity=0.7).double()
+    z, g = some(0, 40, 4), some(1, 40, 4)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    result = quantizer(a)
+    codes = quantizer.codebook.weight.detach().clone().requires_grad_()
+    logits = b @ codes.T
+    soft = logits.softmax(-1)
+    hard = F.one_hot(logits.argmax(-1), 32).double()
+    z_q, chosen = (hard - soft.detach() + soft) @ codes, hard @ codes
+    p = (logits / 0.5).softmax(-1)
+    slow = {
+        "double": (z_q - b).square().sum(-1).mean(),
+        "commitment": (chosen.detach() - b).square().sum(-1).mean(),
+        "codebook": (chosen - b.detach()).square().sum(-1).mean(),
+        "entropy": -(p * p.log()).sum(-1).mean() + 0.7 * (p.mean(0) * p.mean(0).log()).sum(),
+    }
+    assert torch.equal(result.ids, logits.argmax(-1))
+    torch.testing.assert_close(result.quantized, z_q)
+    for name, term in slow.items():
+        torch.testing.assert_close(result.terms[name], term)
+    both = ((result.quantized, result.terms), (z_q, slow))
+    for quantized, terms in both:
+        ((quantized * g).sum() + sum(w * terms[n] for n, w in quantizer.weights.items())).backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(quantizer.codebook.weight.grad, codes.grad)
+    assert (codes.grad.abs().sum(-1) > 0).all()  # every code learns, chosen or not
+
+
+# Moving averages
+
+
+def test_moving_averages_by_hand() -> None:
+    quantizer = MovingAverageQuantizer(6, 2, decay=0.8, revive_after=1000).double()
+    quantizer.idle.zero_()
+    codes, mass, sums = quantizer.codes.clone(), torch.zeros(6).double(), torch.zeros(6, 2).double()
+    for step in range(5):
+        z = some(step, 30, 2)
+        result = quantizer(z)
+        chosen = torch.cdist(z, codes).argmin(-1)
+        assert torch.equal(result.ids, chosen)
+        torch.testing.assert_close(quantizer.codes, codes)  # a pass alone moves nothing
+        quantizer.after_step()
+        for k in range(6):
+            mass[k] = 0.8 * mass[k] + 0.2 * (chosen == k).sum()
+            sums[k] = 0.8 * sums[k] + 0.2 * z[chosen == k].sum(0)
+            if mass[k] > 0:
+                codes[k] = sums[k] / mass[k]
+        torch.testing.assert_close(quantizer.codes, codes)
+        torch.testing.assert_close(quantizer.mass, mass)
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    whole, parts = (MovingAverageQuantizer(16, 3, revive_after=2).double() for _ in range(2))
+    for step in range(5):
+        z = some(step, 24, 3)
+        whole(z)
+        for part in z.chunk(3):
+            parts(part)
+        for quantizer in (whole, parts):
+            quantizer.after_step()
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[key], value)
+    assert (whole.idle > 0).any()
+
+
+def test_the_first_step_fills_the_codebook_and_dead_entries_become_vectors() -> None:
+    quantizer, z = MovingAverageQuantizer(16, 3, revive_after=2), some(0, 40, 3, dtype=torch.float32)
+    quantizer(z)
+    quantizer.after_step()
+    assert codebook_usage(quantizer(z).counts) > 0.8
+    quantizer.after_step()
+    near = z[torch.cdist(z, z[:1]).squeeze(-1).argsort()[:4]]
+    for _ in range(3):
+        quantizer(near)
+        quantizer.after_step()
+    dead = torch.cdist(quantizer.codes, near).min(-1).values
+    assert (dead < 1e-5).sum() >= 4  # so many vectors, each once
+
+
+# Several codebooks
+
+
+def test_sub_codebooks_quantize_slices() -> None:
+    quantizer = SubCodebooks(EuclideanQuantizer(16, 3), 2).double().eval()
+    with torch.no_grad():
+        quantizer.quantizers[1].codebook.weight += 0.1  # type: ignore[union-attr,operator]
+    z = some(0, 30, 6)
+    result = quantizer(z)
+    slices = [inner(part) for inner, part in zip(quantizer.quantizers, z.chunk(2, -1), strict=True)]
+    assert torch.equal(result.quantized, torch.cat([part.quantized for part in slices], -1))
+    assert torch.equal(result.ids, torch.stack([part.ids for part in slices], 1))
+    assert torch.equal(result.counts, torch.stack([part.counts for part in slices]))
+    torch.testing.assert_close(result.terms["commitment"], (z - result.quantized).square().sum(-1).mean())
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: FSQ([]), r"levels: expected at least 3 of each channel .* got \[\]"),
+        (lambda: FSQ([8, 2]), r"levels: expected at least 3 of each channel \(LFQ has 2\) .* got \[8, 2\]"),
+        (lambda: FSQ([64] * 5), "levels: .* at most 16777216 entries"),
+        (lambda: LFQ(0), "bits: expected a multiple of codebooks, of at most 24 bits each, got 0 bits for 1"),
+        (lambda: LFQ(25), "bits: .* got 25 bits for 1"),
+        (lambda: LFQ(6, codebooks=4), "bits: .* got 6 bits for 4"),
+        (lambda: LFQ(6, temperature=0.0), "temperature: expected above 0, got 0"),
+        (lambda: BSQ(1), "bits: expected at least 2"),
+        (lambda: SimVQ(1, 4), "entries: expected between 2 and 16777216, got 1"),
+        (lambda: SimVQ(4, 0), "dim: expected at least 1 channel, got 0"),
+        (lambda: IBQ(4, 4, temperature=-1.0), "temperature: expected above 0, got -1"),
+        (lambda: MovingAverageQuantizer(4, 4, decay=1.0), "decay: expected at least 0 and below 1, got 1"),
+        (lambda: MovingAverageQuantizer(4, 4, revive_after=0), "revive_after: expected at least 1 step, got 0"),
+        (lambda: SubCodebooks(VectorQuantizer(4, 4), 1), "codebooks: expected at least 2"),
+        (lambda: SubCodebooks(ResidualQuantizer(4, 2, 4), 2), "quantizer: expected one with one codebook, got 2"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(make: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()

@@ -1,0 +1,147 @@
+"""Hugging Face `datasets`, from a folder or from the hub, whole or streamed. The library only decodes rows here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+
+from unimodal.data.records import DocumentRules, FilesOf, Layout, Record, RecordSource, no_files
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STREAM_WINDOW = 1024
+"""Rows of a stream that are shuffled together, and held in memory."""
+HUB = "hub:"
+
+
+class HuggingFaceSource(RecordSource):
+    """Rows of a data set of Hugging Face's `datasets`.
+
+    Args:
+        path: a folder (of `save_to_disk`, or of data files), or `hub:OWNER/NAME`, which is downloaded: nothing else is.
+        split: of the data set.
+        layout: what a row means; None: read from the first.
+        name: configuration of the data set.
+        revision: commit or tag on the hub.
+        streaming: rows are read in their order as training asks for them, and nothing is kept on disk.
+        documents: of a stream, how many make a round. The next round goes on behind them; behind the last row comes
+            the first.
+        rules: of images and texts.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str = "train",
+        layout: Layout | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        streaming: bool = False,
+        documents: int | None = None,
+        rules: DocumentRules = DocumentRules(),
+    ) -> None:
+        if streaming != (documents is not None):
+            raise ValueError(f"documents: expected a number for a stream, and for a stream only, got {documents}")
+        if documents is not None and documents < 1:
+            raise ValueError(f"documents: expected at least 1, got {documents}")
+        self.path, self.split, self.documents = path, split, documents
+        self._rows = _load(path, split, name, revision, streaming)
+        self._stream = _Forward(self._rows) if streaming else None
+        self._sizes = np.array([documents if documents is not None else len(self._rows)])
+        self._file = no_files if path.startswith(HUB) else FilesOf(Path(path))
+        super().__init__(layout, rules)
+
+    @property
+    def shards(self) -> Int[np.ndarray, " s"]:
+        """One: rows are on disk in memory maps, or come in a stream."""
+        return self._sizes
+
+    def record(self, index: int) -> Record:
+        """The row at `index`; of a stream, modulo its rows."""
+        row = _fields(self._rows[index]) if self._stream is None else self._stream.row(index)
+        return Record(f"{self.path} {self.split}: row {index}", row, self._file)
+
+    def order(self, epoch: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        """Any order; of a stream its own, shuffled within windows, going on from round to round."""
+        if self.documents is None:
+            return super().order(epoch, rng)
+        first = epoch * self.documents
+        indices = np.arange(first, first + self.documents)
+        windows = indices // STREAM_WINDOW
+        return np.concatenate([rng.permutation(indices[windows == w]) for w in np.unique(windows)])
+
+    def _check_index(self, index: int) -> None:
+        if self._stream is None:
+            super()._check_index(index)
+        elif index < 0:
+            raise IndexError(f"index: expected at least 0, got {index}")
+
+
+class _Forward:
+    """Rows of a stream by index: cheap from window to window, read again from the start for what lies behind."""
+
+    def __init__(self, rows: Any) -> None:
+        self._all = rows
+        self._rest: Iterator[Mapping[str, object]] = iter(())
+        self._window = -1  # that is held
+        self._held: list[Mapping[str, object]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is open: each worker reads its own."""
+        return {"_all": self._all, "_rest": iter(()), "_window": -1, "_held": []}
+
+    def row(self, index: int) -> Mapping[str, object]:
+        window, place = divmod(index, STREAM_WINDOW)
+        if window != self._window:
+            if self._window < 0 or window != self._window + 1:
+                self._rest = self._from(window * STREAM_WINDOW)
+            self._held = [next(self._rest) for _ in range(STREAM_WINDOW)]
+            self._window = window
+        return self._held[place]
+
+    def _from(self, start: int) -> Iterator[Mapping[str, object]]:
+        """Rows from `start` on, round and round."""
+        count = 0
+        for row in self._all.skip(start):
+            yield _fields(row)
+            count += 1
+        if not count and start:  # the stream has ended before: count it
+            length = sum(1 for _ in self._all)
+            yield from self._from(start % length) if length else ()
+        while True:
+            for row in self._all:
+                count += 1
+                yield _fields(row)
+            if not count:
+                raise ValueError("path: expected a stream with rows, got none")
+
+
+def _fields(row: pa.Table) -> dict[str, object]:
+    """One row, images as `{"bytes", "path"}`."""
+    return row.to_pylist()[0]
+
+
+def _load(path: str, split: str, name: str | None, revision: str | None, streaming: bool) -> Any:
+    import datasets
+
+    remote = path.startswith(HUB)
+    if not remote and not Path(path).is_dir():
+        raise ValueError(f"path: expected a folder, or {HUB}OWNER/NAME for one on the hub, got {path}")
+    try:
+        if not remote and any((Path(path) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            rows = datasets.load_from_disk(path)
+            if isinstance(rows, datasets.DatasetDict):
+                rows = rows[split]
+            rows = rows.to_iterable_dataset() if streaming else rows
+        else:
+            place = path.removeprefix(HUB)
+            rows = datasets.load_dataset(place, name, split=split, revision=revision, streaming=streaming)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"path: expected a data set with the split {split}, got {path}: {reason}") from None
+    return rows.with_format("arrow")  # as stored: what cannot be decoded must not stop the reading of a row

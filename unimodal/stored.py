@@ -1,0 +1,92 @@
+"""Images of documents of which only the tokens are at hand, and who made them.
+
+Letters: N tokens of the image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unimodal.documents import Part
+from unimodal_tokenizers.base import ImageTokenizer, ImageTokens
+
+
+class StoredImage(Part):
+    """An image part as the tokens that a tokenizer made of it.
+
+    Args:
+        tokens: of this image alone, on the host.
+        size: (height, width) of the pixels that they were made of.
+        learn: whether the image is to be drawn.
+        role: as of any part.
+    """
+
+    tokens: ImageTokens
+    size: tuple[int, int]
+
+    def __init__(self, tokens: ImageTokens, size: tuple[int, int], learn: bool = True, role: str = "") -> None:
+        if len(tokens) != 1:
+            raise ValueError(f"tokens: expected those of one image, got {len(tokens)}")
+        for name, value in (("tokens", tokens), ("size", size), ("learn", learn), ("role", role)):
+            object.__setattr__(self, name, value)  # as the frozen class it is
+
+    def check(self, context: str, native: bool, sizes: Sequence[tuple[int, int]]) -> None:
+        """ValueError where a recipe has no use for tokens without pixels, or for images of that size."""
+        if context != "clean":
+            raise ValueError(f"sequence.context: expected clean with images stored as tokens, got {context}")
+        if native:
+            raise ValueError("sequence.native: expected none with images stored as tokens, which have their sizes")
+        if self.size not in {tuple(size) for size in sizes}:
+            raise ValueError(
+                f"sequence.image_sizes: expected {list(self.size)}, which images are stored of, among them"
+            )
+
+    @property
+    def content(self) -> str | Image.Image:
+        """None: ValueError."""
+        raise ValueError("image: expected pixels, got an image that is stored as tokens")
+
+    @property
+    def is_text(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def is_image(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def image(self) -> Image.Image:
+        """None: ValueError."""
+        raise ValueError("image: expected pixels, got an image that is stored as tokens")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredImage) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return f"StoredImage({self.size[1]}x{self.size[0]}, {self.tokens.grids[0].length} tokens)"
+
+    def _key(self) -> tuple[object, ...]:
+        return self.tokens.grids, tuple(self.tokens.values.flatten().tolist()), self.size, self.learn, self.role
+
+
+def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:
+    """SHA-256 of a tokenizer's class, layout and weights: two that share it make the same tokens."""
+    digest = hashlib.sha256(f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__} {tokenizer.layout}".encode())
+    for name, value in sorted(tokenizer.state_dict().items()):
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
