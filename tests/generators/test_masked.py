@@ -452,7 +452,7 @@ def test_settings_that_mean_nothing_are_refused(make: Make) -> None:
 
 
 def test_what_it_cannot_learn_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="tokenizer: Masked takes discrete tokens, got continuous"):
+    with pytest.raises(ValueError, match="tokenizer: Masked takes discrete or sequence tokens, got continuous"):
         Masked(TokenLayout("continuous", dim=12, stride=2), 32)
     with pytest.raises(ValueError, match="tokenizer: Masked learns one codebook, got 2"):
         Masked(replace(LAYOUT, codebooks=(V, V)), 32)
