@@ -85,7 +85,7 @@ def test_scores_are_in_full_precision() -> None:
 
 
 def test_continuous_tokenizers_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="tokenizer: Autoregressive takes discrete tokens, got continuous"):
+    with pytest.raises(ValueError, match="tokenizer: Autoregressive takes discrete or sequence tokens, got continuous"):
         Autoregressive(TokenLayout("continuous", dim=12, stride=2), 32)
 
 
