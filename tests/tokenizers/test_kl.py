@@ -119,8 +119,8 @@ def test_training_weighs_the_term() -> None:
     module = TokenizerTraining(made(), lr=1.0, l1_weight=1.0, l2_weight=0.0, weights={"kl": 0.5})
     x = images()
     result = module.tokenizer.eval()(x)
-    terms = module._terms(x, result)
-    torch.testing.assert_close(terms["loss"], (result.images - x).abs().mean() + 0.5 * result.terms["kl"])
+    _, loss = module._sums(module._terms(x, result))
+    torch.testing.assert_close(loss, (result.images - x).abs().mean() + 0.5 * result.terms["kl"])
 
 
 @pytest.mark.parametrize(
