@@ -37,7 +37,7 @@ checkpoint: {{every_n_train_steps: 2}}
 model:
   init_args:
     tokenizer:
-      init_args: {{codebook: 16, dim: 4, channels: [8, 8], revive_after: 2}}
+      init_args: {{quantizer: {{init_args: {{entries: 16, dim: 4, revive_after: 2}}}}, channels: [8, 8]}}
     warmup_steps: 3
 data:
   init_args: {{batch_size: 8}}
@@ -198,7 +198,7 @@ def test_a_checkpoint_in_mid_run_is_where_it_says(whole: Any, tmp_path: Path) ->
     options = ["--trainer.accumulate_grad_batches", "2", "--checkpoint.keep_last", "9"]
     assert watched.run(folder, *options) == 143
     periodic = sorted(path.name for path in (folder / "checkpoints").glob("step_*.ckpt"))
-    assert periodic == ["step_000002.ckpt", "step_000004.ckpt", "step_000006.ckpt"]
+    assert periodic == [f"step_00000{step}.ckpt" for step in (2, 3, 4, 6)]  # 3: the first validation is the best so far
     again = Watched("unified")
     second = tmp_path / "second"
     assert again.run(second, *options, "--ckpt_path", str(folder / "checkpoints" / "step_000002.ckpt")) == 0

@@ -5,6 +5,9 @@ what one micro-batch of every optimizer step is cut from; of L lanes, lane l rea
 a step holds depends on L = ranks x accumulation alone, and a rank reads its own documents only.
 """
 
+import os
+import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -233,7 +236,7 @@ class _Reader:
         # A generator of its own: the loader's draw must not move the random state of the run.
         loader = DataLoader(
             _Documents(mixture, packing), batch_sampler=self._requests(), collate_fn=list, num_workers=workers,
-            prefetch_factor=4 if workers else None, generator=torch.Generator(),
+            prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=_end_with_parent,
         )  # fmt: skip
         self._documents: Iterator[list[Read]] = iter(loader)
 
@@ -251,6 +254,18 @@ class _Reader:
             self._asked.append(lane)
             self._ahead[lane] += self._chunk
             yield [self.mixture.place(number) for number in islice(self._numbers[lane], self._chunk)]
+
+
+def _end_with_parent(worker: int) -> None:
+    """A worker whose training process was killed ends too, rather than wait for ever for its queue to be read."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Documents(Dataset[Read]):
