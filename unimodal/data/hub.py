@@ -52,14 +52,9 @@ class HuggingFaceSource(RecordSource):
         self.path, self.split, self.documents = path, split, documents
         self._rows = _load(path, split, name, revision, streaming)
         self._stream = _Forward(self._rows) if streaming else None
-        self._sizes = np.array([documents if documents is not None else len(self._rows)])
         self._file = no_files if path.startswith(HUB) else FilesOf(Path(path))
-        super().__init__(layout, rules)
-
-    @property
-    def shards(self) -> Int[np.ndarray, " s"]:
-        """One: rows are on disk in memory maps, or come in a stream."""
-        return self._sizes
+        # One shard: rows are on disk in memory maps, or come in a stream.
+        super().__init__([documents if documents is not None else len(self._rows)], layout, rules)
 
     def record(self, index: int) -> Record:
         """The row at `index`; of a stream, modulo its rows."""

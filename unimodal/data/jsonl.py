@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Int
 
 from unimodal.data.records import (
     DocumentRules,
@@ -48,19 +47,12 @@ class JsonlSource(RecordSource):
             raise ValueError(f"images: expected a folder, got {images}, which is none")
         self.images = images
         self._files = [_spans(path) for path in find_files(paths, (".jsonl", ".json"), "paths")]
-        self._sizes = np.array([len(spans) for spans in self._files])
-        self._ends = np.cumsum(self._sizes)
-        super().__init__(layout, rules)
-
-    @property
-    def shards(self) -> Int[np.ndarray, " s"]:
-        """Files."""
-        return self._sizes
+        super().__init__([len(spans) for spans in self._files], layout, rules)
 
     def record(self, index: int) -> Record:
         """The line at `index`."""
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        spans, number = self._files[file], index - int(self._ends[file] - self._sizes[file])
+        file, number = self.locate(index)
+        spans = self._files[file]
         if number == len(spans.start):
             raise BrokenDocument(str(spans.path), spans.damage)
         where = f"{spans.path}:{spans.number[number]}"

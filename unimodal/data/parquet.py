@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int
 
 from unimodal.data.records import WINDOW, DocumentRules, FilesOf, Layout, Record, RecordSource, find_files
 from unimodal.data.source import BrokenDocument
@@ -39,27 +38,19 @@ class ParquetSource(RecordSource):
         self._groups: list[_Group] = []
         for path in find_files(paths, (".parquet",), "paths"):
             self._groups += _groups(path)
-        self._sizes = np.array([group.rows for group in self._groups])
-        self._ends = np.cumsum(self._sizes)
         self._held: OrderedDict[int, pa.Table] = OrderedDict()
-        super().__init__(layout, rules)
+        super().__init__([group.rows for group in self._groups], layout, rules)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the row groups in memory: each worker reads its own."""
         return {**self.__dict__, "_held": OrderedDict()}
 
-    @property
-    def shards(self) -> Int[np.ndarray, " s"]:
-        """Row groups."""
-        return self._sizes
-
     def record(self, index: int) -> Record:
         """The row at `index`."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number, row = self.locate(index)
         group = self._groups[number]
         if group.damage:
             raise BrokenDocument(str(group.path), group.damage)
-        row = index - int(self._ends[number] - self._sizes[number])
         fields = self._table(number).slice(row, 1).to_pylist()[0]
         folder = group.path.parent if self.images is None else Path(self.images)
         return Record(f"{group.path}: row {group.first + row}", fields, FilesOf(folder))

@@ -175,20 +175,25 @@ class RecordSource(ABC):
     """Documents found by an index over records, read when they are asked for.
 
     Args:
+        shards: how many documents lie in each run of consecutive indices that is best read together.
         layout: what a record means; None: read from the first record that can be read.
         rules: of images and texts.
     """
 
-    def __init__(self, layout: Layout | None = None, rules: DocumentRules = DocumentRules()) -> None:
+    def __init__(
+        self, shards: Sequence[int], layout: Layout | None = None, rules: DocumentRules = DocumentRules()
+    ) -> None:
         from unimodal.data.layouts import guess_layout
 
+        self.shards: Int[np.ndarray, " s"] = np.array(shards, np.int64)
+        self._ends = np.cumsum(self.shards)
         self.rules = rules
         self.layout = layout if layout is not None else guess_layout(self)
 
-    @property
-    @abstractmethod
-    def shards(self) -> Int[np.ndarray, " s"]:
-        """How many documents lie in each run of consecutive indices that is best read together."""
+    def locate(self, index: int) -> tuple[int, int]:
+        """The shard that holds the document at `index`, and its number there."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - int(self._ends[shard] - self.shards[shard])
 
     @abstractmethod
     def record(self, index: int) -> Record:

@@ -55,19 +55,12 @@ class TarSource(RecordSource):
     ) -> None:
         cache = None if index is None else Path(index)
         self._tars = [tar_index(path, cache) for path in find_files(paths, (".tar",), "paths")]
-        self._sizes = np.array([len(tar) for tar in self._tars])
-        self._ends = np.cumsum(self._sizes)
-        super().__init__(layout, rules)
-
-    @property
-    def shards(self) -> Int[np.ndarray, " s"]:
-        """Tar files."""
-        return self._sizes
+        super().__init__([len(tar) for tar in self._tars], layout, rules)
 
     def record(self, index: int) -> Record:
         """The members of one key."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        tar, sample = self._tars[number], index - int(self._ends[number] - self._sizes[number])
+        number, sample = self.locate(index)
+        tar = self._tars[number]
         if sample == tar.samples:
             raise BrokenDocument(str(tar.path), tar.damage)
         members = tar.members(sample)
