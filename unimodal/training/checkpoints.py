@@ -154,6 +154,15 @@ class Checkpoints(Checkpoint):
             for path in self._folder.glob(".*.tmp"):
                 path.unlink(missing_ok=True)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Begin with a whole step: Lightning steps where its count of micro-batches divides by their number in a step,
+        which may be another than it was.
+        """
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        made = loop.get("epoch_loop.batch_progress", {}).get("current", {})
+        missing = -made.get("ready", 0) % trainer.accumulate_grad_batches
+        made.update({name: made[name] + missing for name in ("ready", "started", "processed", "completed") if missing})
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on from here."""
         self._step = trainer.global_step
