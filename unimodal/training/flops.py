@@ -53,13 +53,14 @@ def layer_flops(backbone: Backbone, packed: PackedSequence) -> tuple[int, int]:
 def token_flops(backbone: Backbone, expert: int) -> float:
     """Of the layers' weights, a token of an expert."""
     layers = [layer for layer in backbone.layers if isinstance(layer, DecoderLayer)]
-    return sum(_per_row(w, share) for layer in layers for w, share in matrices(layer, expert))
+    return sum((_per_row(w, share) for layer in layers for w, share in matrices(layer, expert)), 0.0)
 
 
 def modulation_flops(backbone: Backbone) -> float:
     """Of the layers' modulation, an image and never a token."""
     layers = [layer for layer in backbone.layers if isinstance(layer, DecoderLayer)]
-    return sum(_per_row(layer.modulation.project.weight) for layer in layers if layer.modulation is not None)
+    modulations = [layer.modulation for layer in layers if layer.modulation is not None]
+    return sum((_per_row(m.project.weight) for m in modulations), 0.0)
 
 
 def pair_flops(backbone: Backbone) -> int:
@@ -69,7 +70,7 @@ def pair_flops(backbone: Backbone) -> int:
 
 def target_flops(backbone: Backbone) -> float:
     """Of the text head, a target."""
-    return sum(_per_row(table) for table in backbone.tables)
+    return sum((_per_row(table) for table in backbone.tables), 0.0)
 
 
 def head_flops(backbone: Backbone, packed: PackedSequence) -> int:

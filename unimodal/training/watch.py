@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from unimodal.training.flops import product_peak
 from unimodal.training.work import Work, work_of
@@ -127,7 +127,7 @@ class Watch(Callback):
         self._step = 0
         self._on = False
 
-    def logger(self, name: str, folder: Path) -> WandbLogger | None:
+    def logger(self, name: str, folder: Path) -> Logger | None:
         """Weights & Biases' for a run, where that is asked for. WANDB_MODE=offline needs no account."""
         return None if self.wandb is None else WandbLogger(name=name, project=self.wandb, save_dir=folder)
 
