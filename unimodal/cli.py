@@ -4,7 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+
+from unimodal.processes import launched, together
 
 LIGHTNING = {
     "fit": "train a recipe: a model or a tokenizer",
@@ -38,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 2 and one line when an argument is wrong."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(args)
+        # Training has launchers of its own: Lightning's.
+        with together() if args[:1] in (["generate"], ["evaluate"]) and launched() else nullcontext():
+            return _dispatch(args)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:

@@ -69,7 +69,9 @@ class Seen(L.Callback):
         self.time, self.save, self.save_at = time, save, save_at
         self.batches: list[Any] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
         self.batches.append(batch)
         if self.save is not None and trainer.global_step == self.save_at:
             trainer.save_checkpoint(self.save)
@@ -345,38 +347,52 @@ def test_a_missing_wandb_is_one_line_with_the_key(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch.importlib.util, "find_spec", lambda name: None)
-    assert main(["fit", "-c", str(RECIPE), "--trainer.default_root_dir", str(tmp_path / "run"), "--watch.wandb", "p"]) == 2
+    assert (
+        main(["fit", "-c", str(RECIPE), "--trainer.default_root_dir", str(tmp_path / "run"), "--watch.wandb", "p"]) == 2
+    )
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "watch.wandb: expected the package wandb (pip install wandb) for project p, got none" in said
     assert not (tmp_path / "run").exists()
 
 
-class Elsewhere(Rows):
-    made: list[tuple[dict[str, Any], "Elsewhere"]] = []
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.made.append((settings, self))
-
-
 TINY = """
 model:
   init_args:
-    model: {init_args: {backbone: {width: 16, depth: 1, heads: 1, kv_heads: 1, mlp_width: 16, vocabulary: 300}}}
+    model:
+      init_args: {backbone: {width: 16, depth: 1, heads: 1, kv_heads: 1, mlp_width: 16, vocabulary: 300}}
 data: {init_args: {batch_tokens: 256, validation_documents: 1, prompts: 1}}
-trainer: {max_steps: 2, limit_val_batches: 0, precision: 32-true, accelerator: cpu, log_every_n_steps: 1, enable_progress_bar: false}
+trainer:
+  max_steps: 2
+  log_every_n_steps: 1
+  limit_val_batches: 0
+  precision: 32-true
+  accelerator: cpu
+  enable_progress_bar: false
 """
 
 
 def test_one_key_logs_to_weights_and_biases_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(watch, "WandbLogger", Elsewhere)
+    made: list[tuple[dict[str, Any], Rows]] = []
+
+    def logger(**settings: Any) -> Rows:
+        made.append((settings, Rows()))
+        return made[-1][1]
+
+    monkeypatch.setattr(watch, "WandbLogger", logger)
     (tmp_path / "tiny.yaml").write_text(TINY)
-    options = ["-c", str(RECIPE), "-c", str(tmp_path / "tiny.yaml"), "--trainer.default_root_dir", str(tmp_path / "run")]
+    options = [
+        "-c",
+        str(RECIPE),
+        "-c",
+        str(tmp_path / "tiny.yaml"),
+        "--trainer.default_root_dir",
+        str(tmp_path / "run"),
+    ]
     assert main(["fit", *options, "--watch.wandb", "p"]) == 0
-    ((settings, logger),) = Elsewhere.made
+    ((settings, rows),) = made
     assert settings == {"name": "digits_mot_flow", "project": "p", "save_dir": tmp_path / "run"}
-    assert list(logger.rows) == [0, 1]
+    assert list(rows.rows) == [0, 1]
     assert list((tmp_path / "run").glob("logs/version_0/metrics.csv"))  # beside the usual ones
     assert list((tmp_path / "run").glob("tensorboard/*/events*"))

@@ -1,7 +1,7 @@
 """What a run does a second, which share of the machine that is, what it waits for and what it leaves out.
 
-All of it is logged at every `trainer.log_every_n_steps`-th optimizer step, over the steps since. Between two of those there are
-readings of the clock and sums of a few numbers of the host; nothing waits for the device.
+All of it is logged at every `trainer.log_every_n_steps`-th optimizer step, over the steps since. Between two of those
+there are readings of the clock and sums of a few numbers of the host; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class Watch(Callback):
 
     | name under `watch/` | what it is |
     |---|---|
-    | tokens_per_s, images_per_s | of packs: tokens without filling, both copies of an image; of a tokenizer: tokens of its images |
+    | tokens_per_s | of packs, without filling and with both copies of an image; of images, for a tokenizer |
+    | images_per_s | each once |
     | flops_per_s | useful FLOPs, see `unimodal.training.work` |
     | peak_share | of the fastest matrix products that the devices reached when the run began, in its precision |
     | memory_gb | most that was allocated on one device; without one, most that one process had resident |
@@ -118,7 +119,9 @@ class Watch(Callback):
     def __init__(self, wandb: str | None = None) -> None:
         super().__init__()
         if wandb is not None and importlib.util.find_spec("wandb") is None:
-            raise ValueError(f"watch.wandb: expected the package wandb (pip install wandb) for project {wandb}, got none")
+            raise ValueError(
+                f"watch.wandb: expected the package wandb (pip install wandb) for project {wandb}, got none"
+            )
         self.wandb = wandb
         self._work: Work | None = None
         self._peak = 0.0

@@ -1,6 +1,6 @@
 """What micro-batches hold and ask for, counted while a run goes on: tokens, images, useful FLOPs.
 
-A *unit* is something that comes in numbers, and whose FLOPs are so many each: a token of an expert, a visible pair, a target ...
+A *unit* is something that comes in numbers, each with as many FLOPs: a token of an expert, a visible pair, a target ...
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ class Work(ABC):
 def work_of(module: LightningModule) -> Work | None:
     """What counts for a module: packs of a model, images of a tokenizer; nothing for what is neither."""
     part = getattr(module, "part", None)
-    return PackWork(module) if part == "model" else ImageWork(module) if part == "tokenizer" else None  # type: ignore[arg-type]
+    return PackWork(module) if part == "model" else ImageWork(module) if part == "tokenizer" else None
 
 
 class PackWork(Work):
     """Packs of a unified model.
 
-    Of layers, attention and text head every pack is counted by formulas, exactly as `useful_flops` does. Generator, tokenizer and
-    vision encoder are counted while they run over one pack each; another pack counts in proportion, to its learned and clean
-    image tokens and to the pixels they read. That is exact where images have one size, and otherwise if these networks are
-    linear in it.
+    Of layers, attention and text head every pack is counted by formulas, exactly as `useful_flops` does. Generator,
+    tokenizer and vision encoder are counted while they run over one pack each; another pack counts in proportion, to its
+    learned and clean image tokens and to the pixels they read. That is exact where images have one size, and otherwise if
+    these networks are linear in it.
 
     Args:
         module: with the model; its weights may be sharded.
@@ -85,7 +85,7 @@ class PackWork(Work):
     def begin(self, batch: PackedSequence) -> None:
         """Keep the first pack with something that is to be measured."""
         if any(name not in self.rates for name in self.MEASURED):
-            self._seen = {name: batch for name in self.missing(self.units(batch))} | self._seen
+            self._seen = dict.fromkeys(self.missing(self.units(batch)), batch) | self._seen
 
     def units(self, batch: PackedSequence) -> dict[str, int]:
         """By what asks for FLOPs."""
@@ -124,8 +124,9 @@ class PackWork(Work):
 
 
 class ImageWork(Work):
-    """Images that a tokenizer is trained on. The FLOPs of the first batch of a size are counted while it is trained on, and again when
-    the adversary sets in.
+    """Images that a tokenizer is trained on.
+
+    The FLOPs of the first batch of a size are counted while it is trained on, and again when the adversary sets in.
     """
 
     def __init__(self, module: LightningModule) -> None:
@@ -138,7 +139,10 @@ class ImageWork(Work):
     def begin(self, batch: Tensor) -> None:
         """Count along, if nothing like it was counted before."""
         adversary = self._module.adversary
-        self._kind = (tuple(batch.shape[1:]), adversary is not None and self._module.global_step >= adversary.start_step)
+        self._kind = (
+            tuple(batch.shape[1:]),
+            adversary is not None and self._module.global_step >= adversary.start_step,
+        )
         if self._kind not in self._each:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
