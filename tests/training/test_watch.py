@@ -275,7 +275,7 @@ def one_of_two(rank: int, folder: str, sharded: bool) -> None:
     time = Time()
     watch.clock = time
     callback, found = Watch(), {}
-    callback._on, callback._peak, callback._work = True, 50.0, PackWork(module)
+    callback.on, callback._peak, callback._work = True, 50.0, PackWork(module)
     module.log_dict = lambda values, **_: found.update(values)  # type: ignore[method-assign]
     trainer = Mock(spec=L.Trainer, global_step=1, log_every_n_steps=1, train_dataloader=None)
     trainer.precision_plugin.forward_context = nullcontext

@@ -109,6 +109,9 @@ class Watch(Callback):
 
     Validation, the writing of checkpoints and the logging itself are no part of the time.
 
+    Attributes:
+        on: whether it measures: where something is logged.
+
     Args:
         wandb: project of Weights & Biases to log to as well; None: to none.
 
@@ -128,7 +131,7 @@ class Watch(Callback):
         self._units: Counter[str] = Counter()
         self._watch = Stopwatch()
         self._step = 0
-        self._on = False
+        self.on = False
 
     def logger(self, name: str, folder: Path) -> Logger | None:
         """Weights & Biases' for a run, where that is asked for. WANDB_MODE=offline needs no account."""
@@ -136,8 +139,8 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what the device can do, where anything is logged."""
-        self._on = bool(trainer.loggers and trainer.log_every_n_steps) and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not self._on:
+        self.on = bool(trainer.loggers and trainer.log_every_n_steps) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not self.on:
             return
         device = pl_module.device
         with trainer.precision_plugin.forward_context():
@@ -151,7 +154,7 @@ class Watch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Read the clock."""
-        if self._on:
+        if self.on:
             self._watch.begin()
             if self._work is not None:
                 self._work.begin(batch)
@@ -160,7 +163,7 @@ class Watch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read it again, count, and log where it is time to."""
-        if not self._on:
+        if not self.on:
             return
         if self._work is not None:
             self._units.update(self._work.units(batch))
@@ -189,7 +192,7 @@ class Watch(Callback):
         return Reading(watch.seconds, watch.waited, memory(module.device), self._peak, dict(self._units), skipped)
 
     def _pause(self, module: LightningModule) -> None:
-        if self._on and module.device.type == "cuda":
+        if self.on and module.device.type == "cuda":
             torch.cuda.synchronize(module.device)  # what was asked of it belongs to the time before
         self._watch.pause()
 
