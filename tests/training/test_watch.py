@@ -14,7 +14,6 @@ from conftest import build, documents
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +24,7 @@ from unimodal.packing import PackedSequence, pack
 from unimodal.training import Adversary, PatchDiscriminator, TokenizerTraining, UnifiedTraining, watch
 from unimodal.training.flops import product_peak, useful_flops
 from unimodal.training.run import Progress
+from unimodal.training.sharding import shard
 from unimodal.training.watch import Reading, Watch, summary
 from unimodal.training.work import PackWork
 from unimodal_tokenizers import GridTokenizer
@@ -270,7 +270,7 @@ def one_of_two(rank: int, folder: str, sharded: bool) -> None:
     module = UnifiedTraining(build("both"), lr=1e-3)
     mine = packs_of(module.model)[rank]
     if sharded:
-        fully_shard(module.model, mesh=init_device_mesh("cpu", (2,)))
+        shard(module.model, init_device_mesh("cpu", (2,)), torch.device("cpu"))
         torch.stack(
             [term.sum for term in module.model(mine).values()]
         ).sum().backward()  # weights are parted again behind it

@@ -4,6 +4,7 @@ import logging
 import shlex
 import shutil
 import warnings
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +17,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from unimodal.backbone import deferred
 from unimodal.export import check_weights, one_line, read_checkpoint
 from unimodal.training.checkpoints import Checkpoints, RandomStates, damage, newest_intact
 from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal
+from unimodal.training.sharding import Sharded, check_strategy
 from unimodal.training.watch import Watch
 
 # Lightning's warnings about what is meant here: one stream in one process, a run folder that is continued.
@@ -106,7 +109,7 @@ class UnimodalCLI(LightningCLI):
         if config.get("weights_only") is False:
             raise ValueError("weights_only: expected true (checkpoints that carry code are not read), got false")
         config.weights_only = True
-        started = (root / "checkpoints" / "last.ckpt").is_file()
+        started = (root / "checkpoints" / "last.ckpt").exists()
         dry = config.trainer.fast_dev_run or self._plan
         if self.subcommand == "fit" and started and config.ckpt_path is None and not dry:
             raise ValueError(
@@ -115,9 +118,11 @@ class UnimodalCLI(LightningCLI):
         self._recipe, self._root = recipe, root
         self._made = None if root.exists() else root
         try:
-            super().instantiate_classes()
+            with deferred() if _is_sharded(config.trainer.strategy) and not self._plan else nullcontext():
+                super().instantiate_classes()
         except ValueError as error:
             raise ValueError(one_line(str(error))) from error
+        check_strategy(self.trainer.strategy, self.model)
         if config.ckpt_path is not None:
             check_weights(self.model, self._weights, config.ckpt_path)
 
@@ -138,10 +143,10 @@ class UnimodalCLI(LightningCLI):
             return None
         named = None if asked in (None, "last") else Path(str(asked))
         path = newest_intact(root / "checkpoints") if named is None else named
-        if path is None or not path.is_file():
+        if path is None or not path.exists():
             missing = path or root / "checkpoints" / "last.ckpt"
             raise ValueError(f"ckpt_path: expected a checkpoint, got {asked or 'last'}: {missing} does not exist")
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, "meta")
         if not {"state_dict", "loops", "pytorch-lightning_version"} <= set(checkpoint):
             raise ValueError(f"ckpt_path: expected a checkpoint of a training, got {path}, which holds something else")
         problem = damage(path) if named is not None else None
@@ -197,6 +202,11 @@ def run(args: list[str]) -> int:
         print(f"stopped by signal {cli.signals.received}; continue with --ckpt_path last")
         return 128 + cli.signals.received
     return 0
+
+
+def _is_sharded(strategy: Any) -> bool:
+    """Whether the strategy that is asked for gives the backbone its memory."""
+    return strategy == "sharded" or str(getattr(strategy, "class_path", "")).rpartition(".")[2] == Sharded.__name__
 
 
 def _as_list(value: Any) -> list[Any]:

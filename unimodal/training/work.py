@@ -6,18 +6,18 @@ A *unit* is something that comes in numbers, each with as many FLOPs: a token of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from unimodal.backbone.transformer import DecoderLayer
 from unimodal.packing import PackedSequence
+from unimodal.shards import together
 from unimodal.training.flops import image_flops, modulation_flops, pair_flops, target_flops, token_flops
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class PackWork(Work):
         """Rates of units that this rank has packs with."""
         found: dict[str, float] = {}
         devices = [self._module.device] if self._module.device.type == "cuda" else []
-        with whole(self._module), torch.random.fork_rng(devices), precision():
+        with together(self.model), torch.random.fork_rng(devices), precision():
             for name, pack in self._seen.items():
                 if name not in found:
                     found |= self._rates(pack)
@@ -159,21 +159,3 @@ class ImageWork(Work):
 def pixels(images: Tensor) -> int:
     """Of images `(..., 3, H, W)`."""
     return images.numel() // 3
-
-
-@contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Weights outside the layers as plain tensors, where FSDP2 shards them. All ranks call it together."""
-    if not torch.distributed.is_available():
-        yield
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    sharded = [m for m in module.modules() if isinstance(m, FSDPModule) and not isinstance(m, DecoderLayer)]
-    for m in sharded:
-        m.unshard()
-    try:
-        yield
-    finally:
-        for m in sharded:
-            m.reshard()
