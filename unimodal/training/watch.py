@@ -177,8 +177,8 @@ class Watch(Callback):
         self._pause(module)
         readings = gather(self._read(trainer, module))
         units = total([reading.units for reading in readings])
-        if self._work is not None and self._work.missing(units):  # on all ranks alike
-            for rates in gather(self._work.measure(trainer.precision_plugin.forward_context)):
+        if self._work is not None and (missing := self._work.missing(units)):  # on all ranks alike
+            for rates in gather(self._work.measure(missing, trainer.precision_plugin.forward_context)):
                 self._work.rates |= rates
         rates = {} if self._work is None else self._work.rates
         module.log_dict(summary(readings, rates), batch_size=1)

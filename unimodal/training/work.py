@@ -5,8 +5,9 @@ A *unit* is something that comes in numbers, each with as many FLOPs: a token of
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from unimodal.packing import PackedSequence
@@ -49,8 +51,8 @@ class Work(ABC):
         """Units whose rate must be measured."""
         return []
 
-    def measure(self, precision: Precision) -> dict[str, float]:
-        """Rates of what is missing, as far as this rank has seen it. All ranks call it together."""
+    def measure(self, missing: Sequence[str], precision: Precision) -> dict[str, float]:
+        """Rates of what is missing, as far as this rank can tell. All ranks call it together."""
         return {}
 
 
@@ -104,7 +106,7 @@ class PackWork(Work):
         """Those that a network's own FLOPs are in proportion to."""
         return [name for name in self.MEASURED if units[name] and name not in self.rates]
 
-    def measure(self, precision: Precision) -> dict[str, float]:
+    def measure(self, missing: Sequence[str], precision: Precision) -> dict[str, float]:
         """Rates of units that this rank has packs with."""
         found: dict[str, float] = {}
         devices = [self._module.device] if self._module.device.type == "cuda" else []
@@ -126,34 +128,53 @@ class PackWork(Work):
 class ImageWork(Work):
     """Images that a tokenizer is trained on.
 
-    The FLOPs of the first batch of a size are counted while it is trained on, and again when the adversary sets in.
+    The FLOPs of an image are counted once for each size, and once more with the adversary, on copies of the networks: what
+    counts computes other last digits, and a run must not depend on what it is watched by.
     """
 
     def __init__(self, module: LightningModule) -> None:
         self._module: TokenizerTraining = module  # type: ignore[assignment]
-        self._layout = self._module.tokenizer.layout
-        self._each: dict[tuple[object, ...], float] = {}  # FLOPs of an image
-        self._counter: FlopCounterMode | None = None
-        self.rates = {"flops": 1.0}
+        self.rates = {}
 
     def begin(self, batch: Tensor) -> None:
-        """Count along, if nothing like it was counted before."""
+        """Whether the adversary learns from it is known before the step."""
         adversary = self._module.adversary
-        self._kind = (
-            tuple(batch.shape[1:]),
-            adversary is not None and self._module.global_step >= adversary.start_step,
-        )
-        if self._kind not in self._each:
-            self._counter = FlopCounterMode(display=False)
-            self._counter.__enter__()
+        against = adversary is not None and self._module.global_step >= adversary.start_step
+        height, width = batch.shape[-2:]
+        self._unit = f"image {height}x{width}{' against' if against else ''}"
 
     def units(self, batch: Tensor) -> dict[str, int]:
-        """Images, tokens they are made into, and FLOPs."""
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._each[self._kind], self._counter = self._counter.get_total_flops() / len(batch), None
-        tokens = len(batch) * self._layout.grid(*batch.shape[-2:]).length
-        return {"tokens": tokens, "images": len(batch), "flops": round(self._each[self._kind] * len(batch))}
+        """Images, and the tokens that they are made into."""
+        tokens = len(batch) * self._module.tokenizer.layout.grid(*batch.shape[-2:]).length
+        return {"tokens": tokens, "images": len(batch), self._unit: len(batch)}
+
+    def missing(self, units: Mapping[str, int]) -> list[str]:
+        """Sizes that are new."""
+        return [name for name in units if name.startswith("image ") and name not in self.rates]
+
+    def measure(self, missing: Sequence[str], precision: Precision) -> dict[str, float]:
+        """FLOPs of one image of each size, whether this rank has seen any: networks may talk to those of other ranks."""
+        devices = [self._module.device] if self._module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), precision():
+            return {name: float(self._flops(name)) for name in missing}
+
+    def _flops(self, unit: str) -> int:
+        """Of a step over an image: every term and its gradient."""
+        module, (_, size, *against) = self._module, unit.split()
+        images = torch.zeros(1, 3, *map(int, size.split("x")), device=module.device)
+        tokenizer, perceptual, adversary = copy.deepcopy((module.tokenizer, module.perceptual, module.adversary))
+        with FlopCounterMode(display=False) as counter:
+            result = tokenizer(images)
+            y = result.images.float()
+            loss = F.l1_loss(y, images) + sum(result.terms.values())
+            if perceptual is not None:
+                loss = loss + perceptual(images, y).mean()
+            if against and adversary is not None:
+                generator = adversary.of_generator(y)
+                balance = adversary.balance(loss, generator, tokenizer.last_layer)
+                loss = loss + balance * generator + adversary.of_discriminator(images, y)
+            loss.backward()
+        return counter.get_total_flops()
 
 
 def pixels(images: Tensor) -> int:
