@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from unimodal.backbone import deferred
 from unimodal.export import check_weights, one_line, read_checkpoint
 from unimodal.training.checkpoints import Checkpoints, RandomStates, damage, newest_intact
+from unimodal.training.ranks import Ranks
 from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal
 from unimodal.training.sharding import Sharded, check_strategy
 
@@ -116,7 +117,7 @@ class UnimodalCLI(LightningCLI):
         self._recipe, self._root = recipe, root
         self._made = None if root.exists() else root
         try:
-            with deferred() if _is_sharded(config.trainer.strategy) and not self._plan else nullcontext():
+            with deferred() if _is_sharded(config.trainer.strategy) or self._plan else nullcontext():
                 super().instantiate_classes()
         except ValueError as error:
             raise ValueError(one_line(str(error))) from error
@@ -129,7 +130,7 @@ class UnimodalCLI(LightningCLI):
         if self._plan:
             from unimodal.training.plan import describe, make_plan
 
-            print(describe(make_plan(self.model, self.datamodule, self.trainer)))
+            print(describe(make_plan(self.model, self.datamodule, self.trainer, self._ranks)))
         else:
             super()._run_subcommand(subcommand)
 
@@ -156,6 +157,10 @@ class UnimodalCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with loggers and callbacks of the run folder."""
         config = dict(self._get(self.config_init, "trainer", default={}), **kwargs)
+        if self._plan:  # by one process, of as many as are asked for
+            self._ranks = Ranks.of(self.config[self.subcommand].trainer)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            config |= {"strategy": "auto", "devices": 1, "num_nodes": 1, "accelerator": device}
         part = getattr(type(self.model), "part", None)
         if self.subcommand != "fit":  # a look at a checkpoint is no part of the run's curves
             config["logger"] = False
