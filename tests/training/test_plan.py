@@ -131,7 +131,7 @@ def test_what_layers_keep_is_what_a_step_keeps(make: Make, mixed: list[Document]
     """One layer, measured, times the layers, and what is around them: all that is saved for backward."""
     model = make("flow", backbone={"depth": 5})
     p = packed(model, mixed)
-    layer, around = planning._Probe(model, p, torch.device("cpu")).kept()
+    layer, around = planning.Probe(model, p, torch.device("cpu")).kept()
     whole = planning._saved(lambda: list(model(p).values()), model)
     # The text loss keeps gradients of its inputs, which are counted elsewhere.
     loss = 4 * (len(p.text_targets) * 32 + 300 * 32)
@@ -142,7 +142,7 @@ def test_measuring_does_not_change_what_is_planned(make: Make, mixed: list[Docum
     model = make("flow", backbone={"depth": 3})
     model.backbone.checkpointing = True
     before = {n: v.clone() for n, v in model.state_dict().items()}
-    probe = planning._Probe(model, packed(model, mixed), torch.device("cpu"))
+    probe = planning.Probe(model, packed(model, mixed), torch.device("cpu"))
     again = probe.kept()
     optimizers = [probe.optimizer_seconds(UnifiedTraining(model, lr=1e-3, muon_lr=muon)) for muon in (None, 1e-2)]
     assert min(*probe.layer_seconds(), probe.product_rate(), *optimizers) > 0
@@ -150,15 +150,15 @@ def test_measuring_does_not_change_what_is_planned(make: Make, mixed: list[Docum
     assert len(model.backbone.layers) == 3
     assert all(q.grad is None for q in model.parameters())
     model.backbone.checkpointing = False
-    assert planning._Probe(model, packed(model, mixed), torch.device("cpu")).kept() == again  # as if kept, either way
+    assert planning.Probe(model, packed(model, mixed), torch.device("cpu")).kept() == again  # as if kept, either way
 
 
 def test_frozen_layers_keep_less(make: Make, mixed: list[Document]) -> None:
     p = packed(make("flow"), mixed)
-    trained, _ = planning._Probe(make("flow"), p, torch.device("cpu")).kept()
+    trained, _ = planning.Probe(make("flow"), p, torch.device("cpu")).kept()
     model = make("flow")
     freeze(model, ["text", "image"])
-    frozen, _ = planning._Probe(model, p, torch.device("cpu")).kept()
+    frozen, _ = planning.Probe(model, p, torch.device("cpu")).kept()
     assert frozen < trained
 
 

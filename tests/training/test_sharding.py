@@ -87,26 +87,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "driver.py").write_text(DRIVER)
     plan: list[tuple[str, int, list[str], str]] = []
 
-    def add(name: str, ranks: int, *options: str, after: str = "", command: str = "fit") -> None:
-        chosen = [str(TRAINER / o) if o.endswith(".yaml") else o for o in options]
+    def add(
+        name: str, ranks: int, trainer: str, *options: str, after: str = "", command: str = "fit", every: int = 2
+    ) -> None:
         going_on = ["--ckpt_path", str(folder / name / "checkpoints" / "step_000002.ckpt")] if after else []
-        arguments = [command, "-c", str(RECIPE), *chosen, "-c", str(folder / "tiny.yaml"), *going_on]
-        arguments += ["--trainer.default_root_dir", str(folder / name)]
+        files = [RECIPE, TRAINER / f"{trainer}.yaml", folder / "tiny.yaml"]
+        arguments = [command, *(word for file in files for word in ("-c", str(file))), *going_on, *options]
+        arguments += ["--trainer.default_root_dir", str(folder / name), "--trainer.val_check_interval", str(every)]
         plan.append((name, ranks, arguments, str(folder / after) if after else ""))
 
-    add("one_2", 1, "-c", "cpu.yaml", "--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "4")
-    add("one_4", 1, "--trainer.accumulate_grad_batches", "4", "--trainer.val_check_interval", "8")
-    add("fsdp", 2, "-c", "fsdp.yaml")
-    add("hsdp", 4, "-c", "hsdp.yaml")
-    add("fsdp_goes_on", 2, "-c", "fsdp.yaml", after="fsdp")
-    add("one_goes_on", 1, "--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "4", after="fsdp")
-    add("fsdp_after_one", 2, "-c", "fsdp.yaml", after="one_2")
-    add("validated", 2, "-c", "fsdp.yaml", after="fsdp", command="validate")
-    muon = ["--model.init_args.muon_lr", "0.01", "--model.init_args.checkpoint_layers", "true"]
-    add("muon_one", 1, "--trainer.accumulate_grad_batches", "2", *muon, "--trainer.val_check_interval", "100")
-    add("muon_fsdp", 2, "-c", "fsdp.yaml", *muon, "--trainer.val_check_interval", "100", "--model.init_args.init",
-        str(folder / "one_2" / "export"))  # fmt: skip
-    plan[-2][2].extend(["--model.init_args.init", str(folder / "one_2" / "export")])
+    add("one_2", 1, "cpu", "--trainer.accumulate_grad_batches", "2", every=4)
+    add("one_4", 1, "cpu", "--trainer.accumulate_grad_batches", "4", every=8)
+    add("fsdp", 2, "fsdp")
+    add("hsdp", 4, "hsdp")
+    add("fsdp_goes_on", 2, "fsdp", after="fsdp")
+    add("one_goes_on", 1, "cpu", "--trainer.accumulate_grad_batches", "2", after="fsdp", every=4)
+    add("fsdp_after_one", 2, "fsdp", after="one_2")
+    add("validated", 2, "fsdp", after="fsdp", command="validate")
+    muon = ["--model.init_args.muon_lr", "0.01", "--model.init_args.checkpoint_layers", "true",
+            "--model.init_args.init", str(folder / "one_2" / "export")]  # fmt: skip
+    add("muon_one", 1, "cpu", "--trainer.accumulate_grad_batches", "2", *muon, every=100)
+    add("muon_fsdp", 2, "fsdp", *muon, every=100)
     port = str(20000 + os.getpid() % 20000)
     command = [sys.executable, str(folder / "driver.py"), json.dumps(plan), port]
     done = subprocess.run(
@@ -152,15 +153,16 @@ def test_parts_on_many_ranks_are_one_process(runs: Path, sharded: str, whole: st
 def test_muon_and_recomputed_layers_and_a_start_from_an_export(runs: Path) -> None:
     """Muon's iteration is in bf16: equal up to that."""
     begun, one, two = (exported(runs / name) for name in ("one_2", "muon_one", "muon_fsdp"))
-    close(one, two, 5e-3)
-    moved = max(float((one[n] - begun[n]).abs().max()) for n in one)
-    assert moved > 2e-2
+    apart = sum(float((one[n] - two[n]).square().sum()) for n in one)
+    moved = sum(float((one[n] - begun[n]).square().sum()) for n in one)
+    assert apart < 0.08**2 * moved
 
 
 def test_samples_and_losses_of_validation_are_those_of_one_process(runs: Path) -> None:
     for name in ("step_000002.png", "step_000004.png"):
         assert (runs / "fsdp" / "samples" / name).read_bytes() == (runs / "one_2" / "samples" / name).read_bytes()
-    assert (runs / "validated" / "validation" / "step_000002.png").is_file()
+    (sheet,) = (runs / "validated" / "validation").glob("*.png")  # of the same checkpoint
+    assert sheet.read_bytes() == (runs / "fsdp" / "samples" / "step_000002.png").read_bytes()
     losses = []
     for run in ("one_2", "fsdp"):
         table = [line.split(",") for line in next((runs / run / "logs").rglob("metrics.csv")).read_text().splitlines()]

@@ -116,12 +116,12 @@ def make_plan(module: LightningModule, data: Any, trainer: Trainer, ranks: Ranks
     packing_seconds = 0.0 if data.workers else _timed(lambda: next(stream))
     parameters = _parameters(model)
     with precision.forward_context():
-        probe = _Probe(model, packed, device)
+        probe = Probe(model, packed, device)
         layers, attention = layer_flops(model.backbone, packed)
         flops = Flops(layers, attention, head_flops(model.backbone, packed), *probe.image_flops())
         per_layer = (layers + attention) / len(model.backbone.layers)
         seconds, around = probe.layer_seconds()
-        weights = _weights(model)
+        weights = model_weights(model)
         memory = _estimate_memory(weights, packed, probe, _moments(module), ranks)
         products = probe.product_rate()
     speed = Speed(products, per_layer / seconds, packing_seconds, around, probe.optimizer_seconds(module))
@@ -162,7 +162,8 @@ def _moments(module: UnifiedTraining) -> int:
     return 2 * trained - sum(_bytes(p) for p in matrices)
 
 
-def _weights(model: UnifiedModel) -> Weights:
+def model_weights(model: UnifiedModel) -> Weights:
+    """Bytes of a model as `Sharded` spreads them."""
     layers = [sum(_bytes(p) for p in layer.parameters()) for layer in model.backbone.layers]
     copied = sum(_bytes(t) for t in [*model.tokenizer.parameters(), *model.buffers()])
     whole = sum(_bytes(t) for t in [*model.parameters(), *model.buffers()])
@@ -170,18 +171,18 @@ def _weights(model: UnifiedModel) -> Weights:
     return Weights(copied, sum(layers), max(layers), whole - copied - sum(layers), trained)
 
 
-def _estimate_memory(weights: Weights, packed: PackedSequence, probe: "_Probe", moments: int, ranks: Ranks) -> Memory:
+def _estimate_memory(weights: Weights, packed: PackedSequence, probe: "Probe", moments: int, ranks: Ranks) -> Memory:
     layer, around = probe.kept()
     own, trained = probe.whole.backbone, -(-weights.trained // ranks.shards)
     return Memory(
         weights=weights.held(ranks), gradients=trained, moments=-(-moments // ranks.shards), average=trained,
         layers=len(own.layers), layer=layer,
         layer_input=sum(packed.splits) * own.config.width * own.embedding.weight.element_size(), around=around,
-        gathered=weights.gathered(ranks), loss=_loss_bytes(probe.whole, packed, probe.dtype),
+        gathered=weights.gathered(ranks), loss=loss_bytes(probe.whole, packed, probe.dtype),
     )  # fmt: skip
 
 
-def _loss_bytes(model: UnifiedModel, packed: PackedSequence, dtype: torch.dtype) -> int:
+def loss_bytes(model: UnifiedModel, packed: PackedSequence, dtype: torch.dtype) -> int:
     """What the text loss holds at once: a chunk of logits and of their softmax, and gradients."""
     config, targets = model.backbone.config, len(packed.text_targets)
     exact = torch.promote_types(dtype, torch.float32).itemsize
@@ -201,7 +202,7 @@ def _bytes(x: Tensor) -> int:
 # --- measurements
 
 
-class _Probe:
+class Probe:
     """The same model with two layers and hardly a vocabulary, and one pack, where they would be trained."""
 
     def __init__(self, model: UnifiedModel, packed: PackedSequence, device: torch.device) -> None:
