@@ -4,7 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+
+from unimodal.processes import launched, together
 
 LIGHTNING = {
     "fit": "train a recipe: a model or a tokenizer",
@@ -24,6 +27,7 @@ LIGHTNING_HELP = """usage: unimodal {command} -c FILE.yaml [-c FILE.yaml ...] [-
                                   --model.model.: tokenizer, generator, backbone, sequence, vision
   --data.KEY VALUE                batch_tokens, mixture (digits), weights and root (folder) ...
   --checkpoint.KEY VALUE          every_n_train_steps, keep_last, monitor, mode
+  --watch.wandb PROJECT           log to Weights & Biases too
   --seed_everything N             one seed for everything
   --init EXPORT                   start from the weights of an export
   --ckpt_path PATH|last           continue exactly from a checkpoint
@@ -37,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 2 and one line when an argument is wrong."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(args)
+        # Training has launchers of its own: Lightning's.
+        with together() if args[:1] in (["generate"], ["evaluate"]) and launched() else nullcontext():
+            return _dispatch(args)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:

@@ -5,14 +5,17 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import yaml
+from PIL import Image
 from tqdm import tqdm
 
+from unimodal import processes
 from unimodal.decoding import DecodingSettings, Inpaint, decode, stream
 from unimodal.documents import GENERATED, Document, Part, load_image, read_markdown, write_html, write_markdown
 from unimodal.export import load_run, open_model
@@ -37,26 +40,33 @@ def generate_image(args: argparse.Namespace) -> int:
     asked = {"size": args.size, "inpaint": args.inpaint, "redraw": args.redraw}
     asked = {name: str(value) for name, value in asked.items() if value is not None}
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
-    with _folder(args.out) as out, tqdm(total=len(jobs), unit="image", leave=False, disable=None) as bar:
-        log = (out / "images.jsonl").open("w")
-        with log:
-            for first in range(0, len(jobs), args.batch):
-                batch = jobs[first : first + args.batch]
-                documents = [Document((Part(prompt, learn=False),)) for prompt, _ in batch]
-                drawn = decode(model, documents, settings, [seed for _, seed in batch], [given] * len(batch))
-                for number, ((prompt, seed), document) in enumerate(zip(batch, drawn, strict=True), start=first):
-                    name = f"{number:05d}.png"
-                    document.parts[-1].image.save(out / name)
-                    record = {"image": name, "prompt": prompt, "seed": seed, "weights": args.weights, **asked}
-                    record |= asdict(image)
-                    log.write(json.dumps(record, ensure_ascii=False) + "\n")
-                bar.update(len(batch))
+    here = processes.current()
+
+    def draw(batch: Sequence[tuple[str, int]]) -> list[Image.Image]:
+        documents = [Document((Part(prompt, learn=False),)) for prompt, _ in batch]
+        drawn = decode(model, documents, settings, [seed for _, seed in batch], [given] * len(batch))
+        return [document.parts[-1].image for document in drawn]
+
+    drawn = here.in_order(jobs, args.batch, draw)
+    if not here.main:
+        deque(drawn, maxlen=0)  # draws this process' share
+        return 0
+    with _folder(args.out) as out, (out / "images.jsonl").open("w") as log:
+        bar = tqdm(drawn, total=len(jobs), unit="image", leave=False, disable=None)
+        for number, ((prompt, seed), drawing) in enumerate(bar):
+            name = f"{number:05d}.png"
+            drawing.save(out / name)
+            record = {"image": name, "prompt": prompt, "seed": seed, "weights": args.weights, **asked}
+            record |= asdict(image)
+            log.write(json.dumps(record, ensure_ascii=False) + "\n")
     print(f"{len(jobs)} images in {args.out} ({args.weights} weights)")
     return 0
 
 
 def generate_document(args: argparse.Namespace) -> int:
     """`unimodal generate document`: document.md with its images, and document.html."""
+    if not processes.current().alone():  # one document is written from its beginning to its end
+        return 0
     prompt = _read_prompt(args.prompt)
     model = _model(args)
     settings = DecodingSettings(
@@ -102,10 +112,12 @@ def evaluate_digits(args: argparse.Namespace) -> int:
         raise ValueError("--size: the judge reads the recipe's own size, expected none")
     model = _model(args)
     description, seconds = describe_run(args.folder, model)
+    main = processes.current().main
     evaluate(
         model, args.out, seed=args.seed, batch=args.batch, weights=args.weights,
         sampling=overridden(model.generator.sampling, vars(args)),
-        train_seconds=seconds, metrics=merged_metrics(args.folder, args.out / "metrics.csv"), description=description,
+        train_seconds=seconds, description=description,
+        metrics=merged_metrics(args.folder, args.out / "metrics.csv") if main else None,
     )  # fmt: skip
     return 0
 
@@ -215,7 +227,7 @@ def check_data(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> UnifiedModel:
-    return open_model(args.folder, args.weights, args.device, args.compile)
+    return open_model(args.folder, args.weights, processes.current().device(args.device), args.compile)
 
 
 def _inpaint(image: Path | None, redraw: Path | None) -> Inpaint | None:

@@ -14,6 +14,7 @@ from experiments.benchmarks import (
     runner,
     tokenizers,
     training,
+    watching,
 )
 from experiments.benchmarks.cases import Case
 from experiments.benchmarks.machine import probe
@@ -41,6 +42,7 @@ GOALS: dict[str, Goal | None] = {
     "loss_memory": Goal(4.0, "x"),
     "recompiles": Goal(0, "graphs", at_most=True),
     "plan_overhead": None,
+    "watching_overhead": Goal(1.01, "x", at_most=True),
     "fid_features": Goal(0.95, ""),
     "geneval_scoring": Goal(3.0, "x"),
     "code_search": Goal(1.0, "x"),
@@ -49,7 +51,7 @@ GOALS: dict[str, Goal | None] = {
 }
 CASES: dict[str, Case] = {
     **training.CASES, **blocks.CASES, **attention.CASES, **decoding.CASES, **memory.CASES,
-    **evaluation.CASES, **geneval.CASES, **tokenizers.CASES, **padding.CASES,
+    **evaluation.CASES, **geneval.CASES, **tokenizers.CASES, **padding.CASES, **watching.CASES,
 }  # fmt: skip
 
 

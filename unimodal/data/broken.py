@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 class _Count:
     read: int = 0
     broken: int = 0
+    long: int = 0
     items: set[int] = field(default_factory=set)  # that are broken, each once however often it came
     named: set[str] = field(default_factory=set)
 
@@ -46,6 +47,15 @@ class BrokenItems:
     def total(self) -> int:
         """Broken documents met so far."""
         return sum(count.broken for count in self._counts.values())
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Documents left out so far, by source: those that are broken, and those that are too long."""
+        return {name: count.broken + count.long for name, count in self._counts.items()}
+
+    def leave_out(self, name: str) -> None:
+        """A document of source `name` is too long for a sequence."""
+        self._counts.setdefault(name, _Count()).long += 1
 
     def read(self, name: str) -> None:
         """A document of source `name` was read."""

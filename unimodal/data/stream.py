@@ -201,6 +201,7 @@ class _Lane:
                 continue
             if isinstance(document, str):
                 warnings.warn(document, stacklevel=2)
+                self.broken.leave_out(source.kind)
             left_out += 1
             if left_out >= len(self.reader.mixture) and not self.waiting:
                 limit = self.reader.packing.sequencer.rules.context_length

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from unimodal import processes
 from unimodal.evaluation.answers import AnswerFolder, read_record
 from unimodal.evaluation.benchmark import Benchmark
 from unimodal.evaluation.fingerprint import items_sha256, model_record, sampling_record
@@ -99,9 +100,11 @@ def main(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     other = {"statistics": statistics, "compare": compare, "published": published}
     if name in other:
-        return other[name](rest)
+        return other[name](rest) if processes.current().alone() else 0
     benchmark, options = parse(name, rest)
     if options.self_test:
+        if not processes.current().alone():
+            return 0
         benchmark.self_test()
         print(f"{name}: the self-test came out right")
         return 0
@@ -197,7 +200,7 @@ def published(arguments: Sequence[str]) -> int:
 
 
 def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
-    """Generate where a model is given, and score where that is asked; None when nothing was scored."""
+    """Generate where a model is given, score where that is asked; None when nothing was scored, or elsewhere."""
     if options.out is None:
         raise ValueError("--out: expected a folder for the results, got none")
     if (options.run is None) == (options.images is None):
@@ -208,7 +211,9 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
         raise ValueError(f"--out: expected a folder, got the file {options.out}")
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images: expected a folder, got {options.images}, which does not exist")
-    choice = options.choice()
+    choice, here = options.choice(), processes.current()
+    if options.run is None and not here.alone():  # scoring is the work of one
+        return None
     if isinstance(benchmark, ImageReconstruction) and options.images is None:
         raise ValueError("--images: expected a folder of images to reconstruct, got none")
     if isinstance(benchmark, ImageSets | ImageReconstruction) and options.images is not None:
@@ -221,7 +226,7 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
     items = choice.of(benchmark.items())
     folder = AnswerFolder(options.images or options.out / "answers", benchmark.draws, benchmark.samples)
     if options.run is not None:
-        model = open_model(options.run, options.weights, options.device, options.compile)
+        model = open_model(options.run, options.weights, here.device(options.device), options.compile)
         image = options.sampling(model)
         record = {
             "benchmark": benchmark.name,
@@ -232,9 +237,10 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
             "items_sha256": items_sha256(list(benchmark.items())),
         }
         benchmark.answer(model, [], benchmark.settings(image), [])  # refuses settings before anything is written
-        folder.check_record(record)
+        if here.main:
+            folder.check_record(record)
         generate(benchmark, items, folder, model, image=image, seed=options.seed, batch=options.batch, part=choice.part)
-    if not options.score or choice.part[1] > 1:
+    if not options.score or choice.part[1] > 1 or not here.alone():
         return None
     check_asked(benchmark, folder.root)
     rows = score(benchmark, items, folder, options.batch)

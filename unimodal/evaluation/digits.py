@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from unimodal import processes
 from unimodal.data.digits import (
     DigitImages,
     DigitsSource,
@@ -138,9 +139,10 @@ def evaluate_digits(
 ) -> Scores:
     """Ask a model for digits, show it digits, let it add them; write and return the scores.
 
-    Writes `scores.json`, `samples.png` (a row a digit) and `index.html` into `out` and prints the table. Every image
-    score comes from the same `asked` images at one guidance scale. Intervals are Wilson's at 95 %, for shares of
-    independent trials; frechet and recall have none.
+    Writes `scores.json`, `samples.png` (a row a digit) and `index.html` into `out` and prints the table; where several
+    processes share the asking, the main one does, and the others return nothing. Every image score comes from the same
+    `asked` images at one guidance scale. Intervals are Wilson's at 95 %, for shares of independent trials; frechet and
+    recall have none.
 
     Args:
         model: what `decode_fn` takes; its parameters are counted.
@@ -175,17 +177,22 @@ def evaluate_digits(
     run: DecodeFunction = decode if decode_fn is None else decode_fn
     if sampling is None and isinstance(model, UnifiedModel):
         sampling = model.generator.sampling  # so that the scores say which guidance made them
-    with tqdm(total=asked + len(test) + sums, desc="scoring", unit="document", disable=None) as bar:
+    here = processes.current()
+    hidden = None if here.main else True
+    with tqdm(total=asked + len(test) + sums, desc="scoring", unit="document", disable=hidden) as bar:
 
         def ask(task: int, settings: DecodingSettings, documents: Sequence[Document]) -> list[tuple[Part, ...]]:
             """The generated parts of each document."""
+
+            def answer(chunk: Sequence[tuple[int, Document]]) -> list[tuple[Part, ...]]:
+                seeds = [_seed(seed, task, number) for number, _ in chunk]
+                done = run(model, [document for _, document in chunk], settings, seeds)
+                return [after.parts[len(before.parts) :] for (_, before), after in zip(chunk, done, strict=True)]
+
             answers: list[tuple[Part, ...]] = []
-            for start in range(0, len(documents), batch):
-                chunk = documents[start : start + batch]
-                seeds = [_seed(seed, task, start + i) for i in range(len(chunk))]
-                done = run(model, chunk, settings, seeds)
-                answers += [after.parts[len(before.parts) :] for before, after in zip(chunk, done, strict=True)]
-                bar.update(len(chunk))
+            for _, parts in here.in_order(list(enumerate(documents)), batch, answer):
+                answers.append(parts)
+                bar.update()
             return answers
 
         drawing = DecodingSettings(start="image", max_images=1, max_tokens=0, image=sampling)
@@ -197,6 +204,8 @@ def evaluate_digits(
         read = _read_digits(test, lambda documents: ask(1, reading, documents))
         added = _ask_sums(sums, seed, judge, lambda documents: ask(2, adding, documents))
 
+    if not here.alone():
+        return {}
     right = int((judge.read(drawn.images) == drawn.digits).sum())
     scores: Scores = {}
     _put_share(scores, "judge_accuracy", judge.correct, len(test))

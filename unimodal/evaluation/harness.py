@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from unimodal import processes
+from unimodal.documents import Part
 from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row
 from unimodal.evaluation.fingerprint import benchmark_record, versions
@@ -84,18 +86,25 @@ def generate(
     batch: int = 32,
     part: tuple[int, int] = (1, 1),
 ) -> int:
-    """Ask the model for every answer of this part that is not there yet; returns how many were made."""
+    """Ask the model for every answer of this part that is not there yet; returns how many were made.
+
+    Of several processes each asks for some of them, and the main one writes all.
+    """
     settings = benchmark.settings(image)
     jobs = [(item, sample) for item in items for sample in range(benchmark.samples)]
-    jobs = [job for job in jobs[part[0] - 1 :: part[1]] if not folder.has(*job)]
-    with tqdm(total=len(jobs), desc="answers", unit="answer", leave=False, disable=None) as bar:
-        for chunk in _chunks(jobs, batch):
-            seeds = [answer_seed(seed, item.id, sample) for item, sample in chunk]
-            for (item, sample), parts in zip(
-                chunk, benchmark.answer(model, [item for item, _ in chunk], settings, seeds), strict=True
-            ):
+    mine, here = jobs[part[0] - 1 :: part[1]], processes.current()
+    jobs = [mine[i] for i in here.agree(lambda: [i for i, job in enumerate(mine) if not folder.has(*job)])]
+
+    def answer(chunk: Sequence[tuple[Item, int]]) -> list[tuple[Part, ...]]:
+        seeds = [answer_seed(seed, item.id, sample) for item, sample in chunk]
+        return benchmark.answer(model, [item for item, _ in chunk], settings, seeds)
+
+    hidden = None if here.main else True
+    with tqdm(total=len(jobs), desc="answers", unit="answer", leave=False, disable=hidden) as bar:
+        for (item, sample), parts in here.in_order(jobs, batch, answer):
+            if here.main:
                 folder.write(item, sample, parts)
-            bar.update(len(chunk))
+            bar.update()
     return len(jobs)
 
 

@@ -4,6 +4,7 @@ A multiply-add is two FLOPs, and only matrix products count: forward, the gradie
 weights where they are trained. Filling of expert slices, pairs that may not see each other and recomputed layers are no use.
 """
 
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -43,22 +44,38 @@ def useful_flops(model: UnifiedModel, packed: PackedSequence) -> Flops:
 
 def layer_flops(backbone: Backbone, packed: PackedSequence) -> tuple[int, int]:
     """Of the layers' weights, and of their attention."""
-    config, weights = backbone.config, 0.0
     images = len(packed.learned_images) + len(packed.context_images)
-    for layer in backbone.layers:
-        assert isinstance(layer, DecoderLayer)
-        for expert, tokens in enumerate(packed.tokens):
-            weights += tokens * sum(_per_row(w, share) for w, share in matrices(layer, expert))
-        if layer.modulation is not None:  # by image, never by token
-            weights += images * _per_row(layer.modulation.project.weight)
-    # Forward two products, scores and values; backward four.
-    attention = 12 * len(backbone.layers) * config.heads * config.head_size * packed.table.pairs
-    return round(weights), attention
+    weights = sum(tokens * token_flops(backbone, expert) for expert, tokens in enumerate(packed.tokens))
+    weights += images * modulation_flops(backbone)
+    return round(weights), pair_flops(backbone) * packed.table.pairs
+
+
+def token_flops(backbone: Backbone, expert: int) -> float:
+    """Of the layers' weights, a token of an expert."""
+    layers = [layer for layer in backbone.layers if isinstance(layer, DecoderLayer)]
+    return sum((_per_row(w, share) for layer in layers for w, share in matrices(layer, expert)), 0.0)
+
+
+def modulation_flops(backbone: Backbone) -> float:
+    """Of the layers' modulation, an image and never a token."""
+    layers = [layer for layer in backbone.layers if isinstance(layer, DecoderLayer)]
+    modulations = [layer.modulation for layer in layers if layer.modulation is not None]
+    return sum((_per_row(m.project.weight) for m in modulations), 0.0)
+
+
+def pair_flops(backbone: Backbone) -> int:
+    """Of attention, a visible pair: forward two products, scores and values; backward four."""
+    return 12 * len(backbone.layers) * backbone.config.heads * backbone.config.head_size
+
+
+def target_flops(backbone: Backbone) -> float:
+    """Of the text head, a target."""
+    return sum((_per_row(table) for table in backbone.tables), 0.0)
 
 
 def head_flops(backbone: Backbone, packed: PackedSequence) -> int:
     """Of the text head, which reads the targets only."""
-    return round(len(packed.text_targets) * sum(_per_row(table) for table in backbone.tables))
+    return round(len(packed.text_targets) * target_flops(backbone))
 
 
 def image_flops(model: UnifiedModel, packed: PackedSequence) -> tuple[int, int, int]:
@@ -96,6 +113,24 @@ def generator_loss(model: UnifiedModel, packed: PackedSequence) -> Tensor:
     outputs = [term.sum for term in losses.values()]
     outputs += [x.sum() for e in embedded for x in (e.values, e.condition) if x is not None]
     return torch.stack([x.float() for x in outputs]).sum()
+
+
+def product_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOPs a second of the fastest square matrix product, of growing sizes, that was found in so much time."""
+    best, n, end = 0.0, 256, time.perf_counter() + seconds
+    while n <= 8192:
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            torch.mm(a, b)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - begin)
+        best, n = max(best, 2 * n**3 / min(times)), 2 * n
+        if time.perf_counter() + 4 * 8 * min(times) > end:  # the next four would take longer than what is left
+            break
+    return best
 
 
 def matrices(layer: DecoderLayer, expert: int) -> Iterator[tuple[nn.Parameter, float]]:

@@ -23,6 +23,7 @@ from unimodal.training.checkpoints import Checkpoints, RandomStates, damage, new
 from unimodal.training.ranks import Ranks
 from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal
 from unimodal.training.sharding import Sharded, check_strategy
+from unimodal.training.watch import Watch
 
 # Lightning's warnings about what is meant here: one stream in one process, a run folder that is continued.
 QUIET = (
@@ -95,6 +96,7 @@ class UnimodalCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Keys beside model, data and trainer."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Watch, "watch")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def instantiate_classes(self) -> None:
@@ -167,6 +169,9 @@ class UnimodalCLI(LightningCLI):
         elif config.get("logger") in (None, True):
             root = str(self._root)
             config["logger"] = [CSVLogger(root, "logs"), TensorBoardLogger(root, "tensorboard")]
+        elsewhere = self._get(self.config_init, "watch").logger(self._recipe, self._root)
+        if elsewhere is not None and self.subcommand == "fit" and not self._plan:
+            config["logger"] = [*_as_list(config["logger"] or None), elsewhere]
         resolved = self.config[self.subcommand].model.init_args
         keys = self._parser(self.subcommand).callback_keys
         callbacks = [*(self._get(self.config_init, key) for key in keys), self.signals, Samples(), RandomStates()]

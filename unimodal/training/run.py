@@ -24,13 +24,29 @@ from unimodal.training.unified import UnifiedTraining, continue_prompts
 
 
 class Progress(TQDMProgressBar):
-    """A bar over optimizer steps: the stream of documents has no end, `max_steps` has."""
+    """A bar over optimizer steps with the time left: the stream of documents has no end, `max_steps` has."""
 
     @property
     def total_train_batches(self) -> int | float:
-        """Micro-batches of the whole run."""
-        steps = self.trainer.max_steps
-        return steps * self.trainer.accumulate_grad_batches if steps > 0 else super().total_train_batches
+        """Optimizer steps of the whole run, where it has a number of them."""
+        return self.trainer.max_steps if self.trainer.max_steps > 0 else super().total_train_batches
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Go on where the run stands: what was trained before tells nothing about the time left."""
+        super().on_train_epoch_start(trainer)
+        if trainer.max_steps > 0:
+            bar = self.train_progress_bar
+            bar.initial = bar.n = trainer.global_step
+            bar.set_description("Steps")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Once a step, when its last micro-batch is done."""
+        if trainer.max_steps <= 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif trainer.global_step > self.train_progress_bar.n:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Without the version number of the logger."""

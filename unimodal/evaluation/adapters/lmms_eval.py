@@ -73,7 +73,7 @@ class UnimodalModel(lmms):
 
     def _join_processes(self) -> None:
         """Share the work where `accelerate launch` started several processes."""
-        from accelerate import Accelerator  # type: ignore[import-untyped]
+        from accelerate import Accelerator
 
         accelerator = Accelerator()
         if accelerator.num_processes > 1:
