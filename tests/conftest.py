@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shape_checks  # noqa: F401 - before anything that it checks
 import torch
 from generator_cases import CASES, TIMED, WHOLE
 from PIL import Image
