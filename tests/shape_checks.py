@@ -11,11 +11,12 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jaxtyping
 
+T = TypeVar("T")
 with_letters = jaxtyping.jaxtyped
 
 
@@ -72,6 +73,16 @@ def jaxtyped(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         return made[0](*args, **kwargs)
 
     return checked
+
+
+def first_checked(steps: Iterable[T], checked: int = 3) -> Iterator[T]:
+    """Steps of a long loop over the same shapes: the first few are checked."""
+    try:
+        for i, step in enumerate(steps):
+            jaxtyping.config.update("jaxtyping_disable", i >= checked)
+            yield step
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 jaxtyping.jaxtyped = jaxtyped
