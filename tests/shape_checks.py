@@ -85,4 +85,4 @@ def first_checked(steps: Iterable[T], checked: int = 3) -> Iterator[T]:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-jaxtyping.jaxtyped = jaxtyped
+jaxtyping.jaxtyped = jaxtyped  # type: ignore[assignment]
