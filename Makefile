@@ -92,8 +92,8 @@ bench-gpu: checked ## the same on one CUDA device; leaves experiments/benchmarks
 
 # --- what a developer does
 
-# A process a core, eight at most; a file's tests stay together, because they share what they train.
-PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+# A process a core, eight at most; a file's tests stay together, because they share what they train; slow files come first.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: checked ## run every test
 	@$(PY) -m pytest $(PARALLEL)
