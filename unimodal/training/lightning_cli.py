@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from unimodal.export import check_weights, one_line, read_checkpoint
 from unimodal.training.checkpoints import Checkpoints, RandomStates, damage, newest_intact
+from unimodal.training.nonfinite import NonFinite
 from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal
 
 # Lightning's warnings about what is meant here: one stream in one process, a run folder that is continued.
@@ -91,6 +92,7 @@ class UnimodalCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Keys beside model, data and trainer."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(NonFinite, "nonfinite")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def instantiate_classes(self) -> None:
