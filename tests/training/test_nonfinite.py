@@ -174,7 +174,7 @@ def test_every_loss_and_every_gradient_is_looked_at() -> None:
 
 
 class Observe(Callback):
-    """A gradient is spoilt where the loss is fine, at step 1; states before and behind every step."""
+    """A gradient is spoilt where the loss is fine, in the second step; states before every step and at the end."""
 
     def __init__(self) -> None:
         self.states: list[Any] = []
@@ -185,10 +185,12 @@ class Observe(Callback):
 
         next(p for p in pl_module.adversary.parameters() if p.dim() > 1).register_hook(spoil)  # type: ignore[union-attr]
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
         average = next(c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
         weights = dict(pl_module.named_parameters())
         self.states.append(copy.deepcopy((weights, average.shadow, trainer.optimizers[0].state_dict()["state"])))
+
+    on_train_end = on_train_batch_start
 
 
 class Images(torch.utils.data.Dataset[Tensor]):
@@ -211,9 +213,9 @@ def test_a_tokenizer_and_its_adversary_are_skipped_together(tmp_path: Path) -> N
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(Images(), batch_size=4))
     assert (guard.skipped, guard.in_a_row) == (1, 0)
-    first, second, third = watch.states
-    assert same(first, second)
-    assert not any(same(a, b) for a, b in zip(second, third, strict=True))
+    _, before, behind, end = watch.states
+    assert same(before, behind)
+    assert not any(same(a, b) for a, b in zip(behind, end, strict=True))
 
 
 def test_no_codebook_keeps_what_is_not_finite() -> None:

@@ -1,9 +1,14 @@
 """fit, validate, test and predict through LightningCLI, with errors of one line and a run folder."""
 
+import fcntl
 import logging
+import os
 import shlex
 import shutil
+import socket
+import sys
 import warnings
+from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,13 +18,13 @@ import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from unimodal.export import check_weights, one_line, read_checkpoint
 from unimodal.training.checkpoints import Checkpoints, RandomStates, damage, newest_intact
+from unimodal.training.logs import Board, Table
 from unimodal.training.nonfinite import NonFinite
-from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal
+from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal, from_outside
 
 # Lightning's warnings about what is meant here: one stream in one process, a run folder that is continued.
 QUIET = (
@@ -35,6 +40,9 @@ QUIET = (
     ".*lr_scheduler.step.*",
     ".*Trying to infer the `batch_size`.*",
 )
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
+"""By which launchers number the processes of one run; the first holds the run folder for all of them."""
 
 
 class _Parser(LightningArgumentParser):
@@ -61,6 +69,7 @@ class UnimodalCLI(LightningCLI):
         self._plan = plan  # instead of training
         self.signals = StopOnSignal()
         self._command = shlex.join(["unimodal", *args])
+        self._lock: TextIOWrapper | None = None  # of the run folder, held as long as the file is open
         self._made: Path | None = None  # the run folder, while nothing but this command's first lines are in it
         try:
             super().__init__(
@@ -72,6 +81,11 @@ class UnimodalCLI(LightningCLI):
                     "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
                 },
             )  # fmt: skip
+        except RuntimeError as error:
+            reason = from_outside(error)
+            if reason is None:
+                raise
+            raise ValueError(reason) from error
         except (ValueError, MisconfigurationException) as error:
             trainer = getattr(self, "trainer", None)
             if self._made is not None and (trainer is None or (trainer.global_step == 0 and trainer.is_global_zero)):
@@ -114,6 +128,8 @@ class UnimodalCLI(LightningCLI):
             )
         self._recipe, self._root = recipe, root
         self._made = None if root.exists() else root
+        if self.subcommand == "fit" and not dry and all(os.environ.get(name, "0") == "0" for name in RANKS):
+            self._lock = _lock(root)
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -158,7 +174,7 @@ class UnimodalCLI(LightningCLI):
             config["logger"] = False
         elif config.get("logger") in (None, True):
             root = str(self._root)
-            config["logger"] = [CSVLogger(root, "logs"), TensorBoardLogger(root, "tensorboard")]
+            config["logger"] = [Table(root, "logs"), Board(root, "tensorboard")]
         resolved = self.config[self.subcommand].model.init_args
         keys = self._parser(self.subcommand).callback_keys
         callbacks = [*(self._get(self.config_init, key) for key in keys), self.signals, Samples(), RandomStates()]
@@ -194,6 +210,28 @@ def run(args: list[str]) -> int:
         print(f"stopped by signal {cli.signals.received}; continue with --ckpt_path last")
         return 128 + cli.signals.received
     return 0
+
+
+def _lock(root: Path) -> TextIOWrapper | None:
+    """Hold the run folder for this process, which lets go of it when it ends, however it ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    file = (root / ".lock").open("a+", encoding="utf-8")
+    try:
+        # A lock of the process, not of the open file: the workers that are forked from it do not keep it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        owner = file.read().strip() or "a process that has not said which"
+        raise ValueError(
+            f"trainer.default_root_dir: expected a folder that no other run writes to, got {root}, held by {owner}"
+        ) from None
+    except OSError as error:
+        print(f"WARNING: run folder: {root} cannot be held for this run alone ({error})", file=sys.stderr, flush=True)
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -93,7 +94,7 @@ class NonFinite(Callback):
         try:
             save_packs(folder, self._packs, losses, module, trainer.train_dataloader)
             kept = f"the packs of the last are in {root}"
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             kept = f"the packs of the last could not be kept ({error})"
         self._reason = (
             f"nonfinite.max_skipped: expected fewer than {self.max_skipped} steps in a row whose loss or gradient is not "
@@ -150,7 +151,7 @@ def save_packs(folder: Path, batches: Sequence[Any], losses: Sequence[float], mo
         stream: what the packs come from; knows where their documents are from.
 
     Raises:
-        OSError: no room.
+        OSError, SafetensorError: no room.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
