@@ -36,15 +36,16 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def bomb() -> bytes:
-    """A PNG of 100 bytes that says it has 60,000 x 60,000 pixels."""
-    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+def bomb(side: int, text: int = 0) -> bytes:
+    """A black PNG of 1 kB that says it has so many pixels a side, and a compressed text of so many bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    packed = zlib.compress(bytes(1 << 20))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    note = chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(text), 9)) if text else b""
+    pixels = chunk(b"IDAT", zlib.compress(bytes(1 << 20), 9))
+    return b"\x89PNG\r\n\x1a\n" + head + note + pixels + chunk(b"IEND", b"")
 
 
 def animated() -> bytes:
@@ -127,7 +128,9 @@ def truncated_tar() -> Row:
     ok = ended.clean and ended.code == 0 and seen == set(range(60 + whole)) and 0 < whole < 60
     lost = f"{60 - whole} of {DOCUMENTS} documents: those behind the cut"
     done = "every record before the cut is trained on; the damage is named once"
-    return Row("truncated tar", "the second of two shards lacks its last quarter", happened(ended, done), lost, message, ok)
+    return Row(
+        "truncated tar", "the second of two shards lacks its last quarter", happened(ended, done), lost, message, ok
+    )
 
 
 def vanishing_tar() -> Row:
@@ -152,7 +155,7 @@ def vanishing_tar() -> Row:
 
 def too_many() -> Row:
     """More broken than a user allowed."""
-    data = write_lines(Path("data.jsonl"), b"{")
+    data = write_lines(Path("data.jsonl"), b'{"text')
     data.write_bytes(data.read_bytes().replace(b'{"text": "sentence number 7', b'{"tex'))
     run = Process(arguments(RUN, data, "JsonlSource"), RUN)
     ended = run.end()
@@ -193,7 +196,14 @@ def _add(
     ROWS[name] = one_item(name, fault, skipped, write, source, suffix)
 
 
-_add("decompression bomb", "a PNG of 1 kB that claims 60,000 x 60,000 pixels", True, lambda p: write_tar(p, image=bomb()))
+_add(
+    "decompression bomb",
+    "a PNG of 1 kB that claims 60,000 x 60,000 pixels",
+    True,
+    lambda p: write_tar(p, image=bomb(60_000)),
+)
+_add("text bomb", "a PNG of 8 x 8 pixels with a compressed note of 200 MB", True,
+     lambda p: write_tar(p, image=bomb(8, 200 * 10**6)))  # fmt: skip
 _add("zero-byte image", "an image of no bytes", True, lambda p: write_tar(p, image=b""))
 _add("1 x 1 image", "an image of one pixel, as trackers have", True, lambda p: write_tar(p, image=png(0, (1, 1))))
 _add("CMYK image", "a JPEG in CMYK", False, lambda p: write_tar(p, image=cmyk()))

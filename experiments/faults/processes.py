@@ -73,7 +73,7 @@ def nan_loss() -> Row:
     ok = ended.clean and ended.code == 0 and len(made) == 12 and equal and bool(message)
     return Row(
         "NaN loss", "the loss of step 5 is not a number",
-        happened(ended, "the step changes no weight, no moment and no average, on any rank, and is counted; the run goes on"),
+        happened(ended, "the step changes no weight, no moment and no average, and is counted; the run goes on"),
         f"what that step would have learned ({documents} documents)", message, ok,
     )  # fmt: skip
 
@@ -199,13 +199,15 @@ def disk_full() -> Row:
     RUN.mkdir()
     command = [sys.executable, "-m", "unimodal.cli", *fit("--trainer.max_steps", "40")]
     fill = "while [ ! -e run/checkpoints/step_000004.ckpt ]; do sleep 0.02; done; cat /dev/zero > run/filler"
-    script = f'mount -t tmpfs -o size=4m none run && {{ ({fill}) & "$@"; code=$?; rm run/filler; cp -a run kept; exit $code; }}'
+    run = f'({fill}) & "$@"; code=$?; rm run/filler; cp -a run kept; exit $code'
+    script = f"mount -t tmpfs -o size=4m none run || exit 77\n{run}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
+    fault = "the run folder is a tmpfs of 4 MB (a real mount), filled behind step 4"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", *command], capture_output=True, text=True,
                           check=False, env=environment, timeout=PATIENCE)  # fmt: skip
-    if "mount" in done.stderr or "unshare" in done.stderr:
-        raise ValueError(f"disk full: expected a system that lets a user mount a tmpfs, got {done.stderr.strip()}")
+    if not Path("kept").is_dir():
+        return Row("disk full", fault, "not provoked: no tmpfs can be mounted here", "?", done.stderr.strip(), ok=False)
     ended = Ended(done.returncode, done.stdout + done.stderr, time.monotonic() - started)
     Path("run.said").write_text(ended.said)
     message = ended.line("WARNING: checkpoint:", "No space left on device")
@@ -217,10 +219,9 @@ def disk_full() -> Row:
     resumed = Process(fit("--trainer.max_steps", "40", "--ckpt_path", "last"), RUN).end()
     whole = resumed.clean and resumed.code == 0 and (RUN / "export").is_dir() and not (RUN / "filler").exists()
     ok = ended.clean and ended.code == 2 and bool(message) and bool(last) and there == 4 and whole and steps_made > 10
-    done = "each checkpoint is missed aloud and all 40 steps are made; the export is not, so that the run ends with exit code 2"
+    what = "each missing checkpoint is said and all 40 steps are made; the export is not: exit code 2"
     return Row(
-        "disk full", "the run folder is a tmpfs of 4 MB (a real mount, in a namespace of its own), filled behind step 4",
-        happened(ended, done),
+        "disk full", fault, happened(ended, what),
         f"nothing: with room, `--ckpt_path last` goes on from step {there} and writes the export", message, ok,
     )  # fmt: skip
 
@@ -237,7 +238,7 @@ def clock_jumps() -> Row:
     equal = losses(run.steps) == undisturbed()
     ok = ended.clean and ended.code == 0 and equal
     return Row(
-        "clock jumps", "every call of Python's `time.time` jumps: back an hour, on a day, back 400 days (the system's clock stays)",
+        "clock jumps", "every call of Python's `time.time` jumps: an hour back, a day on, 400 days back",
         happened(ended, "losses are those of an undisturbed run, bit for bit; durations come from the monotonic clock"),
         "nothing", "", ok,
     )  # fmt: skip
@@ -261,7 +262,7 @@ def two_runs() -> Row:
     ok = refused.clean and refused.code == 2 and bool(message) and unharmed and third.clean and third.code == 0
     return Row(
         "two runs into one folder", "the same command is given again while the first run has no checkpoint yet",
-        happened(refused, "the second is refused with exit code 2, the first goes on; once that is killed (-9), the folder is free"),
+        happened(refused, "the second is refused with exit code 2, the first goes on; killed (-9), it frees the folder"),
         "nothing", message, ok,
     )  # fmt: skip
 

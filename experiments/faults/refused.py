@@ -40,13 +40,21 @@ def pickled() -> Row:
     checkpoint = torch.load(WHOLE / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     torch.save({**checkpoint, "more": Payload()}, "evil.ckpt")
     ended = Process(fit("--ckpt_path", "evil.ckpt"), RUN).end()
-    return refusal("a checkpoint with code in it", "a `.ckpt` whose pickle makes a folder when it is read", ended, "evil.ckpt")
+    assert not PAYLOAD.exists()
+    torch.load("evil.ckpt", weights_only=False)  # a control: this is what the command must not do
+    assert PAYLOAD.is_dir()
+    PAYLOAD.rmdir()
+    return refusal(
+        "a checkpoint with code in it", "a `.ckpt` whose pickle makes a folder when it is read", ended, "evil.ckpt"
+    )
 
 
 def weights_only() -> Row:
     """The switch that would let a checkpoint's code run."""
     ended = Process(fit("--weights_only", "false"), RUN).end()
-    return refusal("`--weights_only false`", "Lightning's switch for pickled checkpoints is given", ended, "weights_only")
+    return refusal(
+        "`--weights_only false`", "Lightning's switch for pickled checkpoints is given", ended, "weights_only"
+    )
 
 
 def exported() -> Path:
@@ -72,10 +80,15 @@ def foreign_class() -> Row:
     """An export that names a class of another package."""
     path = exported() / "config.json"
     config = json.loads(path.read_text())
-    config["init_args"]["tokenizer"] = {"class_path": "subprocess.Popen", "init_args": {"args": ["mkdir", str(PAYLOAD)]}}
+    config["init_args"]["tokenizer"] = {
+        "class_path": "subprocess.Popen",
+        "init_args": {"args": ["mkdir", str(PAYLOAD)]},
+    }
     path.write_text(json.dumps(config))
     ended = draw(Path("export"))
-    return refusal("an export of a foreign class", "`class_path: subprocess.Popen` in its `config.json`", ended, "class_path")
+    return refusal(
+        "an export of a foreign class", "`class_path: subprocess.Popen` in its `config.json`", ended, "class_path"
+    )
 
 
 ROWS: dict[str, Callable[[], Row]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -88,6 +89,9 @@ class Process:
             file = os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(file, 1)
             os.dup2(file, 2)
+            # Whatever this process has done about its own output (a test catches it) is not the new one's.
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            logging.getLogger().handlers.clear()
             os.environ.update(environment)
             watch(self.steps)
             if before is not None:
@@ -95,7 +99,7 @@ class Process:
             code = main(arguments)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
+        except BaseException:  # noqa: BLE001  # none may leave a process that was forked
             traceback.print_exc()
             code = 1
         finally:
@@ -172,7 +176,8 @@ def arguments(folder: Path, data: Path, source: str = "TarSource", *options: str
     """A training on files of documents, all of which are trained on."""
     entry = {"source": {"class_path": f"unimodal.data.{source}", "init_args": {"paths": str(data)}}}
     settings = {
-        "sources": {"web": entry}, "validation": {"web": entry}, "batch_tokens": 512, "validation_documents": 40, "prompts": 1,
+        "sources": {"web": entry}, "validation": {"web": entry}, "batch_tokens": 512,
+        "validation_documents": 40, "prompts": 1,
     }  # fmt: skip
     config = {**yaml.safe_load(TINY), "data": {"class_path": "unimodal.data.MixtureData", "init_args": settings}}
     path = folder.with_suffix(".yaml")

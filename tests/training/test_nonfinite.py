@@ -303,7 +303,9 @@ def forked(folder: Path, rank: int, port: int, *options: str) -> int:
         os._exit(code)
 
 
-def test_a_bad_loss_on_one_rank_is_skipped_by_both(tmp_path: Path, spoil: Spoil, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_loss_on_one_rank_is_skipped_by_both(
+    tmp_path: Path, spoil: Spoil, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     (tmp_path / "tiny.yaml").write_text(TINY)
     spoil(2, 4, rank=1)  # steps 2 and 3
@@ -320,5 +322,7 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_both(tmp_path: Path, spoil: Spoil,
     assert same(first["state_dict"], third["state_dict"])
     assert third["callbacks"]["NonFinite"]["skipped"] == 2
     assert sorted(os.listdir(folder / "nonfinite")) == ["step_000003_rank_0", "step_000003_rank_1"]
-    fine, bad = (json.loads((folder / "nonfinite" / f"step_000003_rank_{r}" / "packs.json").read_text()) for r in (0, 1))
+    fine, bad = (
+        json.loads((folder / "nonfinite" / f"step_000003_rank_{r}" / "packs.json").read_text()) for r in (0, 1)
+    )
     assert [pack["loss"] == "nan" for pack in (*fine, *bad)] == [False, False, True, False]

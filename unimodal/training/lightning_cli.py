@@ -81,12 +81,12 @@ class UnimodalCLI(LightningCLI):
                     "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
                 },
             )  # fmt: skip
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, MisconfigurationException) as error:
             reason = from_outside(error)
-            if reason is None:
+            if reason is not None:
+                raise ValueError(reason) from error
+            if isinstance(error, RuntimeError):
                 raise
-            raise ValueError(reason) from error
-        except (ValueError, MisconfigurationException) as error:
             trainer = getattr(self, "trainer", None)
             if self._made is not None and (trainer is None or (trainer.global_step == 0 and trainer.is_global_zero)):
                 shutil.rmtree(self._made, ignore_errors=True)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -76,12 +77,13 @@ class Table(CSVLogger):
     """CSVLogger that outlives a full disk."""
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
-        """The rows of this run; none on other ranks than the first."""
-        if rank_zero_only.rank == 0 and self._experiment is None:
+        """The rows of this run."""
+        if self._experiment is None:
             os.makedirs(self.root_dir, exist_ok=True)
             self._experiment = _Rows(log_dir=self.log_dir)
-        return self._experiment if rank_zero_only.rank == 0 else super().experiment
+        return self._experiment
 
     def save(self) -> None:
         """Write the rows, or keep them until there is room."""

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped on every rank alike, counted, and kept for a look where they do not end."""
+"""Steps whose loss or gradient is not finite: skipped on every rank, counted, and kept for a look where they do not end."""
 
 from __future__ import annotations
 
@@ -182,10 +182,11 @@ def _documents(pack: PackedSequence, module: Any, stream: Any) -> list[dict[str,
     starts = [i for i, token in enumerate(ids) if token == text.special.bos]  # every document's first token
     texts = [text.decode([t for t in ids[a:b] if t >= 0]) for a, b in zip(starts, [*starts[1:], len(ids)])]
     documents: list[dict[str, Any]] = [{"number": number} for number in pack.numbers]
-    for document in documents if mixture is not None else []:
-        place = mixture.place(document["number"])
-        source = mixture.sources[place.source].source.kind
-        document |= {"epoch": place.epoch, "source": source, "document": place.document}
+    if mixture is not None:
+        for document in documents:
+            place = mixture.place(document["number"])
+            source = mixture.sources[place.source].source.kind
+            document |= {"epoch": place.epoch, "source": source, "document": place.document}
     if len(texts) == len(documents):
         documents = [document | {"text": one} for document, one in zip(documents, texts, strict=True)]
     return documents

@@ -188,20 +188,31 @@ class Samples(Callback):
             print(f"{len(pl_module.predicted)} documents in {folder}")
 
 
-def from_outside(error: RuntimeError) -> str | None:
-    """In one line, what ended a run that was itself in order: a worker that was killed, another rank; None if neither."""
-    line = next(iter(str(error).splitlines()), "").strip()
-    if "DataLoader worker" in line and ("killed by signal" in line or "exited unexpectedly" in line):
-        what = "data.workers: expected worker processes that live as long as the run, got one that ended, as it does where"
-        return f"{what} memory is short ({line}); continue with --ckpt_path last"
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "remote process")
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and any(word in line for word in lost):
-        rank = torch.distributed.get_rank()
-        reason = re.sub(r"^\[.*?\] ", "", line).partition(". ")[0]  # without the place in gloo's sources
-        return (
-            f"trainer.devices: expected every rank to go on, got another rank that has ended (rank {rank} saw: {reason}); "
-            "its own message says why; continue with --ckpt_path last"
-        )
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "NCCL")
+"""Words by which gloo and NCCL say that another rank is gone."""
+
+
+def from_outside(error: BaseException) -> str | None:
+    """In one line, what ended a run that was itself in order: a worker that was killed, another rank; None if neither.
+
+    A worker's end interrupts whatever is being done, which may then fail in its own words: causes are looked at too.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        line = next(iter(str(found).splitlines()), "").strip()
+        if "DataLoader worker" in line and ("killed by signal" in line or "exited unexpectedly" in line):
+            return (
+                "data.workers: expected worker processes that live as long as the run, got one that ended, as it does "
+                f"where memory is short ({line}); continue with --ckpt_path last"
+            )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and isinstance(found, RuntimeError) and any(word in line for word in LOST):
+            saw = re.sub(r"^\[.*?\] ", "", line).partition(". ")[0]  # without the place in gloo's sources
+            return (
+                "trainer.devices: expected every rank to go on, got another rank that has ended (rank "
+                f"{torch.distributed.get_rank()} saw: {saw}); its own message says why; continue with --ckpt_path last"
+            )
+        found = found.__cause__ or found.__context__
     return None
 
 
