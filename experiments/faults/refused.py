@@ -53,7 +53,10 @@ def weights_only() -> Row:
     """The switch that would let a checkpoint's code run."""
     ended = Process(fit("--weights_only", "false"), RUN).end()
     return refusal(
-        "`--weights_only false`", "Lightning's switch for pickled checkpoints is given", ended, "weights_only"
+        "weights_only false",
+        "`--weights_only false`, Lightning's switch for pickled checkpoints",
+        ended,
+        "weights_only",
     )
 
 

@@ -42,7 +42,7 @@ QUIET = (
 )
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
-"""By which launchers number the processes of one run; the first holds the run folder for all of them."""
+"""By which launchers number the processes of one run."""
 
 
 class _Parser(LightningArgumentParser):
@@ -128,7 +128,7 @@ class UnimodalCLI(LightningCLI):
             )
         self._recipe, self._root = recipe, root
         self._made = None if root.exists() else root
-        if self.subcommand == "fit" and not dry and all(os.environ.get(name, "0") == "0" for name in RANKS):
+        if self.subcommand == "fit" and not dry and first_rank():
             self._lock = _lock(root)
         try:
             super().instantiate_classes()
@@ -210,6 +210,11 @@ def run(args: list[str]) -> int:
         print(f"stopped by signal {cli.signals.received}; continue with --ckpt_path last")
         return 128 + cli.signals.received
     return 0
+
+
+def first_rank() -> bool:
+    """Whether this process is the first of its run, which holds the run folder for all of them."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 def _lock(root: Path) -> TextIOWrapper | None:
