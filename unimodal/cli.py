@@ -123,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     digits.set_defaults(run="evaluate_digits")
     _add_tokenize(commands)
     _add_importers(commands)
+    consolidate = commands.add_parser("consolidate", help="the export of a run that was sharded, or stopped")
+    consolidate.add_argument("folder", metavar="RUN", type=Path, help="run folder; its export/ is written")
+    consolidate.add_argument("--checkpoint", type=Path, help="another than RUN/checkpoints/last.ckpt")
+    consolidate.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the step (ema)")
+    consolidate.set_defaults(run="consolidate_run")
     data = commands.add_parser("data", help="look at training data before training on it")
     check = data.add_subparsers(metavar="check", required=True).add_parser(
         "check", help="counts, sizes, lengths, tokens, what is broken, and documents as the model sees them"

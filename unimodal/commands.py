@@ -176,6 +176,15 @@ def export_hf(args: argparse.Namespace) -> int:
     return 0
 
 
+def consolidate_run(args: argparse.Namespace) -> int:
+    """`unimodal consolidate`: the export of a run, from a checkpoint."""
+    from unimodal.consolidate import consolidate
+
+    folder = consolidate(args.folder, args.checkpoint, args.weights)
+    print(f"{folder} ({args.weights} weights)")
+    return 0
+
+
 def check_data(args: argparse.Namespace) -> int:
     """`unimodal data check`: a report on standard output, index.html and broken.txt."""
     from unimodal.data.check import examine, open_path, read_recipe, report

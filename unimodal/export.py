@@ -10,20 +10,22 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from unimodal.environment import can_compile
 from unimodal.model import UnifiedModel
+from unimodal.shards import write
 from unimodal.text import TextTokenizer
 from unimodal_tokenizers.base import ImageTokenizer
 
@@ -117,13 +119,32 @@ def build(config: dict[str, Any], kind: str) -> nn.Module:
     return module
 
 
-def read_weights(folder: Path, key: str = "export") -> dict[str, Tensor]:
+class Weights(Mapping[str, Tensor]):
+    """Tensors of a safetensors file, each read when it is asked for: a rank that wants its part holds one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt")
+        self._names = tuple(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def read_weights(folder: Path, key: str = "export") -> Weights:
     """The safetensors of an export; `key` is the setting that named it, for messages."""
     path = folder / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"{key}: {path} is missing")
     try:
-        return load_file(path)
+        return Weights(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{key}: {path} is truncated or no safetensors file ({error})") from error
 
@@ -131,7 +152,12 @@ def read_weights(folder: Path, key: str = "export") -> dict[str, Tensor]:
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load every weight, or none and name every mismatch."""
     check_weights(module, weights, source)
-    module.load_state_dict(dict(weights))
+    own = module.state_dict()
+    if any(isinstance(tensor, DTensor) for tensor in own.values()):
+        for name, tensor in own.items():
+            write(tensor, weights[name])
+    else:
+        module.load_state_dict(dict(weights))
 
 
 def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -149,12 +175,24 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str)
         raise ValueError(f"weights: {source} does not fit this model: {'; '.join(problems[:20])}{more}")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint, without running any code it might carry."""
-    if not path.is_file():
+def read_checkpoint(
+    path: Path, device: Literal["cpu", "meta"] = "cpu", keys: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """A training checkpoint, without running any code it might carry.
+
+    Args:
+        path: a file, or a folder that a sharded run has written.
+        device: on `meta`, shapes without values.
+        keys: of the entries whose tensors are read from a folder; None reads all.
+    """
+    if not path.exists():
         raise ValueError(f"checkpoint: {path} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_dir():  # of a sharded run
+            from unimodal.training.sharded_files import consolidated
+
+            return consolidated(path, () if device == "meta" else keys)
+        return torch.load(path, map_location=device, mmap=device == "meta", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
         raise ValueError(
             f"checkpoint: {path} is damaged, or holds more than weights ({type(error).__name__})"

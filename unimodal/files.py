@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +41,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it; nothing where nothing is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write a whole file or nothing: under a temporary name first, then renamed; missing folders are made."""
     path = Path(path)
@@ -49,6 +59,11 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def warn(message: str) -> None:
+    """One line about a checkpoint to the terminal, at once."""
+    print(f"WARNING: checkpoint: {message}", file=sys.stderr, flush=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -193,7 +193,7 @@ def backbone(backend: Any = None) -> Backbone:
     torch.manual_seed(0)
     made = Backbone(CONFIG).double()
     if backend is not None:
-        layer: Any = type(made.layers[0]).forward
+        layer: Any = type(made.layers[0]).step
         made._layer = torch.compile(layer, dynamic=True, fullgraph=True, backend=backend)
     return made
 

@@ -436,7 +436,6 @@ def test_killed_ten_times_at_random_moments_and_nothing_differs(pictures: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="Lightning counts micro-batches: with another accumulation the first step may get too few")
 def test_two_ranks_go_on_as_two_as_one_and_as_one_with_other_accumulation(pictures: Path, tmp_path: Path) -> None:
     whole, killed, one, other = (tmp_path / name for name in ("whole", "killed", "one", "other"))
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]

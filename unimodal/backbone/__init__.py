@@ -2,6 +2,16 @@
 
 from unimodal.backbone.config import BackboneConfig, Experts, Lora, Moe, RopeScaling
 from unimodal.backbone.positions import SCHEMES, PositionScheme
-from unimodal.backbone.transformer import Backbone
+from unimodal.backbone.transformer import Backbone, deferred
 
-__all__ = ["SCHEMES", "Backbone", "BackboneConfig", "Experts", "Lora", "Moe", "PositionScheme", "RopeScaling"]
+__all__ = [
+    "SCHEMES",
+    "Backbone",
+    "BackboneConfig",
+    "Experts",
+    "Lora",
+    "Moe",
+    "PositionScheme",
+    "RopeScaling",
+    "deferred",
+]

@@ -8,7 +8,10 @@ one slice an expert, so every projection is a plain matrix product on contiguous
 alone needs to know the order of the sequence.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -112,6 +115,10 @@ class Modulation(nn.Module):
 Rows = tuple[Float[Tensor, "N C"], list[Int[Tensor, " _"] | None]]
 
 
+Step = Callable[..., tuple[list[Tensor], Tensor | None]]
+"""What `DecoderLayer.step` is, with the layer as its first argument."""
+
+
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); grouped-query attention, each weight by expert."""
 
@@ -137,7 +144,11 @@ class DecoderLayer(nn.Module):
         self.mlp = Routed(mlp, experts, "mlp", AdaptedSwiGLU.over(experts, config.mlp_width))
         self.modulation = Modulation(c) if config.adaln else None
 
-    def forward(
+    def forward(self, *args: Any, through: Step | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """`step`, or what was compiled from it: hooks of a module (FSDP2's) lie around what is compiled."""
+        return (DecoderLayer.step if through is None else through)(self, *args)
+
+    def step(
         self, xs: list[Tensor], rotary: list[tuple[Tensor, Tensor]], attention: Any, experts: tuple[int, ...],
         rows: Rows | None = None, tokens: Sequence[int] | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
@@ -236,6 +247,19 @@ class Vocabulary(nn.Module):
         return x if self.scale == 1.0 else x * self.scale
 
 
+_DEFERRED: ContextVar[bool] = ContextVar("deferred", default=False)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Backbones that are built in here have no memory: they get it, and their values, when they are sharded."""
+    token = _DEFERRED.set(True)
+    try:
+        yield
+    finally:
+        _DEFERRED.reset(token)
+
+
 class Backbone(nn.Module):
     """Text embedding, decoder layers, last norm, text head.
 
@@ -247,26 +271,52 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig, image_ids: int = 0) -> None:
         super().__init__()
         self.config = config
+        # Drawn here, and nothing else by the layers: a deferred backbone leaves the generator where any other leaves it.
+        self.seed = int(torch.randint(2**62, (), device="cpu"))
         self.rotary = Rotary(SCHEMES[config.positions], config.head_size, config.rope_theta, config.rope_scaling)
-        self.embedding = Vocabulary(config, image_ids)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
-        self.norm = Routed(lambda: RMSNorm(config.width, config.norm_eps), config.experts, "norms")
-        self.head = None if config.tied_head else Vocabulary(config, image_ids)
+        with torch.random.fork_rng(devices=[]), torch.device("meta") if _DEFERRED.get() else nullcontext():
+            self.embedding = Vocabulary(config, image_ids)
+            self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
+            self.norm = Routed(lambda: RMSNorm(config.width, config.norm_eps), config.experts, "norms")
+            self.head = None if config.tied_head else Vocabulary(config, image_ids)
         self.checkpointing = False  # recompute each layer in backward
-        self._layer: Callable[..., tuple[list[Tensor], Tensor | None]] = DecoderLayer.forward
+        self._layer: Step = DecoderLayer.step
         self._stack: Callable[..., Tensor] | None = None
         self._router_losses: list[Tensor] = []
-        self.reset_parameters()
+        if not self.deferred:
+            self.reset_parameters(lambda parameter, values: parameter.copy_(values))
 
-    def reset_parameters(self) -> None:
-        """Normal of std 0.02, those that write to the residual stream smaller by sqrt(2 depth) (GPT-2); biases 0."""
-        for name, parameter in self.named_parameters():
-            if parameter.ndim >= 2 and "modulation" not in name and "lora" not in name:
-                writes = ".o." in name or name.endswith(("down.weight", "down"))
-                std = 0.02 / (2 * self.config.depth) ** 0.5 if writes else 0.02
-                nn.init.normal_(parameter, std=std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+    @property
+    def deferred(self) -> bool:
+        """Whether its weights have no memory yet."""
+        return self.embedding.weight.is_meta
+
+    @torch.no_grad()
+    def reset_parameters(self, write: Callable[[nn.Parameter, Tensor], object]) -> None:
+        """Write the values that training begins with; one whole parameter at a time is in memory.
+
+        Normal of std 0.02, those that write to the residual stream smaller by sqrt(2 depth) (GPT-2); gains 1, biases 0,
+        modulation 0, adapters as they are always begun with (A Kaiming uniform, B zero). Drawn on the CPU by a generator of
+        their own: the same values on any device, and however they are sharded.
+        """
+        rng = torch.Generator().manual_seed(self.seed)
+        for path, owner in self.named_modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                write(parameter, self.initial(path, owner, name, parameter, rng))
+
+    def initial(self, path: str, owner: nn.Module, name: str, parameter: nn.Parameter, rng: torch.Generator) -> Tensor:
+        """Values of one parameter `name` of `owner`, which is the module `path`; see `reset_parameters`."""
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+        if isinstance(owner, (RMSNorm, QKNorm)):
+            return values.fill_(1)
+        if name in ("bias", "lora_B") or "modulation" in path:
+            return values.zero_()
+        if isinstance(owner, LoraLinear):
+            for a in values.split(owner.rank):
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
+            return values
+        writes = path.endswith(".down") or ".o." in f"{path}." or name in ("down", "shared_down")
+        return values.normal_(std=0.02 / (2 * self.config.depth) ** 0.5 if writes else 0.02, generator=rng)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile training's forward and backward of one layer, once for all layers and layouts.
@@ -276,7 +326,7 @@ class Backbone(nn.Module):
         """
         if self.config.moe is not None:
             raise ValueError("compile: expected no backbone.moe (whose routing no compiled layer can hold), got one")
-        self._layer = _symbolic(DecoderLayer.forward)
+        self._layer = _symbolic(DecoderLayer.step)
 
     def compile_decoding(self) -> None:
         """Compile all layers for a session: one or two graphs an expert, whatever the lengths."""
@@ -318,8 +368,11 @@ class Backbone(nn.Module):
         states = _States(layers, len(self.layers))
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            args = layer, xs, rotary, attention.layer(i), used, rows, real
-            xs, loss = checkpoint(self._layer, *args, use_reentrant=False) if self.checkpointing else self._layer(*args)
+            args = xs, rotary, attention.layer(i), used, rows, real
+            if self.checkpointing:
+                xs, loss = checkpoint(layer, *args, through=self._layer, use_reentrant=False)
+            else:
+                xs, loss = layer(*args, through=self._layer)
             self._router_losses += [] if loss is None else [loss]
             states.add(i, xs)
         return states.together(self.last_norm(xs, used))

@@ -25,6 +25,7 @@ from unimodal.backbone import Backbone, BackboneConfig, RopeScaling
 from unimodal.backbone.adapters import LoraLinear
 from unimodal.backbone.positions import SCHEMES, Rotary
 from unimodal.backbone.transformer import Routed, Vocabulary
+from unimodal.shards import write
 from unimodal.text import TextTokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -327,7 +328,7 @@ def _write(backbone: Backbone, place: Place, tensor: Float[Tensor, "O *C"]) -> N
     """Into every expert's rows."""
     held = backbone.get_submodule(place.module)
     for module in held.experts.values() if isinstance(held, Routed) else [held]:
-        _parameter(*place.of(module))[place.rows].copy_(tensor)
+        write(_parameter(*place.of(module)), tensor, place.start)
 
 
 def _parameter(owner: nn.Module, name: str) -> nn.Parameter:
@@ -342,18 +343,13 @@ def _parameter(owner: nn.Module, name: str) -> nn.Parameter:
 
 def _initialise_rest(backbone: Backbone) -> None:
     """What a text model has not, and the meta device gave no values: as it begins in a new backbone."""
+    rng = torch.Generator().manual_seed(backbone.seed)
     for path, owner in backbone.named_modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if not parameter.is_meta:
                 continue
             made = _parameter(owner, name)
-            if name == "lora_B" or "modulation" in path:
-                nn.init.zeros_(made)
-            elif isinstance(owner, LoraLinear):
-                for a in made.split(owner.rank):
-                    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            else:
-                nn.init.normal_(made, std=0.02)
+            made.copy_(backbone.initial(path, owner, name, made, rng))
 
 
 # --- writing

@@ -1,6 +1,7 @@
 """LightningModules, moving average, adversaries, optimizers and what happens around a run."""
 
 from unimodal.training.adversary import Adversary, Discriminator, FeatureDiscriminator, PatchDiscriminator
+from unimodal.training.sharding import Sharded
 from unimodal.training.tokenizer import TokenizerTraining
 from unimodal.training.unified import UnifiedTraining
 
@@ -9,6 +10,7 @@ __all__ = [
     "Discriminator",
     "FeatureDiscriminator",
     "PatchDiscriminator",
+    "Sharded",
     "TokenizerTraining",
     "UnifiedTraining",
 ]

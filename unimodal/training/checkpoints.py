@@ -5,7 +5,6 @@ import os
 import random
 import re
 import struct
-import sys
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +16,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from unimodal.files import whole_file, write_atomically
+from unimodal.files import remove, warn, whole_file, write_atomically
+from unimodal.training.sharded_files import consolidated, damage_of
 
 # Whatever reading a damaged archive stumbles over.
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, LookupError, struct.error, zipfile.BadZipFile)
@@ -27,8 +27,10 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if every byte is as it was written.
 
     torch.save writes an archive with a CRC-32 of every tensor, which torch.load does not look at; it does look at headers
-    that have none.
+    that have none. A folder, which a sharded run writes, lists the checksums of its files.
     """
+    if path.is_dir():
+        return damage_of(path)
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -50,7 +52,7 @@ def newest_intact(folder: Path) -> Path | None:
     last = folder / "last.ckpt"
     steps = _by_step(folder)
     paths = [path for _, path in sorted(steps.items(), reverse=True)]
-    if last.is_file():
+    if last.exists():
         target = last.resolve()
         named = next((step for step, path in steps.items() if path.resolve() == target), None)
         paths = [last, *(steps[step] for step in sorted(steps, reverse=True) if named is None or step < named)]
@@ -58,7 +60,7 @@ def newest_intact(folder: Path) -> Path | None:
         problem = damage(path)
         if problem is None:
             return path
-        _warn(f"{path.resolve()} is damaged and passed over ({problem})")
+        warn(f"{path.resolve()} is damaged and passed over ({problem})")
     if paths:
         raise ValueError(f"ckpt_path: expected an undamaged checkpoint in {folder}, got {len(paths)} damaged ones")
     return None
@@ -67,10 +69,6 @@ def newest_intact(folder: Path) -> Path | None:
 def _by_step(folder: Path) -> dict[int, Path]:
     found = ((re.fullmatch(r"step_(\d+)\.ckpt", path.name), path) for path in folder.glob("step_*.ckpt"))
     return {int(match[1]): path for match, path in found if match}
-
-
-def _warn(message: str) -> None:
-    print(f"WARNING: checkpoint: {message}", file=sys.stderr, flush=True)
 
 
 class _Writer:
@@ -107,12 +105,20 @@ class CheckpointFiles(TorchCheckpointIO):
                 torch.save(checkpoint, writer)  # type: ignore[arg-type]  # what is written is not read back
                 if writer.error is not None:
                     raise writer.error
+                if Path(path).is_dir():  # of this step, by ranks that were sharded
+                    remove(Path(path))
         except OSError as error:
             # Raised on one rank, it would leave the others waiting.
             self.written = False
-            _warn(f"{path} could not be written ({error}); training goes on, earlier ones are kept")
+            warn(f"{path} could not be written ({error}); training goes on, earlier ones are kept")
         else:
             self.written = True
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, place: storage, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Of a file, or of a folder that a sharded run has written."""
+        return consolidated(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, map_location, True)
 
 
 class Checkpoints(Checkpoint):
@@ -152,7 +158,16 @@ class Checkpoints(Checkpoint):
             self._best = record["value"] if record["monitor"] == self.monitor else None
         if stage == "fit" and trainer.is_global_zero:
             for path in self._folder.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
+                remove(path)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Begin with a whole step: Lightning steps where its count of micro-batches divides by their number in a step,
+        which may be another than it was.
+        """
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        made = loop.get("epoch_loop.batch_progress", {}).get("current", {})
+        missing = -made.get("ready", 0) % trainer.accumulate_grad_batches
+        made.update({name: made[name] + missing for name in ("ready", "started", "processed", "completed") if missing})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on from here."""
@@ -211,7 +226,7 @@ class Checkpoints(Checkpoint):
         best, steps = (self._folder / "best.ckpt").resolve(), _by_step(self._folder)
         for step in sorted(step for step in steps if step <= self._saved)[: -self.keep_last]:
             if steps[step].resolve() != best:
-                steps[step].unlink()
+                remove(steps[step])
 
 
 class RandomStates(Callback):

@@ -6,6 +6,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from unimodal.shards import reshard
+
 
 class EMA(Callback):
     """Keeps an average of the trained weights, validates with it, and stores it in checkpoints.
@@ -70,6 +72,7 @@ class EMA(Callback):
     @torch.no_grad()
     def swap(self, pl_module: LightningModule) -> None:
         """Exchange weights and average."""
+        reshard(pl_module)
         weights = _trained(pl_module)
         self._check(weights)
         for name, weight in weights.items():

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import warnings
+from contextlib import nullcontext
 from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +21,14 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from unimodal.backbone import deferred
 from unimodal.export import check_weights, one_line, read_checkpoint
 from unimodal.training.checkpoints import Checkpoints, RandomStates, damage, newest_intact
 from unimodal.training.logs import Board, Table
 from unimodal.training.nonfinite import NonFinite
+from unimodal.training.ranks import Ranks
 from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal, from_outside
+from unimodal.training.sharding import Sharded, check_strategy
 
 # Lightning's warnings about what is meant here: one stream in one process, a run folder that is continued.
 QUIET = (
@@ -120,7 +124,7 @@ class UnimodalCLI(LightningCLI):
         if config.get("weights_only") is False:
             raise ValueError("weights_only: expected true (checkpoints that carry code are not read), got false")
         config.weights_only = True
-        started = (root / "checkpoints" / "last.ckpt").is_file()
+        started = (root / "checkpoints" / "last.ckpt").exists()
         dry = config.trainer.fast_dev_run or self._plan
         if self.subcommand == "fit" and started and config.ckpt_path is None and not dry:
             raise ValueError(
@@ -131,9 +135,11 @@ class UnimodalCLI(LightningCLI):
         if self.subcommand == "fit" and not dry and first_rank():
             self._lock = _lock(root)
         try:
-            super().instantiate_classes()
+            with deferred() if _is_sharded(config.trainer.strategy) or self._plan else nullcontext():
+                super().instantiate_classes()
         except ValueError as error:
             raise ValueError(one_line(str(error))) from error
+        check_strategy(self.trainer.strategy, self.model)
         if config.ckpt_path is not None:
             check_weights(self.model, self._weights, config.ckpt_path)
 
@@ -142,7 +148,7 @@ class UnimodalCLI(LightningCLI):
         if self._plan:
             from unimodal.training.plan import describe, make_plan
 
-            print(describe(make_plan(self.model, self.datamodule, self.trainer)))
+            print(describe(make_plan(self.model, self.datamodule, self.trainer, self._ranks)))
         else:
             super()._run_subcommand(subcommand)
 
@@ -154,10 +160,10 @@ class UnimodalCLI(LightningCLI):
             return None
         named = None if asked in (None, "last") else Path(str(asked))
         path = newest_intact(root / "checkpoints") if named is None else named
-        if path is None or not path.is_file():
+        if path is None or not path.exists():
             missing = path or root / "checkpoints" / "last.ckpt"
             raise ValueError(f"ckpt_path: expected a checkpoint, got {asked or 'last'}: {missing} does not exist")
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, "meta")
         if not {"state_dict", "loops", "pytorch-lightning_version"} <= set(checkpoint):
             raise ValueError(f"ckpt_path: expected a checkpoint of a training, got {path}, which holds something else")
         problem = damage(path) if named is not None else None
@@ -169,6 +175,10 @@ class UnimodalCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with loggers and callbacks of the run folder."""
         config = dict(self._get(self.config_init, "trainer", default={}), **kwargs)
+        if self._plan:  # by one process, of as many as are asked for
+            self._ranks = Ranks.of(self.config[self.subcommand].trainer)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            config |= {"strategy": "auto", "devices": 1, "num_nodes": 1, "accelerator": device}
         part = getattr(type(self.model), "part", None)
         if self.subcommand != "fit":  # a look at a checkpoint is no part of the run's curves
             config["logger"] = False
@@ -237,6 +247,11 @@ def _lock(root: Path) -> TextIOWrapper | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def _is_sharded(strategy: Any) -> bool:
+    """Whether the strategy that is asked for gives the backbone its memory."""
+    return strategy == "sharded" or str(getattr(strategy, "class_path", "")).rpartition(".")[2] == Sharded.__name__
 
 
 def _as_list(value: Any) -> list[Any]:

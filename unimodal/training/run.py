@@ -21,6 +21,7 @@ from unimodal.attention import describe
 from unimodal.documents import GENERATED, Document, write_html, write_jsonl
 from unimodal.export import ExportInfo, save_export
 from unimodal.files import write_atomically
+from unimodal.shards import is_sharded
 from unimodal.training.ema import EMA
 from unimodal.training.logs import spared
 from unimodal.training.unified import UnifiedTraining, continue_prompts
@@ -130,15 +131,18 @@ class RunFolder(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, root: Path) -> None:
         average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
-        if average is not None:
-            average.swap(pl_module)
         part: str = pl_module.part  # type: ignore[assignment]
         info = ExportInfo(part, "ema" if average else "raw", self.recipe, git_commit())
-        try:
-            save_export(root / "export", getattr(pl_module, part), self.config, info)
-        finally:
+        if is_sharded(pl_module):  # no process holds it all, this one neither
+            print(f"write the export with: unimodal consolidate {root}")
+        else:
             if average is not None:
                 average.swap(pl_module)
+            try:
+                save_export(root / "export", getattr(pl_module, part), self.config, info)
+            finally:
+                if average is not None:
+                    average.swap(pl_module)
         parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         record = {"train_seconds": self.seconds, "steps": trainer.global_step, "parameters": parameters, **vars(info)}
         record |= {"command": self.command}
@@ -148,8 +152,8 @@ class RunFolder(Callback):
         return self.seconds + (time.monotonic() - self._started if self._started else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds trained so far."""
-        return {"seconds": self._elapsed()}
+        """Seconds trained so far, and what an export says of its origin."""
+        return {"seconds": self._elapsed(), "recipe": self.recipe, "commit": git_commit()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
@@ -162,10 +166,13 @@ class Samples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `samples/step_N.html` and, of what was drawn, `samples/step_N.png`. The average's weights are still in."""
         dry = trainer.fast_dev_run or trainer.sanity_checking  # type: ignore[attr-defined]
-        if dry or not trainer.is_global_zero or not isinstance(pl_module, UnifiedTraining):
+        alone = trainer.is_global_zero or (isinstance(pl_module, UnifiedTraining) and is_sharded(pl_module.model))
+        if dry or not alone or not isinstance(pl_module, UnifiedTraining):
             return
         prompts: list[Document] = trainer.datamodule.prompts()  # type: ignore[attr-defined]
         written = continue_prompts(pl_module.model, prompts, range(len(prompts)))
+        if not trainer.is_global_zero:  # it helped where layers are gathered as they run
+            return
         # `unimodal validate` looks at a checkpoint; only training adds to the run's own samples.
         folder = Path(trainer.default_root_dir) / ("samples" if trainer.state.fn == "fit" else "validation")
         name = f"step_{trainer.global_step:06d}"

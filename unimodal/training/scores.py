@@ -18,6 +18,7 @@ from unimodal.evaluation.benchmark import Answer, Benchmark
 from unimodal.evaluation.harness import answer_seed
 from unimodal.metrics.scores import TaskScores
 from unimodal.packing import fit_image
+from unimodal.shards import is_sharded, together
 
 if TYPE_CHECKING:
     from unimodal.data.module import DocumentData
@@ -50,15 +51,23 @@ class ValidationScores(Callback):
         if trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
             return
         stage = "test" if trainer.testing else "val"
+        model: UnifiedModel = pl_module.model  # type: ignore[assignment]
+        # Layers that are gathered as they run want all ranks to do the same: then each has all answers.
+        sharded = is_sharded(model)
+        rank, ranks = (0, 1) if sharded else (trainer.global_rank, trainer.world_size)
         for benchmark in self.benchmarks:
-            metric = TaskScores(list(dict.fromkeys(item.task for item in benchmark.items()))).to(pl_module.device)
-            ask(benchmark, pl_module.model, metric, trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
+            tasks = list(dict.fromkeys(item.task for item in benchmark.items()))
+            metric = TaskScores(tasks, sync_on_compute=not sharded).to(pl_module.device)
+            with together(model):
+                ask(benchmark, model, metric, rank, ranks)
             for name, value in metric.compute().items():
                 pl_module.log(f"{stage}/{benchmark.name}/{name}", value.float())
         if self.image_metrics:
-            documents = captioned_images(trainer.datamodule)[trainer.global_rank :: trainer.world_size]  # type: ignore[attr-defined]
-            compare_images(self.image_metrics, pl_module.model, documents)  # type: ignore[arg-type]
+            documents = captioned_images(trainer.datamodule)[rank::ranks]  # type: ignore[attr-defined]
+            with together(model):
+                compare_images(self.image_metrics, model, documents)
             for distance in self.image_metrics:
+                distance.sync_on_compute = not sharded
                 found = distance.compute()
                 values = found if isinstance(found, dict) else {"": found}
                 for name, value in values.items():

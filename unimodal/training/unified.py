@@ -17,11 +17,13 @@ from unimodal.export import load_weights, read_info, read_weights
 from unimodal.importers import load_text
 from unimodal.model import UnifiedModel
 from unimodal.packing import Lanes, PackedSequence
+from unimodal.shards import is_sharded, together
 from unimodal.text import TextTokenizer
 from unimodal.training import stages
 from unimodal.training.ema import EMA
 from unimodal.training.optimizers import MuonAdamW, parameter_groups, scheduled, split_matrices
 from unimodal.training.scores import ValidationScores
+from unimodal.training.sharding import shard
 
 if TYPE_CHECKING:
     from unimodal.data.module import DocumentData
@@ -107,23 +109,32 @@ class UnifiedTraining(LightningModule):
         for name, given in (("init_from", init_from), ("vision_weights", vision_weights)):
             if init is not None and given is not None:  # `init` is a whole model
                 raise ValueError(f"{name}: expected none beside init {init}, got {given}")
-        if init is not None:
-            self._initialise(Path(init))
-        if init_from is not None:
-            self._initialise_text(Path(init_from))
+        self._start = init, init_from
+        if init_from is not None and not Path(init_from).is_dir():
+            raise ValueError(f"init_from: expected a folder, got {init_from}, which does not exist")
+        for folder in filter(None, self._start):
+            if init is not None:
+                read_info(Path(folder))
+            model.text = TextTokenizer.load(Path(folder) / "tokenizer.json")
+        if not model.backbone.deferred:
+            self._load_start()
         stages.freeze(model, freeze)
 
-    def _initialise_text(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"init_from: expected a folder, got {folder}, which does not exist")
-        text = TextTokenizer.load(folder / "tokenizer.json")
-        load_text(self.model.backbone, folder)
-        self.model.text = text
+    def _load_start(self) -> None:
+        """The weights that training begins with, where others than new ones are asked for."""
+        init, init_from = self._start
+        if init is not None:
+            load_weights(self.model, read_weights(Path(init), "init"), str(init))
+        if init_from is not None:
+            load_text(self.model.backbone, init_from)
 
-    def _initialise(self, folder: Path) -> None:
-        read_info(folder)
-        load_weights(self.model, read_weights(folder, "init"), str(folder))
-        self.model.text = TextTokenizer.load(folder / "tokenizer.json")
+    def configure_model(self) -> None:
+        """Cut the model where the strategy is `Sharded`; others hold it whole."""
+        if self._device_mesh is not None and not is_sharded(self.model):
+            deferred = self.model.backbone.deferred
+            shard(self.model, self._device_mesh, self.trainer.strategy.root_device)
+            if deferred:
+                self._load_start()
 
     def configure_callbacks(self) -> list[Callback]:
         """The moving average comes with the module, and the benchmarks that it is scored by."""
@@ -229,7 +240,9 @@ def continue_prompts(model: UnifiedModel, prompts: Sequence[Document], seeds: Se
     written: dict[int, Document] = {}
     for settings in (drawing, writing):
         chosen = [i for i, p in enumerate(prompts) if (p.kind == "text_to_image") == (settings is drawing)]
-        written |= zip(chosen, decode(model, [prompts[i] for i in chosen], settings, [seeds[i] for i in chosen]))
+        with together(model):
+            made = decode(model, [prompts[i] for i in chosen], settings, [seeds[i] for i in chosen])
+        written |= zip(chosen, made)
     return [written[i] for i in range(len(prompts))]
 
 
