@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimodal.cli import main
+from unimodal.export import read_checkpoint
 from unimodal.training import TokenizerTraining, UnifiedTraining
 from unimodal.training.adversary import Adversary, PatchDiscriminator
 from unimodal.training.ema import EMA
@@ -52,7 +53,7 @@ def fit(folder: Path, *options: str) -> int:
 
 
 def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
-    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return read_checkpoint(folder / "checkpoints" / f"{name}.ckpt")
 
 
 def same(a: Any, b: Any) -> bool:
@@ -298,13 +299,14 @@ def forked(folder: Path, rank: int, port: int, *options: str) -> int:
     try:
         os.environ.update(TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                           LOCAL_WORLD_SIZE="2", GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-        code = fit(folder, "--trainer.devices", "2", "--trainer.strategy", "ddp", *options)
+        code = fit(folder, "--trainer.devices", "2", *options)
     finally:
         os._exit(code)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
 def test_a_bad_loss_on_one_rank_is_skipped_by_both(
-    tmp_path: Path, spoil: Spoil, capfd: pytest.CaptureFixture[str]
+    strategy: str, tmp_path: Path, spoil: Spoil, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     (tmp_path / "tiny.yaml").write_text(TINY)
@@ -312,7 +314,7 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_both(
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = int(found.getsockname()[1])
-    options = ["--checkpoint.keep_last", "9", "--nonfinite.max_skipped", "2"]
+    options = ["--trainer.strategy", strategy, "--checkpoint.keep_last", "9", "--nonfinite.max_skipped", "2"]
     pids = [forked(folder, rank, port, *options) for rank in range(2)]
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [2, 2]
     said = capfd.readouterr().err
@@ -320,6 +322,8 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_both(
     assert said.count("(rank 1: losses nan") == 2
     first, third = checkpoint(folder, "step_000001"), checkpoint(folder, "step_000003")
     assert same(first["state_dict"], third["state_dict"])
+    assert first["optimizer_states"][0]["state"] != {}
+    assert same(first["optimizer_states"][0]["state"], third["optimizer_states"][0]["state"])
     assert third["callbacks"]["NonFinite"]["skipped"] == 2
     assert sorted(os.listdir(folder / "nonfinite")) == ["step_000003_rank_0", "step_000003_rank_1"]
     fine, bad = (
