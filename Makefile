@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt
 TYPED := unimodal tokenizers/unimodal_tokenizers generators/unimodal_generators experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help venv checked demo demo-vq shapes designs tokenizers evaluate-demo bench bench-gpu test test-fast lint format wheel clean FORCE
+.PHONY: help venv checked demo demo-vq shapes designs tokenizers evaluate-demo faults bench bench-gpu test test-fast lint format wheel clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -82,6 +82,9 @@ tokenizers: checked ## train every tokenizer on photographs, three held out in t
 evaluate-demo: checked ## score the digits and shapes recipes with all that needs no weights; leaves out/evaluate-demo/index.html
 	@$(PY) -m experiments.evaluation --out out/evaluate-demo
 
+faults: checked ## provoke what goes wrong in long runs, two minutes; writes docs/faults.md
+	@$(PY) -m experiments.faults --out out/faults
+
 bench: checked ## measure speed and memory against other libraries; leaves out/bench.json
 	@$(PY) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transfusion_pytorch") is None)' || \
 		$(PIP) --build-constraint constraints.txt --editable '.[bench]'
@@ -92,8 +95,8 @@ bench-gpu: checked ## the same on one CUDA device; leaves experiments/benchmarks
 
 # --- what a developer does
 
-# A process a core, eight at most; a file's tests stay together, because they share what they train.
-PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+# A process a core, eight at most; a file's tests stay together, because they share what they train; slow files come first.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: checked ## run every test
 	@$(PY) -m pytest $(PARALLEL)

@@ -1,11 +1,15 @@
 """Tiny models that every test may ask for, and one thread, so that tests do not fight over the cores."""
 
 import functools
+import gc
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import shape_checks  # noqa: F401 - before anything that it checks
 import torch
 from generator_cases import CASES, TIMED, WHOLE
 from PIL import Image
@@ -88,6 +92,27 @@ def documents() -> list[Document]:
         interleaved(20),
         Document((Part("three plus seven equals ten"),), "text"),
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: begun last, one of them would keep one process busy after the others."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What thousands of tests and all that they import hold is looked through by no collector, nor by that of each fit."""
+    gc.collect()
+    gc.freeze()
+    if "unimodal.training.run" in sys.modules:  # it unfreezes at its end
+        sys.modules["unimodal.training.run"].gc = SimpleNamespace(  # type: ignore[attr-defined]
+            collect=lambda: gc.collect(1), freeze=lambda: None, unfreeze=lambda: None
+        )
+
+
+def pytest_sessionfinish() -> None:
+    """As it was: modules take themselves down through the collector."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forking import Forks
 from PIL import Image
 
 from experiments.designs import running
@@ -172,7 +173,9 @@ def test_a_design_from_beginning_to_report(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(WORLDS, "shapes", world)
     out = tmp_path / "out"
     command = ["--world", "shapes", "--out", str(out), "--only", "flow-dense", "--steps", "3"]
-    assert main(command) == 0
+    with Forks("unimodal.training.lightning_cli", "experiments.designs.shapes", "experiments.designs.seconds") as forks:
+        monkeypatch.setattr(Runner, "_call", lambda _, command, log: forks.check(command, log))
+        assert main(command) == 0
     rows = json.loads((out / "rows.json").read_text())
     assert [(row["at"], row["world"], row["seed"]) for row in rows] == [("flops", "shapes", 0), ("steps", "shapes", 0)]
     assert all(set(SHAPES.scores) | set(SHAPES.noted) <= set(row) for row in rows)

@@ -79,7 +79,7 @@ def draw(run: Path, tmp_path: Path) -> Draw:
 
 def test_the_run_folder_holds_what_is_promised(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "logs", "tensorboard", "checkpoints", "samples", "export", "run.json",
+        ".lock", "config.yaml", "logs", "tensorboard", "checkpoints", "samples", "export", "run.json",
     }  # fmt: skip
     assert {path.name for path in (run / "export").iterdir()} == {
         "export.json", "config.json", "model.safetensors", "tokenizer.json",

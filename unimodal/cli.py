@@ -28,6 +28,7 @@ LIGHTNING_HELP = """usage: unimodal {command} -c FILE.yaml [-c FILE.yaml ...] [-
   --data.KEY VALUE                batch_tokens, mixture (digits), weights and root (folder) ...
   --checkpoint.KEY VALUE          every_n_train_steps, keep_last, monitor, mode
   --watch.wandb PROJECT           log to Weights & Biases too
+  --nonfinite.max_skipped N       steps in a row with a loss or gradient that is not finite before the run ends (10)
   --seed_everything N             one seed for everything
   --init EXPORT                   start from the weights of an export
   --ckpt_path PATH|last           continue exactly from a checkpoint

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shape_checks import first_checked
 
 from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
@@ -186,7 +187,7 @@ def test_overfits_four_images(make: Callable[..., UnifiedModel]) -> None:
     packed = pack([model.sequencer.document(d, (0, i)) for i, d in enumerate(learned)], model.backbone.config.experts,
                   model.generator.reads)  # fmt: skip
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3, weight_decay=0)
-    for _ in range(80):
+    for _ in first_checked(range(80)):
         term = model(packed)["image"]
         optimizer.zero_grad()
         (term.sum / term.count).backward()

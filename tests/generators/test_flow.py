@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shape_checks import first_checked
 
 from unimodal.backbone import BackboneConfig, Experts
 from unimodal.decoding import DecodingSettings, Session, decode
@@ -482,7 +483,7 @@ def test_overfits_four_images(make: Callable[..., UnifiedModel], time: str) -> N
     steps = 200
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
+    for step in first_checked(range(steps)):
         documents = [model.sequencer.document(d, (step, i)) for i, d in enumerate(learned * 2)]
         term = model(pack(documents, model.backbone.config.experts, model.generator.reads))["image"]
         optimizer.zero_grad()

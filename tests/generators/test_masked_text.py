@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from shape_checks import first_checked
 
 from unimodal.decoding import DecodingSettings, Session, decode, stream
 from unimodal.documents import Document, Part
@@ -376,7 +377,7 @@ def test_learns_texts_and_images_by_heart(make: Make) -> None:
     steps = 150
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
+    for step in first_checked(range(steps)):
         documents = [model.sequencer.document(d, (step, i)) for i, d in enumerate(learned)]
         losses = model(packed(model, *documents))
         optimizer.zero_grad()

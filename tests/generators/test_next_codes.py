@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from shape_checks import first_checked
 
 from unimodal.backbone import Experts
 from unimodal.decoding import DecodingSettings, Session, decode, to_image
@@ -176,7 +177,7 @@ def test_overfits_four_images(make: Make, kind: str) -> None:
         [model.sequencer.document(d, (0, i)) for i, d in enumerate(learned)], model.backbone.config.experts, "previous"
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3, weight_decay=0)
-    for _ in range(80):
+    for _ in first_checked(range(80)):
         term = model(p)["image"]
         optimizer.zero_grad()
         (term.sum / term.count).backward()

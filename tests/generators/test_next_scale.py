@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from shape_checks import first_checked
 
 from unimodal.backbone import BackboneConfig, Experts
 from unimodal.decoding import DecodingSettings, Session, decode
@@ -363,7 +364,7 @@ def test_overfits_four_images(make: Callable[..., UnifiedModel]) -> None:
     noise = [np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8) for i in range(4)]
     learned = [Document((Part(w, learn=False), Part(Image.fromarray(n)))) for w, n in zip(words, noise, strict=True)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3, weight_decay=0)
-    for step in range(120):
+    for step in first_checked(range(120)):
         laid = [model.sequencer.document(d, (step, i)) for i, d in enumerate(learned)]
         term = model(pack(laid, model.backbone.config.experts, model.generator.reads))["image"]
         optimizer.zero_grad()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shape_checks import first_checked
 from torch.nn import functional as F
 
 from unimodal.backbone import BackboneConfig
@@ -379,8 +380,8 @@ def test_overfits_four_images(frozen: bool, make: Make) -> None:
     words = ["one", "two", "three", "four"]
     learned = [Document((Part(word, learn=False), Part(quarters(i))), "") for i, word in enumerate(words)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=300, pct_start=0.1)
-    for step in range(300):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=450, pct_start=0.1)
+    for step in first_checked(range(450)):
         documents = [model.sequencer.document(d, (step, i)) for i, d in enumerate(learned * 2)]
         term = model(pack(documents, model.backbone.config.experts, model.generator.reads))["image"]
         optimizer.zero_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from generator_cases import WHOLE
 from PIL import Image
+from shape_checks import first_checked
 
 from unimodal.decoding import DecodingSettings, decode, stream
 from unimodal.documents import Document, Part
@@ -39,7 +40,7 @@ def losses(model: UnifiedModel, documents: Sequence[Document], steps: int) -> It
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 20) * (1 - 0.98 * i / steps))
-    for step in range(steps):
+    for step in first_checked(range(steps)):
         sequenced = [model.sequencer.document(d, (0, step, i), train=True) for i, d in enumerate(documents * 4)]
         found = model(pack(sequenced, model.backbone.config.experts, model.generator.reads))
         means = {name: term.sum / max(term.count, 1) for name, term in found.items()}

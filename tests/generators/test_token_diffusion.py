@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from shape_checks import first_checked
 from torch import Tensor, nn
 
 from unimodal.decoding import Session
@@ -204,7 +205,7 @@ def test_a_head_learns_the_tokens_of_each_hidden_state() -> None:
     z = torch.eye(2).repeat(16, 1)
     mean, deviation = torch.tensor([[1.0, -1.0], [-0.5, 0.5]]), torch.tensor([[0.2], [0.6]])
     grid, rng = Grid(1, 32), np.random.default_rng(0)
-    for _ in range(400):
+    for _ in first_checked(range(400)):
         data = ImageTokens((mean + deviation * torch.randn(16, 2, 2)).flatten(0, 1), (grid,))
         corrupted = generator.corrupt(data, generator.plan(grid, rng))
         term = generator.loss(z, Embeddings(z), corrupted)["image"]

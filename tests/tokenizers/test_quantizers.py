@@ -1,7 +1,10 @@
 """What every quantizer keeps, of whatever kind. A new one joins by a line of QUANTIZERS, and one of LARGE if it searches."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -270,14 +273,24 @@ def train_on_some_of(rank: int, folder: str, ranks: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+FORKED = """
+import importlib.util, sys
+import torch
+spec = importlib.util.spec_from_file_location("forked", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+for ranks in (1, 2):
+    torch.multiprocessing.start_processes(module.train_on_some_of, (sys.argv[2], ranks), nprocs=ranks, start_method="fork")
+"""
+"""Forked of a process that imports once; not of this one, where other tests may have begun threads of autograd."""
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes and one make of the same batches."""
     folder = tmp_path_factory.mktemp("processes")
-    for ranks in (1, 2):
-        torch.multiprocessing.start_processes(
-            train_on_some_of, (str(folder), ranks), nprocs=ranks, start_method="fork"
-        )  # forked: a fresh interpreter would import everything again
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", FORKED, __file__, str(folder)], check=True, env=environment)
     return folder
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shape_checks import first_checked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -167,7 +168,7 @@ def test_more_scales_lower_the_error() -> None:
     colours = some(5, 32, 3, 4, 4).tanh()
     images = F.interpolate(colours, (8, 8), mode="nearest")
     optimizer = torch.optim.Adam(tokenizer.parameters(), 5e-3)
-    for _ in range(150):
+    for _ in first_checked(range(150)):
         result = tokenizer(images)
         loss = F.mse_loss(result.images, images) + result.terms["codebook"] + 0.25 * result.terms["commitment"]
         optimizer.zero_grad()

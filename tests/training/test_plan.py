@@ -24,6 +24,7 @@ from unimodal.training import UnifiedTraining
 from unimodal.training import plan as planning
 from unimodal.training.flops import useful_flops
 from unimodal.training.plan import Memory, Plan, describe
+from unimodal.training.ranks import Ranks, Weights
 from unimodal.training.stages import freeze
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +131,7 @@ def test_what_layers_keep_is_what_a_step_keeps(make: Make, mixed: list[Document]
     """One layer, measured, times the layers, and what is around them: all that is saved for backward."""
     model = make("flow", backbone={"depth": 5})
     p = packed(model, mixed)
-    layer, around = planning._Probe(model, p, torch.device("cpu")).kept()
+    layer, around = planning.Probe(model, p, torch.device("cpu")).kept()
     whole = planning._saved(lambda: list(model(p).values()), model)
     # The text loss keeps gradients of its inputs, which are counted elsewhere.
     loss = 4 * (len(p.text_targets) * 32 + 300 * 32)
@@ -141,7 +142,7 @@ def test_measuring_does_not_change_what_is_planned(make: Make, mixed: list[Docum
     model = make("flow", backbone={"depth": 3})
     model.backbone.checkpointing = True
     before = {n: v.clone() for n, v in model.state_dict().items()}
-    probe = planning._Probe(model, packed(model, mixed), torch.device("cpu"))
+    probe = planning.Probe(model, packed(model, mixed), torch.device("cpu"))
     again = probe.kept()
     optimizers = [probe.optimizer_seconds(UnifiedTraining(model, lr=1e-3, muon_lr=muon)) for muon in (None, 1e-2)]
     assert min(*probe.layer_seconds(), probe.product_rate(), *optimizers) > 0
@@ -149,21 +150,30 @@ def test_measuring_does_not_change_what_is_planned(make: Make, mixed: list[Docum
     assert len(model.backbone.layers) == 3
     assert all(q.grad is None for q in model.parameters())
     model.backbone.checkpointing = False
-    assert planning._Probe(model, packed(model, mixed), torch.device("cpu")).kept() == again  # as if kept, either way
+    assert planning.Probe(model, packed(model, mixed), torch.device("cpu")).kept() == again  # as if kept, either way
 
 
 def test_frozen_layers_keep_less(make: Make, mixed: list[Document]) -> None:
     p = packed(make("flow"), mixed)
-    trained, _ = planning._Probe(make("flow"), p, torch.device("cpu")).kept()
+    trained, _ = planning.Probe(make("flow"), p, torch.device("cpu")).kept()
     model = make("flow")
     freeze(model, ["text", "image"])
-    frozen, _ = planning._Probe(model, p, torch.device("cpu")).kept()
+    frozen, _ = planning.Probe(model, p, torch.device("cpu")).kept()
     assert frozen < trained
 
 
 def test_the_peak_is_the_sum() -> None:
     memory = Memory(
-        weights=1, gradients=2, moments=4, average=8, layers=10, layer=1000, layer_input=16, around=32, loss=64
+        weights=1,
+        gradients=2,
+        moments=4,
+        average=8,
+        layers=10,
+        layer=1000,
+        layer_input=16,
+        around=32,
+        gathered=0,
+        loss=64,
     )
     assert memory.peak(checkpoint_layers=False) == 111 + 10_000
     assert memory.peak(checkpoint_layers=True) == 111 + 160 + 1000
@@ -230,14 +240,14 @@ def test_the_numbers_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert m.layer_input == 4 * d * sum(plan.packed.splits)
     assert m.layer > 5 * m.layer_input
     assert 450 < len(plan.packed) <= 512
-    assert (plan.steps, plan.packs, plan.devices, plan.dtype) == (40, 3, 1, torch.float32)
+    assert (plan.steps, plan.packs, plan.ranks, plan.dtype) == (40, 3, Ranks(), torch.float32)
     assert plan.bound_seconds == 3 * plan.flops.total / plan.speed.products
     speed, layer = plan.speed, plan.flops.layers + plan.flops.attention
     assert min(vars(speed).values()) > 0
     pack = layer / speed.layer + (plan.flops.total - layer) / speed.products + speed.around + speed.packing
     assert plan.step_seconds == pytest.approx(3 * pack + speed.optimizer)
-    two = replace(plan, devices=2, speed=replace(speed, packing=1.0))  # each lays out the packs of both
-    assert two.step_seconds == pytest.approx(3 * (pack - speed.packing + 2) + speed.optimizer)
+    two = replace(plan, ranks=Ranks(replicas=2))  # each lays out its own packs
+    assert two.step_seconds == plan.step_seconds
 
 
 @pytest.mark.usefixtures("untrained")
@@ -265,7 +275,10 @@ def test_a_recipe_with_a_frozen_tokenizer_and_recomputed_layers(
 def test_what_was_not_measured_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = made(monkeypatch, tmp_path, FLOW, "--data.init_args.workers", "1")
     assert plan.speed.packing == 0  # beside the training process
-    for changes, note in (({"compiles": True}, "not as they are compiled"), ({"devices": 2}, "not measured together")):
+    for changes, note in (
+        ({"compiles": True}, "not as they are compiled"),
+        ({"ranks": Ranks(2)}, "not measured together"),
+    ):
         assert note not in describe(plan)
         assert note in describe(replace(plan, **changes))
 
@@ -278,6 +291,46 @@ def test_a_plan_leaves_a_run_that_is_there_alone(tmp_path: Path, monkeypatch: py
     made(monkeypatch, tmp_path, FLOW, "--trainer.default_root_dir", str(tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run").rglob("*")] == ["checkpoints", "last.ckpt"]
     assert last.read_bytes() == b"of a run"
+
+
+def test_traffic_of_rings_counted_one_message_at_a_time() -> None:
+    """A ring of n ranks gathers, or sums and cuts, in n - 1 messages of a part each."""
+    w = Weights(copied=7, layers=6400, layer=1600, root=320, trained=3200)
+
+    def ring(n: int, size: float) -> float:
+        return sum(size / n for _ in range(n - 1))
+
+    assert w.traffic(Ranks(), 3) == 0
+    assert w.traffic(Ranks(replicas=4), 3) == 2 * ring(4, 3200)  # summed and cut, then gathered; once a step
+    assert w.traffic(Ranks(shards=8), 3) == 3 * (2 * ring(8, 6400) + ring(8, 320) + ring(8, 3200))
+    assert w.traffic(Ranks(2, 4), 1) == 2 * ring(4, 6400) + ring(4, 320) + ring(4, 3200) + 2 * ring(2, 800)
+    assert [w.held(Ranks(shards=n)) for n in (1, 2, 8)] == [7 + 6720 // n for n in (1, 2, 8)]
+    assert w.gathered(Ranks(replicas=8)) == 0
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize(("strategy", "ranks"), [
+    ("trainer: {strategy: ddp, devices: 8, num_nodes: 2, accelerator: gpu}", Ranks(16)),
+    ("trainer: {strategy: sharded, devices: 4}", Ranks(1, 4)),
+    ("trainer: {strategy: {class_path: unimodal.training.Sharded, init_args: {replicas: 2}}, devices: 8, num_nodes: 8}",
+     Ranks(2, 32)),
+])  # fmt: skip
+def test_a_plan_for_ranks_that_are_not_here(
+    strategy: str, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone = made(monkeypatch, tmp_path, FLOW).memory
+    (tmp_path / "ranks.yaml").write_text(strategy)
+    plan = made(monkeypatch, tmp_path, FLOW, "-c", str(tmp_path / "ranks.yaml"))
+    said, m = capsys.readouterr().out, plan.memory
+    assert plan.ranks == ranks
+    assert m.gradients == -(-alone.gradients // ranks.shards)
+    assert (m.layer, m.loss) == (alone.layer, alone.loss)
+    assert (m.weights < alone.weights) == (m.gathered > 0) == (ranks.shards > 1)
+    assert f"memory of a rank of {ranks.count}" in said
+    assert f"on {ranks.count} ranks" in said
+    assert "received by a rank a step" in said
+    assert "an image" in said
 
 
 def test_what_cannot_be_planned_is_refused_in_one_line(

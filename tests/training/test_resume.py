@@ -2,8 +2,8 @@
 
 import os
 import signal
-import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from forking import Forks
 
 from unimodal.cli import main
 from unimodal.training import TokenizerTraining, UnifiedTraining
@@ -206,21 +207,11 @@ def test_a_checkpoint_in_mid_run_is_where_it_says(whole: Any, tmp_path: Path) ->
     compare(undisturbed, second)
 
 
-KILLED = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from unimodal.cli import main
-from unimodal.training import UnifiedTraining
-number, at = int(sys.argv[1]), int(sys.argv[2])
-original = UnifiedTraining.training_step
-def step(self, batch, batch_idx):
-    if self.trainer.global_step == at:
-        os.kill(os.getpid(), number)
-    return original(self, batch, batch_idx)
-UnifiedTraining.training_step = step
-sys.exit(main(sys.argv[3:]))
-"""
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Processes to be killed."""
+    with Forks("killed_training", "unimodal.training.lightning_cli") as made:
+        yield made
 
 
 @pytest.mark.slow
@@ -228,15 +219,13 @@ sys.exit(main(sys.argv[3:]))
     ("stop", "code", "reached"), [(signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 6), (signal.SIGKILL, -9, 4)]
 )
 def test_a_killed_process_is_continued(
-    stop: signal.Signals, code: int, reached: int, whole: Any, tmp_path: Path
+    stop: signal.Signals, code: int, reached: int, whole: Any, forks: Forks, tmp_path: Path
 ) -> None:
     undisturbed, expected = whole("unified", 1)
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", KILLED, str(int(stop)), "5", *arguments("unified", folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
+    command, log = [str(int(stop)), "5", *arguments("unified", folder)], tmp_path / "log"
+    assert forks.run([sys.executable, "-m", "killed_training", *command], log) == code, log.read_text()
+    assert "Traceback" not in log.read_text()
     assert last(folder)["global_step"] == reached
     watched = Watched("unified")
     assert watched.run(folder, "--ckpt_path", "last") == 0

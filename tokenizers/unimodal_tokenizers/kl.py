@@ -128,6 +128,8 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
             mean, square = moments[:, :, None, None]  # (D, 1, 1) each
             share = max(MOMENTUM, 1 / (int(self.steps) + 1))
             variance = (square - mean.square()).clamp(min=1e-8)
-            self.shift.lerp_(mean, share)
-            self.scale.copy_(self.scale.pow(-2).lerp(variance, share).rsqrt())
+            finite = moments.isfinite().all()  # a batch that overflowed must not stay in them
+            self.shift.copy_(torch.where(finite, self.shift.lerp(mean, share), self.shift))
+            scale = self.scale.pow(-2).lerp(variance, share).rsqrt()
+            self.scale.copy_(torch.where(finite, scale, self.scale))
         self.steps.add_(1)

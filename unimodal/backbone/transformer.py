@@ -306,7 +306,7 @@ class Backbone(nn.Module):
 
     def initial(self, path: str, owner: nn.Module, name: str, parameter: nn.Parameter, rng: torch.Generator) -> Tensor:
         """Values of one parameter `name` of `owner`, which is the module `path`; see `reset_parameters`."""
-        values = torch.empty(parameter.shape, dtype=parameter.dtype)
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
         if isinstance(owner, (RMSNorm, QKNorm)):
             return values.fill_(1)
         if name in ("bias", "lora_B") or "modulation" in path:

@@ -56,13 +56,18 @@ class DigitImages:
 
     def images(self) -> list[Image.Image]:
         """All scans as images."""
-        return [values_to_image(values) for values in self.values]
+        return [Image.fromarray(pixels) for pixels in _values_to_pixels(self.values)]
 
 
 def values_to_image(values: np.ndarray) -> Image.Image:
     """Stored values (8, 8) 0..16 as an RGB image 0..255; `image_to_values` is the inverse."""
+    return Image.fromarray(_values_to_pixels(values))
+
+
+def _values_to_pixels(values: np.ndarray) -> np.ndarray:
+    """(..., 8, 8) 0..16 as (..., 8, 8, 3) uint8."""
     grey = np.rint(values * (255 / GREY_LEVELS)).astype(np.uint8)
-    return Image.fromarray(np.repeat(grey[:, :, None], 3, axis=2))
+    return np.repeat(grey[..., None], 3, axis=-1)
 
 
 def image_to_values(image: Image.Image) -> np.ndarray:

@@ -47,6 +47,10 @@ class EMA(Callback):
         weights = _trained(pl_module)
         torch._foreach_lerp_(list(self.shadow.values()), [weights[n].detach() for n in self.shadow], 1 - decay)
 
+    def pass_over(self, step: int) -> None:
+        """Do not follow optimizer step `step`: it was skipped, so that the weights have not moved."""
+        self._step = step
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate with the average."""
         if self.shadow and not self._swapped:

@@ -1,10 +1,15 @@
 """fit, validate, test and predict through LightningCLI, with errors of one line and a run folder."""
 
+import fcntl
 import logging
+import os
 import shlex
 import shutil
+import socket
+import sys
 import warnings
 from contextlib import nullcontext
+from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,13 +19,15 @@ import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from unimodal.backbone import deferred
 from unimodal.export import check_weights, one_line, read_checkpoint
 from unimodal.training.checkpoints import Checkpoints, RandomStates, damage, newest_intact
-from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal
+from unimodal.training.logs import Board, Table
+from unimodal.training.nonfinite import NonFinite
+from unimodal.training.ranks import Ranks
+from unimodal.training.run import Progress, RunFolder, Samples, StopOnSignal, from_outside
 from unimodal.training.sharding import Sharded, check_strategy
 from unimodal.training.watch import Watch
 
@@ -38,6 +45,9 @@ QUIET = (
     ".*lr_scheduler.step.*",
     ".*Trying to infer the `batch_size`.*",
 )
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
+"""By which launchers number the processes of one run."""
 
 
 class _Parser(LightningArgumentParser):
@@ -64,6 +74,7 @@ class UnimodalCLI(LightningCLI):
         self._plan = plan  # instead of training
         self.signals = StopOnSignal()
         self._command = shlex.join(["unimodal", *args])
+        self._lock: TextIOWrapper | None = None  # of the run folder, held as long as the file is open
         self._made: Path | None = None  # the run folder, while nothing but this command's first lines are in it
         try:
             super().__init__(
@@ -75,7 +86,12 @@ class UnimodalCLI(LightningCLI):
                     "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
                 },
             )  # fmt: skip
-        except (ValueError, MisconfigurationException) as error:
+        except (RuntimeError, ValueError, MisconfigurationException) as error:
+            reason = from_outside(error)
+            if reason is not None:
+                raise ValueError(reason) from error
+            if isinstance(error, RuntimeError):
+                raise
             trainer = getattr(self, "trainer", None)
             if self._made is not None and (trainer is None or (trainer.global_step == 0 and trainer.is_global_zero)):
                 shutil.rmtree(self._made, ignore_errors=True)
@@ -96,6 +112,7 @@ class UnimodalCLI(LightningCLI):
         """Keys beside model, data and trainer."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(Watch, "watch")
+        parser.add_lightning_class_args(NonFinite, "nonfinite")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def instantiate_classes(self) -> None:
@@ -117,8 +134,10 @@ class UnimodalCLI(LightningCLI):
             )
         self._recipe, self._root = recipe, root
         self._made = None if root.exists() else root
+        if self.subcommand == "fit" and not dry and first_rank():
+            self._lock = _lock(root)
         try:
-            with deferred() if _is_sharded(config.trainer.strategy) and not self._plan else nullcontext():
+            with deferred() if _is_sharded(config.trainer.strategy) or self._plan else nullcontext():
                 super().instantiate_classes()
         except ValueError as error:
             raise ValueError(one_line(str(error))) from error
@@ -131,7 +150,7 @@ class UnimodalCLI(LightningCLI):
         if self._plan:
             from unimodal.training.plan import describe, make_plan
 
-            print(describe(make_plan(self.model, self.datamodule, self.trainer)))
+            print(describe(make_plan(self.model, self.datamodule, self.trainer, self._ranks)))
         else:
             super()._run_subcommand(subcommand)
 
@@ -158,12 +177,16 @@ class UnimodalCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with loggers and callbacks of the run folder."""
         config = dict(self._get(self.config_init, "trainer", default={}), **kwargs)
+        if self._plan:  # by one process, of as many as are asked for
+            self._ranks = Ranks.of(self.config[self.subcommand].trainer)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            config |= {"strategy": "auto", "devices": 1, "num_nodes": 1, "accelerator": device}
         part = getattr(type(self.model), "part", None)
         if self.subcommand != "fit":  # a look at a checkpoint is no part of the run's curves
             config["logger"] = False
         elif config.get("logger") in (None, True):
             root = str(self._root)
-            config["logger"] = [CSVLogger(root, "logs"), TensorBoardLogger(root, "tensorboard")]
+            config["logger"] = [Table(root, "logs"), Board(root, "tensorboard")]
         elsewhere = self._get(self.config_init, "watch").logger(self._recipe, self._root)
         if elsewhere is not None and self.subcommand == "fit" and not self._plan:
             config["logger"] = [*_as_list(config["logger"] or None), elsewhere]
@@ -202,6 +225,33 @@ def run(args: list[str]) -> int:
         print(f"stopped by signal {cli.signals.received}; continue with --ckpt_path last")
         return 128 + cli.signals.received
     return 0
+
+
+def first_rank() -> bool:
+    """Whether this process is the first of its run, which holds the run folder for all of them."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
+def _lock(root: Path) -> TextIOWrapper | None:
+    """Hold the run folder for this process, which lets go of it when it ends, however it ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    file = (root / ".lock").open("a+", encoding="utf-8")
+    try:
+        # A lock of the process, not of the open file: the workers that are forked from it do not keep it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        owner = file.read().strip() or "a process that has not said which"
+        raise ValueError(
+            f"trainer.default_root_dir: expected a folder that no other run writes to, got {root}, held by {owner}"
+        ) from None
+    except OSError as error:
+        print(f"WARNING: run folder: {root} cannot be held for this run alone ({error})", file=sys.stderr, flush=True)
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _is_sharded(strategy: Any) -> bool:

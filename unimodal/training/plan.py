@@ -24,6 +24,7 @@ from unimodal.packing import PackedSequence
 from unimodal.training import stages
 from unimodal.training.flops import Flops, generator_loss, head_flops, image_flops, layer_flops, matrices
 from unimodal.training.optimizers import MuonAdamW, split_matrices
+from unimodal.training.ranks import Ranks, Weights
 from unimodal.training.unified import UnifiedTraining
 from unimodal_generators.base import TokenKind
 from unimodal_generators.cross_entropy import BUDGET
@@ -44,11 +45,12 @@ class Memory:
     layer: int  # what one keeps for backward
     layer_input: int  # what it keeps when it is computed again
     around: int  # what is kept once: positions, embeddings, the generator's own
+    gathered: int  # of weights and gradients that lie in parts, what is together at once
     loss: int  # gradients of head and hidden states, and one chunk of logits
 
     def peak(self, checkpoint_layers: bool) -> int:
         """All of it; with recomputed layers, one of them at a time."""
-        fixed = self.weights + self.gradients + self.moments + self.average + self.around + self.loss
+        fixed = self.weights + self.gradients + self.moments + self.average + self.around + self.gathered + self.loss
         return fixed + (self.layers * self.layer_input + self.layer if checkpoint_layers else self.layers * self.layer)
 
 
@@ -70,11 +72,12 @@ class Plan:
     parameters: dict[str, tuple[int, int]]  # trained and frozen, by part
     packed: PackedSequence
     flops: Flops  # of the pack
-    memory: Memory
+    memory: Memory  # of a rank
+    weights: Weights
     speed: Speed
     steps: int
-    packs: int  # a step and device
-    devices: int
+    packs: int  # a step and rank
+    ranks: Ranks
     device: torch.device
     dtype: torch.dtype  # of matrix products
     checkpoint_layers: bool
@@ -86,8 +89,7 @@ class Plan:
         """One optimizer step: layers at the rate one was measured at, all else at that of bare products."""
         speed, layers = self.speed, self.flops.layers + self.flops.attention
         pack = layers / speed.layer + (self.flops.total - layers) / speed.products + speed.around
-        # Every device lays out all packs of a step and keeps its own.
-        return self.packs * (pack + self.devices * speed.packing) + speed.optimizer
+        return self.packs * (pack + speed.packing) + speed.optimizer / self.ranks.shards
 
     @property
     def bound_seconds(self) -> float:
@@ -95,8 +97,11 @@ class Plan:
         return self.packs * self.flops.total / self.speed.products
 
 
-def make_plan(module: LightningModule, data: Any, trainer: Trainer) -> Plan:
-    """Of a run of `trainer` over `data`, which is neither begun nor given a folder."""
+def make_plan(module: LightningModule, data: Any, trainer: Trainer, ranks: Ranks) -> Plan:
+    """Of a run of `trainer` over `data`, which is neither begun nor given a folder.
+
+    The model's backbone may be deferred: nothing of it is computed with.
+    """
     if not isinstance(module, UnifiedTraining) or not isinstance(data, DocumentData):
         raise ValueError(f"--plan: expected a recipe of a unified model, got one of {type(module).__name__}")
     data.prepare_data()
@@ -111,18 +116,20 @@ def make_plan(module: LightningModule, data: Any, trainer: Trainer) -> Plan:
     packing_seconds = 0.0 if data.workers else _timed(lambda: next(stream))
     parameters = _parameters(model)
     with precision.forward_context():
-        probe = _Probe(model, packed, device)
+        probe = Probe(model, packed, device)
         layers, attention = layer_flops(model.backbone, packed)
         flops = Flops(layers, attention, head_flops(model.backbone, packed), *probe.image_flops())
         per_layer = (layers + attention) / len(model.backbone.layers)
         seconds, around = probe.layer_seconds()
-        memory = _estimate_memory(model, packed, probe, _moments(module))
+        weights = model_weights(model)
+        memory = _estimate_memory(weights, packed, probe, _moments(module), ranks)
         products = probe.product_rate()
     speed = Speed(products, per_layer / seconds, packing_seconds, around, probe.optimizer_seconds(module))
     return Plan(
-        parameters, packed, flops, memory, speed, steps=trainer.max_steps, packs=trainer.accumulate_grad_batches,
-        devices=trainer.world_size, device=device, dtype=probe.dtype, checkpoint_layers=model.backbone.checkpointing,
-        compiles=module.compiles, optimizer="AdamW" if module.muon_lr is None else "Muon and AdamW",
+        parameters, packed, flops, memory, weights, speed, steps=trainer.max_steps,
+        packs=trainer.accumulate_grad_batches, ranks=ranks, device=device, dtype=probe.dtype,
+        checkpoint_layers=model.backbone.checkpointing, compiles=module.compiles,
+        optimizer="AdamW" if module.muon_lr is None else "Muon and AdamW",
     )  # fmt: skip
 
 
@@ -155,19 +162,27 @@ def _moments(module: UnifiedTraining) -> int:
     return 2 * trained - sum(_bytes(p) for p in matrices)
 
 
-def _estimate_memory(model: UnifiedModel, packed: PackedSequence, probe: "_Probe", moments: int) -> Memory:
+def model_weights(model: UnifiedModel) -> Weights:
+    """Bytes of a model as `Sharded` spreads them."""
+    layers = [sum(_bytes(p) for p in layer.parameters()) for layer in model.backbone.layers]
+    copied = sum(_bytes(t) for t in [*model.tokenizer.parameters(), *model.buffers()])
+    whole = sum(_bytes(t) for t in [*model.parameters(), *model.buffers()])
     trained = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
+    return Weights(copied, sum(layers), max(layers), whole - copied - sum(layers), trained)
+
+
+def _estimate_memory(weights: Weights, packed: PackedSequence, probe: "Probe", moments: int, ranks: Ranks) -> Memory:
     layer, around = probe.kept()
-    weight = model.backbone.embedding.weight
+    own, trained = probe.whole.backbone, -(-weights.trained // ranks.shards)
     return Memory(
-        weights=sum(_bytes(t) for t in [*model.parameters(), *model.buffers()]), gradients=trained, moments=moments,
-        average=trained, layers=len(model.backbone.layers), layer=layer,
-        layer_input=sum(packed.splits) * weight.shape[1] * weight.element_size(), around=around,
-        loss=_loss_bytes(model, packed, probe.dtype),
+        weights=weights.held(ranks), gradients=trained, moments=-(-moments // ranks.shards), average=trained,
+        layers=len(own.layers), layer=layer,
+        layer_input=sum(packed.splits) * own.config.width * own.embedding.weight.element_size(), around=around,
+        gathered=weights.gathered(ranks), loss=loss_bytes(probe.whole, packed, probe.dtype),
     )  # fmt: skip
 
 
-def _loss_bytes(model: UnifiedModel, packed: PackedSequence, dtype: torch.dtype) -> int:
+def loss_bytes(model: UnifiedModel, packed: PackedSequence, dtype: torch.dtype) -> int:
     """What the text loss holds at once: a chunk of logits and of their softmax, and gradients."""
     config, targets = model.backbone.config, len(packed.text_targets)
     exact = torch.promote_types(dtype, torch.float32).itemsize
@@ -187,11 +202,11 @@ def _bytes(x: Tensor) -> int:
 # --- measurements
 
 
-class _Probe:
+class Probe:
     """The same model with two layers and hardly a vocabulary, and one pack, where they would be trained."""
 
     def __init__(self, model: UnifiedModel, packed: PackedSequence, device: torch.device) -> None:
-        self.packed, self.device = packed.to(device), device
+        self.packed, self.device, self.whole = packed.to(device), device, model
         with torch.device(device):
             small: dict[str, Any] = {} if model.generator.image_ids else {"vocabulary": 1, "added_tokens": 0}
             backbone = Backbone(replace(model.backbone.config, depth=2, **small), model.generator.image_ids)
@@ -333,8 +348,8 @@ def describe(plan: Plan) -> str:
     lines.append("Bytes are those of tensors: the process, its libraries and what its allocator wastes come on top.")
     if plan.compiles:
         lines.append("Layers were measured as they are written, not as they are compiled.")
-    if plan.devices > 1:
-        lines.append("Devices were not measured together: what they tell each other takes time and memory too.")
+    if plan.ranks.count > 1:
+        lines.append("Ranks were not measured together: what they tell each other takes time on top.")
     return "\n".join(lines)
 
 
@@ -353,22 +368,26 @@ def _memory_lines(plan: Plan) -> list[str]:
     items = [
         ("weights", m.weights, ""), ("gradients", m.gradients, ""), ("moments of the optimizer", m.moments, ""),
         ("moving average", m.average, ""),
+        *([("gathered", m.gathered, "layers and gradients that are together at once")] if m.gathered else []),
         ("activations", again if plan.checkpoint_layers else kept,
          f"{m.layers} layers, each {_size(m.layer)}, or {_size(m.layer_input)} if computed again"),
         ("around the layers", m.around, ""), ("loss", m.loss, "one chunk of logits, gradients of the head"),
         ("peak", m.peak(plan.checkpoint_layers), f"with {used}; {_size(m.peak(not plan.checkpoint_layers))} otherwise"),
     ]  # fmt: skip
-    head = f"memory of {plan.device.type}, estimated, while one pack of {len(plan.packed):,} tokens is trained on"
+    of = f"a rank of {plan.ranks.count}" if plan.ranks.count > 1 else plan.device.type
+    head = f"memory of {of}, estimated, while one pack of {len(plan.packed):,} tokens is trained on"
     return [head, *(f"  {name:22}{_size(size):>16}  {note}".rstrip() for name, size, note in items)]
 
 
 def _time_lines(plan: Plan) -> list[str]:
     speed, counts, shares = plan.speed, plan.packed.counts, zip(plan.flops._fields, plan.flops)
-    tokens = plan.packs * plan.devices * len(plan.packed)
-    packs = f"{plan.packs} pack{'s' * (plan.packs > 1)} on {plan.devices} device{'s' * (plan.devices > 1)}"
+    ranks, count = plan.ranks, plan.ranks.count
+    tokens = plan.packs * count * len(plan.packed)
+    packs = f"{plan.packs} pack{'s' * (plan.packs > 1)} on {count} rank{'s' * (count > 1)}"
     lines = [
         ("a pack", f"{plan.packed.documents} documents, {len(plan.packed):,} tokens in {sum(plan.packed.splits):,} places, "
                    f"{counts['text']:,} text and {counts['image']:,} image targets"),
+        ("an image", _image_tokens(plan.packed)),
         ("useful work of it", f"{plan.flops.total / 1e9:,.1f} GFLOP: "
                               + ", ".join(f"{name} {n / 1e9:,.1f}" for name, n in shares)),
         ("matrix products", f"{speed.products / 1e9:,.1f} GFLOP/s in the model's shapes"),
@@ -378,11 +397,24 @@ def _time_lines(plan: Plan) -> list[str]:
         ("a step", f"{plan.step_seconds:.3g} s ({packs}, {tokens / plan.step_seconds:,.0f} tokens/s); "
                    f"with bare matrix products {plan.bound_seconds:.3g} s"),
     ]  # fmt: skip
+    if count > 1:
+        bytes_ = plan.weights.traffic(ranks, plan.packs)
+        spread = f"{ranks.replicas} x {ranks.shards} parts" if ranks.shards > 1 else f"{ranks.replicas} copies"
+        lines.append(("traffic", f"{_size(bytes_)} received by a rank a step ({spread}), "
+                                 f"{bytes_ / plan.step_seconds / 1e9:,.2g} GB/s to hide all of it"))  # fmt: skip
     if plan.steps > 0:
         seconds = plan.steps * plan.step_seconds
         lines.append(("the run", f"{_duration(seconds)} for {plan.steps:,} steps, without validation"))
     name = str(plan.dtype).removeprefix("torch.")
     return [f"time on {plan.device.type}, {name}, estimated", *(f"  {item:22}{text}" for item, text in lines)]
+
+
+def _image_tokens(packed: PackedSequence) -> str:
+    """How long images are, as they are learned and as context."""
+    forms = {"learned": packed.learned_blocks, "clean": packed.context_blocks, "understood": packed.understood_blocks}
+    images = {"learned": packed.learned_images, "clean": packed.context_images, "understood": packed.understood_images}
+    mean = {name: sum(b.length for b in blocks) / len(images[name]) for name, blocks in forms.items() if images[name]}
+    return " + ".join(f"{length:,.4g} tokens {name}" for name, length in mean.items()) or "none in it"
 
 
 def _size(count: int) -> str:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import signal
 import subprocess
 import time
@@ -10,9 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from PIL import Image
+from safetensors import SafetensorError
 
 from unimodal.attention import describe
 from unimodal.documents import GENERATED, Document, write_html, write_jsonl
@@ -20,6 +23,7 @@ from unimodal.export import ExportInfo, save_export
 from unimodal.files import write_atomically
 from unimodal.shards import is_sharded
 from unimodal.training.ema import EMA
+from unimodal.training.logs import spared
 from unimodal.training.unified import UnifiedTraining, continue_prompts
 
 
@@ -133,7 +137,15 @@ class RunFolder(Callback):
         done = trainer.global_step >= trainer.max_steps
         if trainer.fast_dev_run or not done or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        root = Path(trainer.default_root_dir)
+        try:
+            self._write(trainer, pl_module, Path(trainer.default_root_dir))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"trainer.default_root_dir: expected room for {trainer.default_root_dir}/export, got {error}; "
+                "once there is some, --ckpt_path last writes it"
+            ) from error
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, root: Path) -> None:
         average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         part: str = pl_module.part  # type: ignore[assignment]
         info = ExportInfo(part, "ema" if average else "raw", self.recipe, git_commit())
@@ -142,9 +154,11 @@ class RunFolder(Callback):
         else:
             if average is not None:
                 average.swap(pl_module)
-            save_export(root / "export", getattr(pl_module, part), self.config, info)
-            if average is not None:
-                average.swap(pl_module)
+            try:
+                save_export(root / "export", getattr(pl_module, part), self.config, info)
+            finally:
+                if average is not None:
+                    average.swap(pl_module)
         parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         record = {"train_seconds": self.seconds, "steps": trainer.global_step, "parameters": parameters, **vars(info)}
         record |= {"command": self.command}
@@ -178,11 +192,12 @@ class Samples(Callback):
         # `unimodal validate` looks at a checkpoint; only training adds to the run's own samples.
         folder = Path(trainer.default_root_dir) / ("samples" if trainer.state.fn == "fit" else "validation")
         name = f"step_{trainer.global_step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_html(written, folder / f"{name}.html", f"Samples after {trainer.global_step} steps")
-        drawn = [part.image for d in written for part in d.parts if part.is_image and part.role == GENERATED]
-        if drawn:
-            grid(drawn).save(folder / f"{name}.png")
+        with spared(f"{folder / name}.html", "these samples are lost"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_html(written, folder / f"{name}.html", f"Samples after {trainer.global_step} steps")
+            drawn = [part.image for d in written for part in d.parts if part.is_image and part.role == GENERATED]
+            if drawn:
+                grid(drawn).save(folder / f"{name}.png")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `predictions/documents.jsonl` with its images, and `predictions/documents.html`."""
@@ -194,6 +209,34 @@ class Samples(Callback):
             write_jsonl(folder / "documents.jsonl", written, folder / "images")
             write_html(pl_module.predicted, folder / "documents.html", "Held-out prompts, continued")
             print(f"{len(pl_module.predicted)} documents in {folder}")
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "NCCL")
+"""Words by which gloo and NCCL say that another rank is gone."""
+
+
+def from_outside(error: BaseException) -> str | None:
+    """In one line, what ended a run that was itself in order: a worker that was killed, another rank; None if neither.
+
+    A worker's end interrupts whatever is being done, which may then fail in its own words: causes are looked at too.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        line = next(iter(str(found).splitlines()), "").strip()
+        if "DataLoader worker" in line and ("killed by signal" in line or "exited unexpectedly" in line):
+            return (
+                "data.workers: expected worker processes that live as long as the run, got one that ended, as it does "
+                f"where memory is short ({line}); continue with --ckpt_path last"
+            )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and isinstance(found, RuntimeError) and any(word in line for word in LOST):
+            saw = re.sub(r"^\[.*?\] ", "", line).partition(". ")[0]  # without the place in gloo's sources
+            return (
+                "trainer.devices: expected every rank to go on, got another rank that has ended (rank "
+                f"{torch.distributed.get_rank()} saw: {saw}); its own message says why; continue with --ckpt_path last"
+            )
+        found = found.__cause__ or found.__context__
+    return None
 
 
 def grid(images: Sequence[Image.Image], columns: int = 10) -> Image.Image:

@@ -26,6 +26,7 @@ from torchvision.utils import make_grid, save_image
 from unimodal.metrics.perceptual import Perceptual
 from unimodal.training.adversary import Adversary
 from unimodal.training.ema import EMA
+from unimodal.training.logs import spared
 from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
 from unimodal_tokenizers.base import ImageTokenizer, Reconstruction, TrainableTokenizer
 from unimodal_tokenizers.frozen import FrozenEncoder
@@ -252,7 +253,8 @@ class TokenizerTraining(L.LightningModule):
     def _draw(self, images: Float[Tensor, "B 3 H W"], reconstruction: Float[Tensor, "B 3 H W"], name: str) -> None:
         if self.samples and self.trainer.is_global_zero:
             path = Path(self.trainer.default_root_dir) / name
-            write_reconstructions(images[: self.samples], reconstruction[: self.samples], path)
+            with spared(str(path), "this picture is lost"):
+                write_reconstructions(images[: self.samples], reconstruction[: self.samples], path)
 
     def test_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
         """The same terms and PSNR on test images."""

@@ -125,7 +125,7 @@ def drawn(z: Float[Tensor, "P D"], count: int, rng: torch.Generator) -> Float[Te
         sizes = torch.cat(parts)
     chosen = torch.randperm(int(sizes.sum()), generator=rng)[:count].to(z.device) - sizes[:rank].sum()
     own = (chosen >= 0) & (chosen < len(z))
-    vectors = torch.where(own[:, None], z[torch.where(own, chosen, 0)], 0)  # (n, D)
+    vectors = torch.where(own[:, None], z[torch.where(own, chosen, 0)], 0).nan_to_num(0, 0, 0)  # (n, D)
     if processes() > 1:
         torch.distributed.all_reduce(vectors)
     return vectors

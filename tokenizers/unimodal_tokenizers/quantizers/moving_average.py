@@ -84,7 +84,11 @@ class MovingAverageQuantizer(Quantizer):
         z = torch.cat([vectors for vectors, _ in self._seen]).to(self.codes.dtype)
         ids = torch.cat([chosen for _, chosen in self._seen])
         self._seen.clear()
-        n = torch.bincount(ids, minlength=len(self.codes)).to(z.dtype)
+        finite = z.isfinite().all(dim=1, keepdim=True)  # (P, 1): a batch that overflowed must not stay in the codebook
+        z, n = (
+            torch.where(finite, z, 0),
+            torch.zeros_like(self.mass).index_add_(0, ids, finite[:, 0].to(self.mass.dtype)),
+        )
         total = torch.zeros_like(self.codes).index_add_(0, ids, z)  # sum z
         if processes() > 1:
             torch.distributed.all_reduce(n)

@@ -1,0 +1,1 @@
+"""How large a run on many GPUs is: computed, not run."""
