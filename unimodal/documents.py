@@ -14,7 +14,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -271,10 +271,23 @@ def read_json_lines(path: str | Path) -> list[JsonLine]:
     Raises:
         ValueError: the file is missing, is not UTF-8, or a line (named by number) is not a JSON object.
     """
+    found = []
+    for line in each_json_line(path):
+        if isinstance(line, ValueError):
+            raise line
+        found.append(line)
+    return found
+
+
+def each_json_line(path: str | Path) -> Iterator[JsonLine | ValueError]:
+    """The same one by one, with what is wrong with a line in its place.
+
+    Raises:
+        ValueError: the file is missing.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{_shown(path)}: expected a JSONL file, got no such file")
-    lines = []
     # Split at "\n" only: JSON strings may hold other line separators of Unicode.
     for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
         where = f"{_shown(path)}:{number}"
@@ -284,13 +297,16 @@ def read_json_lines(path: str | Path) -> list[JsonLine]:
                 continue
             record = json.loads(text)
         except UnicodeDecodeError:
-            raise ValueError(f"{where}: expected UTF-8, got other bytes") from None
+            yield ValueError(f"{where}: expected UTF-8, got other bytes")
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where}: expected one JSON object on the line, got {_one_line(error)}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-        lines.append(JsonLine(record, where))
-    return lines
+            yield ValueError(f"{where}: expected one JSON object on the line, got {_one_line(error)}")
+        else:
+            found = type(record).__name__
+            yield (
+                JsonLine(record, where)
+                if isinstance(record, dict)
+                else ValueError(f"{where}: expected a JSON object, got {found}")
+            )
 
 
 def document_record(line: JsonLine, base: Path) -> DocumentRecord:

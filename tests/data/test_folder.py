@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from unimodal.data.folder import FolderSource, FolderSplit
-from unimodal.data.source import Source
+from unimodal.data.source import BrokenDocument, Source
 from unimodal.documents import Document, Part, write_jsonl
 
 RNG = np.random.default_rng(0)
@@ -142,12 +142,34 @@ GOOD = '{"image": "a.png", "caption": "a"}'
         ('{"parts": [{"text": "a"}]}', "expected a caption as on the first line"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
-    write_lines(tmp_path, GOOD, line)
-    with pytest.raises(ValueError, match=message) as caught:
-        FolderSource(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / 'list.jsonl'}:2: ")
+def test_a_bad_line_is_one_broken_document(tmp_path: Path, line: str, message: str) -> None:
+    write_lines(tmp_path, GOOD, line, GOOD.replace('"a"', '"b"'))
+    source = FolderSource(tmp_path, "all")
+    assert [source.document(i, RNG).text for i in (0, 2)] == ["a", "b"]
+    with pytest.raises(BrokenDocument, match=message) as caught:
+        source.document(1, RNG)
+    assert caught.value.name == f"{tmp_path / 'list.jsonl'}:2"
     assert "\n" not in str(caught.value)
+    assert list(source.corpus()) == ["a", "b"]
+
+
+def test_a_bad_line_among_many_is_skipped_by_a_run_and_of_one_only_it_is_said(tmp_path: Path) -> None:
+    write_lines(tmp_path, "{", GOOD, '{"image": "a.png", "caption": "\xff"}')
+    assert len(FolderSource(tmp_path, "all")) == 3
+    write_lines(tmp_path, "{", "[")
+    with pytest.raises(ValueError, match=r"list\.jsonl:1: expected one JSON object"):
+        FolderSource(tmp_path)
+    (tmp_path / "list.jsonl").unlink()
+    for name, caption in (("b", b""), ("c", b"\xff"), ("d", b"four")):
+        save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(caption)
+    source = FolderSource(tmp_path, "all")
+    assert source.document(2, RNG).text == "four"
+    for i, message in enumerate(
+        (r"b\.txt: expected a caption, got an empty file", r"c\.txt: expected a caption in UTF-8")
+    ):
+        with pytest.raises(BrokenDocument, match=message):
+            source.document(i, RNG)
 
 
 def test_bad_folders_are_named(tmp_path: Path) -> None:

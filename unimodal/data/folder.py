@@ -19,8 +19,8 @@ from unimodal.documents import (
     Part,
     contained_path,
     document_record,
+    each_json_line,
     load_image,
-    read_json_lines,
 )
 
 Task = Literal["text_to_image", "image_to_text"]
@@ -55,7 +55,16 @@ class _Written:
         return "".join(part.content for part in self.record.parts if isinstance(part.content, str))
 
 
-_Item = _Captioned | _Written
+@dataclass(frozen=True)
+class _Unreadable:
+    """What should have been an item, and why it is none."""
+
+    name: str
+    reason: str
+    text = ""
+
+
+_Item = _Captioned | _Written | _Unreadable
 
 
 class FolderSource:
@@ -70,7 +79,8 @@ class FolderSource:
     An item goes to validation when the hash of its image's relative path, a number in [0, 1), is below
     `validation_share`, so adding images moves no other image. If that leaves a split without any item, the one item
     with the smallest (for validation) or largest (for training) hash is moved there. Lines that name the same images
-    stay together. Images are loaded when a document is asked for.
+    stay together. Images are loaded when a document is asked for. A line or a caption that cannot be read
+    is a broken document: a run skips, counts and names it.
 
     Args:
         root: the folder.
@@ -79,8 +89,8 @@ class FolderSource:
         validation_share: share of the items held out, above 0 and below 1.
 
     Raises:
-        ValueError: `root` is no folder, nothing is captioned, a caption is empty, a JSONL line is broken or names a
-            missing image, or fewer than two items, so that one split would be empty.
+        ValueError: `root` is no folder, nothing in it can be read, or fewer than two items, so that one split would be
+            empty.
     """
 
     def __init__(
@@ -122,11 +132,13 @@ class FolderSource:
 
         Raises:
             IndexError: `index` is outside 0 <= index < len.
-            BrokenDocument: an image is broken.
+            BrokenDocument: an image, a caption or a line is broken.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         item = self._items[index]
+        if isinstance(item, _Unreadable):
+            raise BrokenDocument(item.name, item.reason)
         try:
             if isinstance(item, _Written):
                 document = item.record.load()
@@ -159,10 +171,13 @@ def _captioned_files(root: Path) -> list[_Item]:
         try:
             caption = beside.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError:
-            raise ValueError(f"{beside}: expected a caption in UTF-8, got other bytes") from None
+            items.append(_Unreadable(str(beside), "expected a caption in UTF-8, got other bytes"))
+            continue
         if not caption:
-            raise ValueError(f"{beside}: expected a caption, got an empty file")
+            items.append(_Unreadable(str(beside), "expected a caption, got an empty file"))
+            continue
         items.append(_Captioned(image, image.relative_to(root).as_posix(), caption))
+    _refuse_only_broken(items)
     if not items:
         raise ValueError(
             f"root: expected images with .txt captions beside them, or one .jsonl, in {root}; "
@@ -176,21 +191,39 @@ def _captioned_files(root: Path) -> list[_Item]:
 
 
 def _listed_items(path: Path, root: Path) -> list[_Item]:
-    lines = read_json_lines(path)
+    lines = list(each_json_line(path))
     if not lines:
         raise ValueError(f"{path}: expected at least one line, got an empty file")
-    written = "parts" in lines[0].record
+    first = next((line for line in lines if isinstance(line, JsonLine)), None)
+    written = first is not None and "parts" in first.record
     items: list[_Item] = []
     for line in lines:
-        if ("parts" in line.record) != written:
-            raise ValueError(f"{line.where}: expected {'a document' if written else 'a caption'} as on the first line")
-        item: _Item = _Written(document_record(line, root)) if written else _captioned_line(line, root)
-        for image in _images(item):
-            if not image.is_file():
-                found = f"{image.name!r}, which is {_what(image)}"
-                raise ValueError(f"{line.where}: image: expected an image file, got {found}")
-        items.append(item)
+        try:
+            items.append(_listed_item(line, root, written))
+        except ValueError as error:
+            name, _, reason = str(error).removeprefix(str(path)).partition(": ")
+            items.append(_Unreadable(f"{path}{name}", reason))
+    _refuse_only_broken(items)
     return items
+
+
+def _listed_item(line: JsonLine | ValueError, root: Path, written: bool) -> _Item:
+    if isinstance(line, ValueError):
+        raise line
+    if ("parts" in line.record) != written:
+        raise ValueError(f"{line.where}: expected {'a document' if written else 'a caption'} as on the first line")
+    item: _Item = _Written(document_record(line, root)) if written else _captioned_line(line, root)
+    for image in _images(item):
+        if not image.is_file():
+            found = f"{image.name!r}, which is {_what(image)}"
+            raise ValueError(f"{line.where}: image: expected an image file, got {found}")
+    return item
+
+
+def _refuse_only_broken(items: list[_Item]) -> None:
+    """Say what is wrong with the first where nothing else is there."""
+    if items and all(isinstance(item, _Unreadable) for item in items):
+        raise ValueError(f"{_name(items[0])}: {items[0].reason}")  # type: ignore[union-attr]
 
 
 def _captioned_line(line: JsonLine, root: Path) -> _Captioned:
@@ -208,12 +241,16 @@ def _captioned_line(line: JsonLine, root: Path) -> _Captioned:
 
 
 def _name(item: _Item) -> str:
+    if isinstance(item, _Unreadable):
+        return item.name
     return str(item.image) if isinstance(item, _Captioned) else item.record.where
 
 
 def _images(item: _Item) -> list[Path]:
     if isinstance(item, _Captioned):
         return [item.image]
+    if isinstance(item, _Unreadable):
+        return []
     return [part.content for part in item.record.parts if isinstance(part.content, Path)]
 
 
@@ -221,6 +258,8 @@ def _key(item: _Item, root: Path) -> str:
     """What decides an item's split: the relative paths of its images; its text where it has none."""
     if isinstance(item, _Captioned):
         return item.name
+    if isinstance(item, _Unreadable):
+        return item.name.removeprefix(str(root))
     return "\n".join(_relative(path, root) for path in _images(item)) or item.text
 
 
