@@ -245,7 +245,12 @@ def module(model: UnifiedModel, accumulate: int = 1) -> Any:
     """The training as a trainer on one device would drive it, and what it logs."""
     made = UnifiedTraining(model, lr=1e-3)
     made._trainer = SimpleNamespace(  # type: ignore[assignment]
-        world_size=1, accumulate_grad_batches=accumulate, log_every_n_steps=1, max_steps=10, testing=False
+        world_size=1,
+        accumulate_grad_batches=accumulate,
+        log_every_n_steps=1,
+        max_steps=10,
+        global_step=0,
+        testing=False,
     )
     logged: dict[str, float] = {}
     made.log = lambda name, value, **_: logged.__setitem__(name, float(value))  # type: ignore[method-assign]

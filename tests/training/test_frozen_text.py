@@ -64,7 +64,12 @@ def learn(module: UnifiedTraining, documents: list[Document], steps: int = 4) ->
     """Steps of the module's own optimizer over documents with images, text before and behind them; their losses."""
     model, losses = module.model, []
     module._trainer = Mock(
-        spec=lightning.Trainer, world_size=1, accumulate_grad_batches=1, log_every_n_steps=1000, max_steps=100
+        spec=lightning.Trainer,
+        world_size=1,
+        accumulate_grad_batches=1,
+        log_every_n_steps=1000,
+        max_steps=100,
+        global_step=0,
     )
     optimizer = module.configure_optimizers()["optimizer"]
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.3}

@@ -159,7 +159,12 @@ def trained_on(
     """A few steps of the module's own optimizer, and the average of them."""
     module, average = UnifiedTraining(model, lr=1e-2, weight_decay=0.3, warmup_steps=0, freeze=names), EMA(0.5)
     trainer = Mock(
-        spec=lightning.Trainer, world_size=1, accumulate_grad_batches=1, log_every_n_steps=1000, max_steps=10
+        spec=lightning.Trainer,
+        world_size=1,
+        accumulate_grad_batches=1,
+        log_every_n_steps=1000,
+        max_steps=10,
+        global_step=0,
     )
     module._trainer, trainer.global_step = trainer, 0
     optimizer = module.configure_optimizers()["optimizer"]

@@ -64,7 +64,7 @@ def training(model: UnifiedModel, accumulate: int = 1, **settings: Any) -> Unifi
     """The module as a trainer on one device would drive it."""
     module = UnifiedTraining(model, lr=1e-3, **settings)
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
-        world_size=1, accumulate_grad_batches=accumulate, log_every_n_steps=1000, max_steps=10
+        world_size=1, accumulate_grad_batches=accumulate, log_every_n_steps=1000, max_steps=10, global_step=0
     )
     return module
 

@@ -164,7 +164,8 @@ class UnifiedTraining(LightningModule):
         loss = torch.zeros((), device=self.device)
         for name, term in losses.items():
             loss = loss + self.loss_weights[name] * term.sum * (shares / max(batch.step_counts[name], 1))
-        if batch_idx % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if last and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name, term in losses.items():
                 if term.count:
                     self.log(f"train/{name}", term.sum.detach() / term.count, batch_size=term.count)
