@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     home, found = Path.cwd(), []
     os.chdir(args.out)  # messages then name files alike on every machine
+    shutil.rmtree("whole-run", ignore_errors=True)  # of an earlier call: the code may have changed since
     for name in args.only or ROWS:
         started = time.monotonic()
         row = provoke(name)

@@ -72,13 +72,14 @@ Spoil = Callable[..., None]
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
-    """Let the loss of micro-batches be `value`, on one rank."""
+    """Let the loss of micro-batches be `value`, on one rank; its gradients too, or not."""
     original = UnifiedTraining.training_step
 
-    def at(*batches: int, value: float = float("nan"), rank: int = 0) -> None:
+    def at(*batches: int, value: float = float("nan"), rank: int = 0, gradients: bool = True) -> None:
         def step(self: UnifiedTraining, batch: Any, batch_idx: int) -> Tensor:
             loss = original(self, batch, batch_idx)
-            return loss * value if batch_idx in batches and self.global_rank == rank else loss
+            spoilt = loss * value if gradients else loss + value
+            return spoilt if batch_idx in batches and self.global_rank == rank else loss
 
         monkeypatch.setattr(UnifiedTraining, "training_step", step)
 
@@ -310,7 +311,7 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_both(
 ) -> None:
     folder = tmp_path / "run"
     (tmp_path / "tiny.yaml").write_text(TINY)
-    spoil(2, 4, rank=1)  # steps 2 and 3
+    spoil(2, 4, rank=1, gradients=False)  # steps 2 and 3, where the other rank sees nothing
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = int(found.getsockname()[1])
