@@ -1,20 +1,23 @@
 """The table of faults is what its command left; and of its rows those that no other test provokes."""
 
 import csv
+import json
 import os
 import resource
 import signal
-import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from experiments.faults import items, processes, refused
-from experiments.faults.runs import Process
+from experiments.faults.runs import ROOT, Ended
 from experiments.faults.table import PAGE, Row, page, read, write
 from unimodal.cli import main
 from unimodal.data import TarSource
@@ -66,18 +69,6 @@ def test_a_row_takes_its_own_place_and_what_is_wrong_is_marked(folder: Path) -> 
 # ---- rows
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_one_line() -> None:
-    run = Process(processes.fit("--data.workers", "1", "--trainer.max_steps", "200"), Path("run"))
-    run.until(2)
-    (worker,) = processes.children(run.pid)
-    run.kill(0)
-    os.kill(worker, signal.SIGKILL)
-    ended = run.end()
-    assert (ended.code, ended.clean) == (2, True), ended.said
-    assert ended.seconds < 30
-    assert ended.line("unimodal: data.workers: expected worker processes", "is killed by signal", "--ckpt_path last")
-
-
 def test_what_a_workers_end_interrupts_is_not_what_is_told() -> None:
     def interrupted() -> None:
         try:
@@ -89,15 +80,6 @@ def test_what_a_workers_end_interrupts_is_not_what_is_told() -> None:
         interrupted()
     assert "(DataLoader worker (pid 7) is killed by signal: Killed.)" in str(from_outside(caught.value))
     assert from_outside(RuntimeError("Connection closed by peer")) is None  # of one process alone, it is another matter
-
-
-def test_no_loss_depends_on_the_clock() -> None:
-    command = processes.fit("--trainer.max_steps", "4")
-    one, other = ([name if word == "run" else word for word in command] for name in ("run", "jumping"))
-    runs = [Process(one, Path("run")), Process(other, Path("jumping"), processes.jump)]
-    assert [run.end().code for run in runs] == [0, 0]
-    assert processes.losses(runs[0].steps) == processes.losses(runs[1].steps)
-    assert len(processes.losses(runs[0].steps)) == 4
 
 
 def test_a_folder_is_held_until_its_process_ends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,19 +121,81 @@ def test_a_text_bomb_is_a_broken_image() -> None:
         source.document(items.BROKEN, np.random.default_rng(0))
 
 
-def test_a_rank_that_is_killed_ends_the_other_with_the_reason() -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    command = processes.fit("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "2000")
-    shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-    ranks = [Process(command, Path(f"rank{r}"), RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
-    ranks[0].until(3)
-    ranks[1].kill(signal.SIGKILL)
-    assert ranks[1].end().code == -signal.SIGKILL
-    ranks[0].kill(0)
-    ended = ranks[0].end()
+# ---- runs, from a process that has not trained itself: autograd's threads do not survive a fork
+
+RUNS = """
+import json, os, signal, socket, sys
+from dataclasses import asdict
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import unimodal.training.lightning_cli
+from experiments.faults.processes import children, fit, jump, losses
+from experiments.faults.runs import Process
+
+def into(name, command):
+    return [name if word == "run" else word for word in command]
+
+clocks = [Process(into(name, fit("--trainer.max_steps", "4")), Path(name), before)
+          for name, before in (("right", None), ("jumping", jump))]
+codes = [run.end().code for run in clocks]
+found = {"clocks": [codes, *({str(s): loss for s, loss in losses(run.steps).items()} for run in clocks)]}
+
+run = Process(fit("--data.workers", "1", "--trainer.max_steps", "200"), Path("run"))
+run.until(2)
+(worker,) = children(run.pid)
+run.kill(0)
+os.kill(worker, signal.SIGKILL)
+found["worker"] = asdict(run.end())
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+command = into("pair", fit("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "2000"))
+shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+ranks = [Process(command, Path(f"rank{r}"), RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
+ranks[0].until(3)
+ranks[1].kill(signal.SIGKILL)
+found["killed"] = ranks[1].end().code
+ranks[0].kill(0)
+found["rank"] = asdict(ranks[0].end())
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(out: Path) -> dict[str, Any]:
+    """What became of a run whose clock jumps, of one whose worker is killed, and of one that loses a rank."""
+    (out / "runs").mkdir()
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS], capture_output=True, text=True, cwd=out / "runs", timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(runs: dict[str, Any]) -> None:
+    ended = Ended(**runs["worker"])
+    assert (ended.code, ended.clean) == (2, True), ended.said
+    assert ended.seconds < 30
+    # Which of torch's two messages is quoted depends on who notices first.
+    assert ended.line("unimodal: data.workers: expected worker processes", "DataLoader worker (pid", "--ckpt_path last")
+
+
+def test_no_loss_depends_on_the_clock(runs: dict[str, Any]) -> None:
+    codes, right, jumping = runs["clocks"]
+    assert codes == [0, 0]
+    assert right == jumping
+    assert len(right) == 4
+
+
+def test_a_rank_that_is_killed_ends_the_other_with_the_reason(runs: dict[str, Any]) -> None:
+    assert runs["killed"] == -signal.SIGKILL
+    ended = Ended(**runs["rank"])
     assert (ended.code, ended.clean) == (2, True), ended.said
     assert ended.seconds < 30
     assert ended.line("unimodal: trainer.devices: expected every rank to go on", "(rank 0 saw: ", "--ckpt_path last")

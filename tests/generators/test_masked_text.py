@@ -374,7 +374,7 @@ def test_learns_texts_and_images_by_heart(make: Make) -> None:
     pairs = list(zip(words, pictures, strict=True))
     learned = [Document((Part(p, learn=False), Part(w))) for w, p in pairs]
     learned += [Document((Part(w, learn=False), Part(p))) for w, p in pairs]
-    steps = 150
+    steps = 240
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
     for step in first_checked(range(steps)):

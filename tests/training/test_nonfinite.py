@@ -4,7 +4,8 @@ import copy
 import csv
 import json
 import os
-import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,13 @@ Spoil = Callable[..., None]
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
-    """Let the loss of micro-batches be `value`, on one rank; its gradients too, or not."""
+    """Let the loss of micro-batches be `value`, on one rank."""
     original = UnifiedTraining.training_step
 
-    def at(*batches: int, value: float = float("nan"), rank: int = 0, gradients: bool = True) -> None:
+    def at(*batches: int, value: float = float("nan"), rank: int = 0) -> None:
         def step(self: UnifiedTraining, batch: Any, batch_idx: int) -> Tensor:
             loss = original(self, batch, batch_idx)
-            spoilt = loss * value if gradients else loss + value
-            return spoilt if batch_idx in batches and self.global_rank == rank else loss
+            return loss * value if batch_idx in batches and self.global_rank == rank else loss
 
         monkeypatch.setattr(UnifiedTraining, "training_step", step)
 
@@ -291,34 +291,65 @@ def test_a_run_of_them_ends_the_training_with_its_packs_and_goes_on_behind_them(
 # ---- two ranks
 
 
-def forked(folder: Path, rank: int, port: int, *options: str) -> int:
-    """A rank, as torchrun starts it; its number as a process."""
+RANKS = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+import unimodal.training.lightning_cli
+from unimodal.cli import main
+from unimodal.training import UnifiedTraining
+
+original = UnifiedTraining.training_step
+def step(self, batch, batch_idx):  # of rank 1, in steps 2 and 3; gradients stay finite, so that rank 0 sees nothing
+    loss = original(self, batch, batch_idx)
+    return loss + float("nan") if batch_idx in (2, 4) and self.global_rank == 1 else loss
+UnifiedTraining.training_step = step
+
+def start(arguments, rank, port):  # as torchrun starts it
     pid = os.fork()
     if pid:
         return pid
     code = 99
     try:
         os.environ.update(TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                          LOCAL_WORLD_SIZE="2", GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-        code = fit(folder, "--trainer.devices", "2", *options)
+                          LOCAL_WORLD_SIZE="2", GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        code = main(arguments)
     finally:
+        sys.stderr.flush()
         os._exit(code)
+
+port, *commands = json.loads(sys.argv[1])
+for number, arguments in enumerate(commands):
+    pids = [start(arguments, rank, str(port + number)) for rank in range(2)]
+    print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], flush=True)
+    print("END", file=sys.stderr, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Runs of two ranks: the folder of each strategy's, and what both said. From a process that has not yet trained:
+    autograd's threads do not survive a fork.
+    """
+    root = tmp_path_factory.mktemp("ranks")
+    (root / "tiny.yaml").write_text(TINY)
+    commands = [
+        ["fit", "-c", str(RECIPE), "-c", str(root / "tiny.yaml"), "--trainer.default_root_dir", str(root / strategy),
+         "--trainer.devices", "2", "--trainer.strategy", strategy, "--checkpoint.keep_last", "9",
+         "--nonfinite.max_skipped", "2"]
+        for strategy in ("ddp", "sharded")
+    ]  # fmt: skip
+    port = 20000 + os.getpid() % 20000
+    script = [sys.executable, "-c", RANKS, json.dumps([port, *commands])]
+    done = subprocess.run(script, capture_output=True, text=True, check=True, timeout=300)
+    assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[2, 2]"] * 2, done.stderr
+    said = done.stderr.split("END")
+    return {strategy: (root / strategy, text) for strategy, text in zip(("ddp", "sharded"), said, strict=False)}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "sharded"])
-def test_a_bad_loss_on_one_rank_is_skipped_by_both(
-    strategy: str, tmp_path: Path, spoil: Spoil, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "run"
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    spoil(2, 4, rank=1, gradients=False)  # steps 2 and 3, where the other rank sees nothing
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = int(found.getsockname()[1])
-    options = ["--trainer.strategy", strategy, "--checkpoint.keep_last", "9", "--nonfinite.max_skipped", "2"]
-    pids = [forked(folder, rank, port, *options) for rank in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [2, 2]
-    said = capfd.readouterr().err
+def test_a_bad_loss_on_one_rank_is_skipped_by_both(strategy: str, pairs: dict[str, tuple[Path, str]]) -> None:
+    folder, said = pairs[strategy]
     assert said.count("got as many up to step 3") == 2
     assert said.count("(rank 1: losses nan") == 2
     first, third = checkpoint(folder, "step_000001"), checkpoint(folder, "step_000003")
