@@ -29,7 +29,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 MARKS = "<!-- sizing: python -m experiments.scale -->", "<!-- end of sizing -->"
 GPUS = (8, 64, 512)
 TOKENS = 16384  # of a pack, which is a micro-batch of one GPU
-PROBED = 2, 4  # documents of the packs that a layer is measured with
+PROBED = 2  # documents of the pack that a layer is measured with
 
 # What the cards are said to do by NVIDIA's data sheet, and what is taken of it.
 PEAK = 989e12  # bf16, dense, H100 SXM
@@ -87,30 +87,29 @@ class Row:
 
 def measure(config: BackboneConfig) -> Model:
     """Counts of the whole model, whose backbone gets no memory, and what one layer of it keeps."""
-    rules = SequenceRules(image_sizes=[(256, 256)], context_length=1024)
     with deferred():
+        rules = SequenceRules(image_sizes=[(256, 256)], context_length=1024)
         model = UnifiedModel(PatchTokenizer(16), Flow, config, rules)
     model.text = TextTokenizer.train([], 260)
-    packs = [one_pack(model, documents) for documents in PROBED]
+    packed = one_pack(model)
     with torch.autocast("cpu", torch.bfloat16):
-        kept = [Probe(model, one, torch.device("cpu")).kept()[0] for one in packs]
-    slope = (kept[1] - kept[0]) / (len(packs[1]) - len(packs[0]))
-    packed = packs[0]
+        kept, _ = Probe(model, packed, torch.device("cpu")).kept()
+    held = 2 * sum(p.numel() for p in model.backbone.layers[0].parameters() if p.ndim == 2)  # copies in bf16
     layers, attention = layer_flops(model.backbone, packed)
     weights = model_weights(model)
     return Model(
         parameters=sum(p.numel() for p in model.parameters()), weights=weights,
-        flops=(layers + attention + head_flops(model.backbone, packed)) / len(packed), kept=slope,
-        held=kept[0] - slope * len(packed), layers=config.depth, width=config.width,
+        flops=(layers + attention + head_flops(model.backbone, packed)) / len(packed), kept=(kept - held) / len(packed),
+        held=held, layers=config.depth, width=config.width,
         loss=loss_bytes(model, packed, torch.bfloat16),
     )  # fmt: skip
 
 
-def one_pack(model: UnifiedModel, documents: int) -> PackedSequence:
+def one_pack(model: UnifiedModel) -> PackedSequence:
     """Documents of a text and a drawn image, which is in it twice: as it is learned, and clean."""
     image = Image.fromarray(np.zeros((256, 256, 3), np.uint8))
     written = Document((Part("a" * 250, learn=True), Part(image, learn=True)), "text_to_image")
-    sequenced = [model.sequencer.document(written, (0, 0, i), train=False) for i in range(documents)]
+    sequenced = [model.sequencer.document(written, (0, 0, i), train=False) for i in range(PROBED)]
     return pack(sequenced, model.backbone.config.experts, model.generator.reads)
 
 

@@ -112,7 +112,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--model.init_args.init", str(folder / "one_2" / "export")]  # fmt: skip
     add("muon_one", 1, "cpu", "--trainer.accumulate_grad_batches", "2", *muon, every=100)
     add("muon_fsdp", 2, "fsdp", *muon, every=100)
-    mixed = ["--trainer.precision", "bf16-mixed", "--data.init_args.validation_documents", "30"]
+    mixed = ["--trainer.precision", "bf16-mixed", "--data.init_args.validation_documents", "20"]  # five packs
     add("mixed_one", 1, "cpu", "--trainer.accumulate_grad_batches", "2", *mixed, every=8)
     add("mixed_fsdp", 2, "fsdp", *mixed, every=4)
     port = str(20000 + os.getpid() % 20000)
