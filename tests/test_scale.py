@@ -35,5 +35,5 @@ def test_a_row_by_hand() -> None:
     assert row.tokens_per_second == pytest.approx(8 * 989e12 * 0.4 / (m.flops * 4 / 3))
     assert row.days_per_trillion == pytest.approx(1e12 / row.tokens_per_second / 86400)
     layers, rest = m.weights.layers, m.weights.root
-    assert row.traffic_gb * 1e9 == pytest.approx(0.75 * (2 * layers + rest + 4 * p) + 2 * 0.5 * p, rel=1e-3)
+    assert row.traffic_gb * 1e9 == pytest.approx(0.75 * (layers + rest + 4 * p) + 2 * 0.5 * p, rel=1e-3)
     assert model("14B-MoT").parameters > 1.8 * p

@@ -11,7 +11,7 @@ from unimodal.text import TextTokenizer
 
 
 def consolidate(run: Path, checkpoint: Path | None = None, weights: Literal["ema", "raw"] = "ema") -> Path:
-    """Write `export/` of a run folder from its last checkpoint, in one process that has room for weights and average.
+    """Write `export/` of a run folder from its last checkpoint, in one process that has room for the weights twice.
 
     Args:
         run: with the `config.yaml` that `fit` wrote.
@@ -26,7 +26,13 @@ def consolidate(run: Path, checkpoint: Path | None = None, weights: Literal["ema
     """
     path = checkpoint or run / "checkpoints" / "last.ckpt"
     kind, config = _built_from(run / "config.yaml")
-    found = read_checkpoint(path, keys=("state_dict", "callbacks"))
+    names = read_checkpoint(path, "meta").get("callbacks", {}).get("EMA", {}).get("shadow", {})
+    averaged = names if weights == "ema" else {}
+
+    def wanted(place: tuple[str | int, ...]) -> bool:  # what the average has is not read twice
+        return place[0] == "callbacks" if averaged.keys() & {place[-1]} else place[0] == "state_dict"
+
+    found = read_checkpoint(path, wanted=wanted)
     if not {"state_dict", "callbacks"} <= set(found):
         raise ValueError(f"checkpoint: expected one of a training, got {path}, which holds something else")
     tensors = dict(found["state_dict"])

@@ -504,11 +504,11 @@ def _stepwise(decoder: _Decoder) -> Iterator[Piece]:
 
 @contextmanager
 def _inference(model: UnifiedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients, no autocast; afterwards as before."""
+    """Evaluation mode, no gradients, products in the weights' type; afterwards as before."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with torch.no_grad(), model.backbone.as_weights_are():
             yield
     finally:
         model.train(training)

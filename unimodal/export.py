@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc import locate
@@ -176,14 +176,14 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str)
 
 
 def read_checkpoint(
-    path: Path, device: Literal["cpu", "meta"] = "cpu", keys: Sequence[str] | None = None
+    path: Path, device: Literal["cpu", "meta"] = "cpu", wanted: Callable[[tuple[str | int, ...]], bool] | None = None
 ) -> dict[str, Any]:
     """A training checkpoint, without running any code it might carry.
 
     Args:
         path: a file, or a folder that a sharded run has written.
         device: on `meta`, shapes without values.
-        keys: of the entries whose tensors are read from a folder; None reads all.
+        wanted: by the keys that lead to a tensor, which of a folder's are read; None reads all.
     """
     if not path.exists():
         raise ValueError(f"checkpoint: {path} does not exist")
@@ -191,7 +191,7 @@ def read_checkpoint(
         if path.is_dir():  # of a sharded run
             from unimodal.training.sharded_files import consolidated
 
-            return consolidated(path, () if device == "meta" else keys)
+            return consolidated(path, wanted or (lambda place: device != "meta"))
         return torch.load(path, map_location=device, mmap=device == "meta", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
         raise ValueError(

@@ -39,6 +39,10 @@ Lanes = tuple[tuple[int, ...], ...]
 """Where lanes of the data stream stand: of each the next number to be read, and the earlier ones that are in no pack yet."""
 
 
+FILLING = "(filling)"
+"""Kind of a pack that is gone through for the sake of other ranks, and not counted."""
+
+
 @dataclass(frozen=True)
 class SequenceRules:
     """How a recipe lays documents out.

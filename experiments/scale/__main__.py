@@ -29,11 +29,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 MARKS = "<!-- sizing: python -m experiments.scale -->", "<!-- end of sizing -->"
 GPUS = (8, 64, 512)
 TOKENS = 16384  # of a pack, which is a micro-batch of one GPU
-PROBED = 1024  # of the pack that a layer is measured with
+PROBED = 2  # documents of the pack that a layer is measured with
 
 # What the cards are said to do by NVIDIA's data sheet, and what is taken of it.
 PEAK = 989e12  # bf16, dense, H100 SXM
 SHARE = 0.4  # of the peak: assumed
+CAST = 0.5  # of the size of layers' weights, which travel in bf16
 ROOM = 80e9 * 0.9  # bytes of a card that tensors may take
 MACHINE = 8  # GPUs
 INSIDE, BETWEEN = 450e9, 50e9  # bytes a second that a GPU receives: NVLink, and one 400 Gb/s port
@@ -58,6 +59,7 @@ class Model:
     weights: Weights
     flops: float  # useful, a token
     kept: float  # bytes a token that one layer keeps for backward
+    held: float  # bytes that it keeps of its weights, whatever the pack: their copies in bf16
     layers: int
     width: int
     loss: int  # bytes while the loss is computed
@@ -85,29 +87,29 @@ class Row:
 
 def measure(config: BackboneConfig) -> Model:
     """Counts of the whole model, whose backbone gets no memory, and what one layer of it keeps."""
-    rules = SequenceRules(image_sizes=[(256, 256)], context_length=PROBED)
     with deferred():
+        rules = SequenceRules(image_sizes=[(256, 256)], context_length=1024)
         model = UnifiedModel(PatchTokenizer(16), Flow, config, rules)
     model.text = TextTokenizer.train([], 260)
     packed = one_pack(model)
     with torch.autocast("cpu", torch.bfloat16):
-        probe = Probe(model, packed, torch.device("cpu"))
-        kept, _ = probe.kept()
+        kept, _ = Probe(model, packed, torch.device("cpu")).kept()
+    held = 2 * sum(p.numel() for p in model.backbone.layers[0].parameters() if p.ndim == 2)  # copies in bf16
     layers, attention = layer_flops(model.backbone, packed)
     weights = model_weights(model)
     return Model(
         parameters=sum(p.numel() for p in model.parameters()), weights=weights,
-        flops=(layers + attention + head_flops(model.backbone, packed)) / len(packed), kept=kept / len(packed),
-        layers=config.depth, width=config.width,
+        flops=(layers + attention + head_flops(model.backbone, packed)) / len(packed), kept=(kept - held) / len(packed),
+        held=held, layers=config.depth, width=config.width,
         loss=loss_bytes(model, packed, torch.bfloat16),
     )  # fmt: skip
 
 
 def one_pack(model: UnifiedModel) -> PackedSequence:
-    """Documents of a text and a drawn image, half of the tokens each."""
+    """Documents of a text and a drawn image, which is in it twice: as it is learned, and clean."""
     image = Image.fromarray(np.zeros((256, 256, 3), np.uint8))
     written = Document((Part("a" * 250, learn=True), Part(image, learn=True)), "text_to_image")
-    sequenced = [model.sequencer.document(written, (0, 0, i), train=False) for i in range(2)]
+    sequenced = [model.sequencer.document(written, (0, 0, i), train=False) for i in range(PROBED)]
     return pack(sequenced, model.backbone.config.experts, model.generator.reads)
 
 
@@ -126,7 +128,7 @@ def state(model: Model, ranks: Ranks) -> float:
 
 def activations(model: Model) -> float:
     """Layers computed again: the input of each, and one of them whole."""
-    return TOKENS * (4 * model.width * model.layers + model.kept) + model.loss
+    return TOKENS * (4 * model.width * model.layers + model.kept) + model.held + model.loss
 
 
 def peak(model: Model, ranks: Ranks) -> float:
@@ -138,9 +140,9 @@ def row(name: str, model: Model, gpus: int) -> Row:
     """Of one pack a GPU and step."""
     ranks = choose(model, gpus)
     products = TOKENS * model.flops * 4 / 3 / (PEAK * SHARE)  # seconds; layers go forward twice
-    traffic = model.weights.traffic(ranks, 1)
+    traffic = model.weights.traffic(ranks, 1, CAST)
     speed = INSIDE if gpus <= MACHINE else BETWEEN  # the slowest link of a ring sets its pace
-    inside = model.weights.traffic(Ranks(1, ranks.shards), 1) if ranks.shards <= MACHINE else 0
+    inside = model.weights.traffic(Ranks(1, ranks.shards), 1, CAST) if ranks.shards <= MACHINE else 0
     seconds = inside / INSIDE + (traffic - inside) / speed
     rate = gpus * TOKENS / products
     return Row(

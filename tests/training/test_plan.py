@@ -305,7 +305,9 @@ def test_traffic_of_rings_counted_one_message_at_a_time() -> None:
     assert w.traffic(Ranks(shards=8), 3) == 3 * (2 * ring(8, 6400) + ring(8, 320) + ring(8, 3200))
     assert w.traffic(Ranks(2, 4), 1) == 2 * ring(4, 6400) + ring(4, 320) + ring(4, 3200) + 2 * ring(2, 800)
     assert [w.held(Ranks(shards=n)) for n in (1, 2, 8)] == [7 + 6720 // n for n in (1, 2, 8)]
-    assert w.gathered(Ranks(replicas=8)) == 0
+    assert w.traffic(Ranks(shards=8), 1, 0.5) == 2 * ring(8, 3200) + ring(8, 320) + ring(8, 3200)  # layers in bf16
+    assert (w.gathered(Ranks()), w.gathered(Ranks(replicas=8))) == (0, 3200)  # DDP's buckets
+    assert w.gathered(Ranks(2, 4)) == 3 * 1600 + 2 * 320
 
 
 @pytest.mark.usefixtures("untrained")
@@ -326,7 +328,8 @@ def test_a_plan_for_ranks_that_are_not_here(
     assert plan.ranks == ranks
     assert m.gradients == -(-alone.gradients // ranks.shards)
     assert (m.layer, m.loss) == (alone.layer, alone.loss)
-    assert (m.weights < alone.weights) == (m.gathered > 0) == (ranks.shards > 1)
+    assert (m.weights < alone.weights) == (ranks.shards > 1)
+    assert m.gathered > 0 == alone.gathered
     assert f"memory of a rank of {ranks.count}" in said
     assert f"on {ranks.count} ranks" in said
     assert "received by a rank a step" in said

@@ -2,21 +2,25 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from unimodal.backbone import Backbone, BackboneConfig, Experts, Lora, deferred
 from unimodal.cli import main
 from unimodal.shards import is_sharded, together, write
 from unimodal.training.checkpoints import damage
-from unimodal.training.sharded_files import consolidated
+from unimodal.training.sharded_files import consolidated, save_sharded
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "lightning_configs" / "models" / "digits_mot_flow.yaml"
@@ -108,6 +112,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--model.init_args.init", str(folder / "one_2" / "export")]  # fmt: skip
     add("muon_one", 1, "cpu", "--trainer.accumulate_grad_batches", "2", *muon, every=100)
     add("muon_fsdp", 2, "fsdp", *muon, every=100)
+    mixed = ["--trainer.precision", "bf16-mixed", "--data.init_args.validation_documents", "20"]  # five packs
+    add("mixed_one", 1, "cpu", "--trainer.accumulate_grad_batches", "2", *mixed, every=8)
+    add("mixed_fsdp", 2, "fsdp", *mixed, every=4)
     port = str(20000 + os.getpid() % 20000)
     command = [sys.executable, str(folder / "driver.py"), json.dumps(plan), port]
     done = subprocess.run(
@@ -158,16 +165,30 @@ def test_muon_and_recomputed_layers_and_a_start_from_an_export(runs: Path) -> No
     assert apart < 0.08**2 * moved
 
 
+def test_mixed_precision_and_packs_that_ranks_do_not_divide(runs: Path) -> None:
+    """Layers' weights come in bf16, norms with them: equal up to that. Validation has an odd number of packs."""
+    one, two = exported(runs / "mixed_one"), exported(runs / "mixed_fsdp")
+    close(one, two, 2e-3)
+    assert max(float((one[n] - exported(runs / "one_2")[n]).abs().max()) for n in one) > 1e-6
+    found = [validated(runs / name) for name in ("mixed_one", "mixed_fsdp")]
+    assert len(found[0]) == 1
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
+    assert list((runs / "mixed_fsdp" / "samples").glob("*.png"))
+
+
+def validated(run: Path) -> list[float]:
+    """Losses of validation."""
+    table = [line.split(",") for line in next((run / "logs").rglob("metrics.csv")).read_text().splitlines()]
+    at = table[0].index("val/loss")
+    return [float(row[at]) for row in table[1:] if row[at]]
+
+
 def test_samples_and_losses_of_validation_are_those_of_one_process(runs: Path) -> None:
     for name in ("step_000002.png", "step_000004.png"):
         assert (runs / "fsdp" / "samples" / name).read_bytes() == (runs / "one_2" / "samples" / name).read_bytes()
     (sheet,) = (runs / "validated" / "validation").glob("*.png")  # of the same checkpoint
     assert sheet.read_bytes() == (runs / "fsdp" / "samples" / "step_000002.png").read_bytes()
-    losses = []
-    for run in ("one_2", "fsdp"):
-        table = [line.split(",") for line in next((runs / run / "logs").rglob("metrics.csv")).read_text().splitlines()]
-        at = table[0].index("val/loss")
-        losses.append([float(row[at]) for row in table[1:] if row[at]])
+    losses = [validated(runs / run) for run in ("one_2", "fsdp")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert len(losses[0]) == 2
 
@@ -204,6 +225,58 @@ def test_what_a_sharded_run_leaves_instead_of_an_export(runs: Path, capsys: pyte
     capsys.readouterr()
     assert main(["consolidate", str(runs / "validated" / "validation")]) == 2
     assert "run: expected a run folder of fit, got" in capsys.readouterr().err
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """One rank, which is a group of its own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("part", ["parts", "rest"])
+def test_a_full_disk_is_reported_and_leaves_what_was_there(
+    part: str, group: DeviceMesh, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints" / "step_000003.ckpt"
+
+    def content(size: int) -> dict[str, object]:
+        large, small = torch.randn(size), torch.randn(10)
+        cut, whole = (large, small) if part == "parts" else (small, large)
+        return {"state_dict": {"cut": distribute_tensor(cut, group, [Shard(0)]), "whole": whole}, "step": 3}
+
+    assert save_sharded(content(100), folder)
+    assert damage(folder) is None
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # a write beyond it fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        assert not save_sharded(content(100_000), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING")]
+    assert len(warned) == 1
+    assert "File too large" in warned[0]
+    assert warned[0].endswith("training goes on, earlier ones are kept")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert save_sharded(content(100), folder)
+
+
+def test_a_folder_without_its_parts_is_damaged(group: DeviceMesh, tmp_path: Path) -> None:
+    folder = tmp_path / "step_000003.ckpt"
+    cut = distribute_tensor(torch.arange(12.0).view(4, 3), group, [Shard(0)])
+    assert save_sharded({"state_dict": {"cut": cut}, "list": [1, (2, "three")]}, folder)
+    assert consolidated(folder)["list"] == [1, (2, "three")]
+    assert torch.equal(consolidated(folder)["state_dict"]["cut"], torch.arange(12.0).view(4, 3))
+    assert consolidated(folder, lambda place: False)["state_dict"]["cut"].is_meta
+    (folder / "checksums.json").write_text("{}")
+    assert damage(folder) == "checksums.json names no parts"
+    (folder / "checksums.json").unlink()
+    assert "FileNotFoundError" in str(damage(folder))
 
 
 # ---- memory

@@ -10,7 +10,7 @@ alone needs to know the order of the sequence.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -280,6 +280,7 @@ class Backbone(nn.Module):
             self.norm = Routed(lambda: RMSNorm(config.width, config.norm_eps), config.experts, "norms")
             self.head = None if config.tied_head else Vocabulary(config, image_ids)
         self.checkpointing = False  # recompute each layer in backward
+        self.products: torch.dtype | None = None  # what layers' weights come in where they are gathered in another type
         self._layer: Step = DecoderLayer.step
         self._stack: Callable[..., Tensor] | None = None
         self._router_losses: list[Tensor] = []
@@ -393,6 +394,10 @@ class Backbone(nn.Module):
         """Slices after the last layer, normed and put together."""
         normed = [self.norm[e](x) for x, e in zip(xs, experts, strict=True)]
         return torch.cat(normed) if len(normed) > 1 else normed[0]
+
+    def as_weights_are(self) -> AbstractContextManager[None]:
+        """No autocast, unless layers' weights are gathered in a smaller type than what they are multiplied with."""
+        return torch.autocast(self.embedding.weight.device.type, self.products, self.products is not None)
 
     def router_loss(self) -> Float[Tensor, ""] | None:
         """Weighted balance and z loss of the last forward, a sum over tokens and a mean over layers; given out once.

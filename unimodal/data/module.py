@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from unimodal.data.shapes import ShapesKind, ShapesSource, Split
 from unimodal.data.source import BrokenDocument, Source
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, validation_packs
 from unimodal.documents import Document
-from unimodal.packing import Lanes, PackedSequence
+from unimodal.packing import FILLING, Lanes, PackedSequence
 
 if TYPE_CHECKING:
     from unimodal.model import UnifiedModel
@@ -107,7 +107,10 @@ class DocumentData(LightningDataModule):
         """Held-out packs of one kind each."""
         packs = validation_packs(self.validation_sources(), self._packing(), self.seed, self.validation_documents)
         assert self.trainer is not None
-        mine = packs[self.trainer.global_rank :: self.trainer.world_size]
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        mine = packs[rank::ranks]
+        if packs and len(mine) < -(-len(packs) // ranks):  # ranks that hold parts of the weights go forward together
+            mine.append(replace(packs[0], kind=FILLING))
         # A generator of its own: the loader's draw must not move the random state of the run.
         return DataLoader(mine, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]  # a list is a dataset
 

@@ -76,7 +76,7 @@ def log_likelihoods(
     training = model.training
     model.eval()
     try:
-        with torch.autocast(model.device.type, enabled=False):
+        with model.backbone.as_weights_are():
             session = read_prompts(model, prompts, longest)
             for column in range(max(map(len, spelt))):
                 asked = [i for i, listed in enumerate(spelt) if column < len(listed)]

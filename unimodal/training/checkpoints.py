@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from unimodal.files import remove, warn, whole_file, write_atomically
-from unimodal.training.sharded_files import consolidated, damage_of
+from unimodal.training.sharded_files import Writer, agreed, consolidated, damage_of
 
 # Whatever reading a damaged archive stumbles over.
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, LookupError, struct.error, zipfile.BadZipFile)
@@ -43,8 +43,12 @@ def damage(path: Path) -> str | None:
     return f"{broken} has another checksum than when it was written" if broken else None
 
 
-def newest_intact(folder: Path) -> Path | None:
+def newest_intact(folder: Path, look: bool = True) -> Path | None:
     """The checkpoint that `last.ckpt` names, or the newest one before it that is not damaged; None if there is none.
+
+    Args:
+        folder: of checkpoints.
+        look: whether to find out what is damaged.
 
     Raises:
         ValueError: all of them are damaged.
@@ -57,7 +61,7 @@ def newest_intact(folder: Path) -> Path | None:
         named = next((step for step, path in steps.items() if path.resolve() == target), None)
         paths = [last, *(steps[step] for step in sorted(steps, reverse=True) if named is None or step < named)]
     for path in paths:
-        problem = damage(path)
+        problem = damage(path) if look else None
         if problem is None:
             return path
         warn(f"{path.resolve()} is damaged and passed over ({problem})")
@@ -71,26 +75,6 @@ def _by_step(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in found if match}
 
 
-class _Writer:
-    """A file that takes what is written to it even when there is no room: torch.save must not be interrupted."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Write, unless an earlier write failed."""
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing: the file is flushed when it is whole."""
-
-
 class CheckpointFiles(TorchCheckpointIO):
     """Writes under a temporary name, to the disk and then to its place. No room is reported, and is no reason to stop."""
 
@@ -101,7 +85,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """Write a whole file or nothing."""
         try:
             with whole_file(Path(path)) as file:
-                writer = _Writer(file)
+                writer = Writer(file)
                 torch.save(checkpoint, writer)  # type: ignore[arg-type]  # what is written is not read back
                 if writer.error is not None:
                     raise writer.error
@@ -118,7 +102,8 @@ class CheckpointFiles(TorchCheckpointIO):
         self, path: Any, map_location: Any = lambda storage, place: storage, weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Of a file, or of a folder that a sharded run has written."""
-        return consolidated(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, map_location, True)
+        path = agreed(Path(path))
+        return consolidated(path) if path.is_dir() else super().load_checkpoint(path, map_location, True)
 
 
 class Checkpoints(Checkpoint):
@@ -188,7 +173,9 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"checkpoint.monitor: expected one of {known}, got {self.monitor}")
         value = float(trainer.callback_metrics[self.monitor])
         better = self._best is None or (value < self._best if self.mode == "min" else value > self._best)
-        if not (better and value == value and self._save(trainer)):  # not a number is not the best
+        # One rank decides for all: ranks may differ in a rounding, and only the first has read what was best before.
+        better = trainer.strategy.broadcast(better and value == value)  # not a number is not the best
+        if not (better and self._save(trainer)):
             return
         self._best = value
         if trainer.is_global_zero:

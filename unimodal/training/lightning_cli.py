@@ -133,9 +133,10 @@ class UnimodalCLI(LightningCLI):
                 f"trainer.default_root_dir: {root} already holds a run; continue it with --ckpt_path last, or choose another"
             )
         self._recipe, self._root = recipe, root
-        self._made = None if root.exists() else root
+        new = first_rank() and not root.exists()
         if self.subcommand == "fit" and not dry and first_rank():
             self._lock = _lock(root)
+        self._made = root if new else None  # not before it is held: another run may have made it meanwhile
         try:
             with deferred() if _is_sharded(config.trainer.strategy) or self._plan else nullcontext():
                 super().instantiate_classes()
@@ -161,14 +162,15 @@ class UnimodalCLI(LightningCLI):
         if asked is None and self.subcommand == "fit":
             return None
         named = None if asked in (None, "last") else Path(str(asked))
-        path = newest_intact(root / "checkpoints") if named is None else named
+        # The first rank looks at every byte; what it finds is what all ranks load.
+        path = newest_intact(root / "checkpoints", first_rank()) if named is None else named
         if path is None or not path.exists():
             missing = path or root / "checkpoints" / "last.ckpt"
             raise ValueError(f"ckpt_path: expected a checkpoint, got {asked or 'last'}: {missing} does not exist")
         checkpoint = read_checkpoint(path, "meta")
         if not {"state_dict", "loops", "pytorch-lightning_version"} <= set(checkpoint):
             raise ValueError(f"ckpt_path: expected a checkpoint of a training, got {path}, which holds something else")
-        problem = damage(path) if named is not None else None
+        problem = damage(path) if named is not None and first_rank() else None
         if problem is not None:  # asked for by name, it is not passed over
             raise ValueError(f"ckpt_path: expected an undamaged checkpoint, got {path}: {problem}")
         self._weights = checkpoint["state_dict"]

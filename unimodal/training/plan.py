@@ -168,7 +168,8 @@ def model_weights(model: UnifiedModel) -> Weights:
     copied = sum(_bytes(t) for t in [*model.tokenizer.parameters(), *model.buffers()])
     whole = sum(_bytes(t) for t in [*model.parameters(), *model.buffers()])
     trained = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
-    return Weights(copied, sum(layers), max(layers), whole - copied - sum(layers), trained)
+    itemsize = model.backbone.embedding.weight.element_size()
+    return Weights(copied, sum(layers), max(layers), whole - copied - sum(layers), trained, itemsize)
 
 
 def _estimate_memory(weights: Weights, packed: PackedSequence, probe: "Probe", moments: int, ranks: Ranks) -> Memory:
@@ -398,7 +399,7 @@ def _time_lines(plan: Plan) -> list[str]:
                    f"with bare matrix products {plan.bound_seconds:.3g} s"),
     ]  # fmt: skip
     if count > 1:
-        bytes_ = plan.weights.traffic(ranks, plan.packs)
+        bytes_ = plan.weights.traffic(ranks, plan.packs, min(1.0, plan.dtype.itemsize / plan.weights.itemsize))
         spread = f"{ranks.replicas} x {ranks.shards} parts" if ranks.shards > 1 else f"{ranks.replicas} copies"
         lines.append(("traffic", f"{_size(bytes_)} received by a rank a step ({spread}), "
                                  f"{bytes_ / plan.step_seconds / 1e9:,.2g} GB/s to hide all of it"))  # fmt: skip

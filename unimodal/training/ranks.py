@@ -27,6 +27,8 @@ class Ranks:
 
         devices, strategy = settings.devices, settings.strategy
         found = torch.cuda.device_count() if torch.cuda.is_available() else 1
+        if isinstance(devices, str) and "," in devices:
+            devices = [device for device in devices.split(",") if device.strip()]
         each = found if devices in ("auto", -1, "-1") else int(devices) if str(devices).isdecimal() else len(devices)
         count = each * settings.num_nodes
         path = str(getattr(strategy, "class_path", strategy))
@@ -49,6 +51,7 @@ class Weights:
     layer: int  # of the largest
     root: int  # cut, but in no layer: embedding, head, generator, encoders
     trained: int  # of what is trained: as large are its gradients and its average
+    itemsize: int = 4  # of one
 
     @property
     def whole(self) -> int:
@@ -60,16 +63,19 @@ class Weights:
         return self.copied + -(-(self.layers + self.root) // ranks.shards)
 
     def gathered(self, ranks: Ranks) -> int:
-        """What lies together in a backward pass: a layer, the one that comes, what is in none, and their gradients."""
-        return 0 if ranks.shards == 1 else 3 * self.layer + 2 * self.root
+        """What lies together in a backward pass: a layer, the one that comes, what is in none, and their gradients; fp32."""
+        if ranks.shards == 1:
+            return self.trained if ranks.replicas > 1 else 0  # DDP's buckets hold gradients a second time
+        return 3 * self.layer + 2 * self.root
 
-    def traffic(self, ranks: Ranks, packs: int) -> int:
+    def traffic(self, ranks: Ranks, packs: int, cast: float = 1.0) -> int:
         """Bytes that a rank receives in a step of `packs` packs, with rings.
 
-        Cut weights come twice a pack (forward and backward), what is in no layer once; their gradients are summed and cut
-        each pack. Copies sum gradients: once a step where nothing is cut (DDP), each pack where it is (HSDP).
+        Cut weights come twice a pack (forward and backward), those of layers at `cast` of their size where products are in a
+        smaller type; what is in no layer comes once. Gradients of cut weights are summed and cut each pack. Copies sum
+        gradients: once a step where nothing is cut (DDP), each pack where it is (HSDP).
         """
         s, r = ranks.shards, ranks.replicas
-        cut = packs * (s - 1) / s * (2 * self.layers + self.root + self.trained)
+        cut = packs * (s - 1) / s * (2 * cast * self.layers + self.root + self.trained)
         between = 2 * (r - 1) / r * self.trained / s * (packs if s > 1 else 1)
         return round(cut + between)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from unimodal.files import remove, warn, whole_file
+from unimodal.files import remove, sync_folder, warn, whole_file
 from unimodal.shards import write
 
 REST, CHECKSUMS, MARK = "rest.ckpt", "checksums.json", "__sharded__"
@@ -30,13 +30,41 @@ Place = tuple[str | int, ...]
 """Keys that lead to something in a checkpoint."""
 
 
+class Writer:
+    """A file that takes what is written to it even when there is no room: torch.save must not be interrupted."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write, unless an earlier write failed."""
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed when it is whole."""
+
+
+def agreed(path: Path) -> Path:
+    """What rank 0 would read."""
+    held = [path]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(held)
+    return held[0]
+
+
 def save_sharded(checkpoint: dict[str, Any], folder: Path) -> bool:
     """Write a folder, all ranks together; whether it is there. If not, the reason was reported and nothing is left.
 
     Every sharded tensor goes into the files of the ranks, all else into rank 0's `rest.ckpt`.
     """
     sharded: dict[str, Tensor] = {}
-    temporary, first = folder.with_name(f".{folder.name}.tmp"), dist.get_rank() == 0
+    temporary, rank = folder.with_name(f".{folder.name}.tmp"), dist.get_rank()
 
     def take(place: Place, value: Tensor) -> Any:
         if not isinstance(value, DTensor):
@@ -47,43 +75,62 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> bool:
 
     rest = walk(checkpoint, take)
 
-    def finish() -> None:
-        with whole_file(temporary / REST) as file:
-            torch.save(rest, file)
-        sums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
-        with whole_file(temporary / CHECKSUMS) as file:
-            file.write(json.dumps(sums, indent=2).encode() + b"\n")
-        remove(folder)  # of a run that went on from before it
-        os.replace(temporary, folder)
-
     def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-    problem = _on_first(begin)
+    def write_rest() -> None:
+        with whole_file(temporary / REST) as file:
+            writer = Writer(file)
+            torch.save(rest, writer)  # type: ignore[arg-type]  # what is written is not read back
+            if writer.error is not None:
+                raise writer.error
+
+    def own_sums() -> dict[str, list[int]]:  # each of its own file: they are large
+        paths = [*temporary.glob(f"shard-{rank + 1:05d}-*"), *([temporary / REST] if rank == 0 else [])]
+        return {path.name: _checksum(path) for path in paths}
+
+    def finish(sums: dict[str, list[int]]) -> None:
+        for name, (_, size) in sums.items():
+            if not (temporary / name).is_file() or (temporary / name).stat().st_size != size:
+                raise OSError(f"{name} is not here: expected a folder that all ranks share")
+        with whole_file(temporary / CHECKSUMS) as file:
+            file.write(json.dumps(sums, indent=2).encode() + b"\n")
+        remove(folder)  # of a run that went on from before it
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+
+    problem, _ = _together(begin if rank == 0 else lambda: None)
     if problem is None:
         try:
             dcp.save(sharded, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
         except CheckpointException as error:  # raised on all ranks alike
             problem = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in sorted(error.failures.items()))
     if problem is None:
-        problem = _on_first(finish)
-    if problem is not None and first:
+        problem, _ = _together(write_rest if rank == 0 else lambda: None)
+    if problem is None:
+        problem, found = _together(own_sums)
+        sums = {name: value for part in found for name, value in part.items()}
+    if problem is None:
+        problem, _ = _together((lambda: finish(sums)) if rank == 0 else lambda: None)
+    if problem is not None and rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         warn(f"{folder} could not be written ({problem}); training goes on, earlier ones are kept")
     return problem is None
 
 
-def _on_first(work: Callable[[], object]) -> str | None:
-    """Have rank 0 do something that the file system may refuse; all ranks learn why it was."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except OSError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem)
-    return problem[0]
+def _together(work: Callable[[], Any]) -> tuple[str | None, list[Any]]:
+    """Have every rank do something that its file system may refuse: what went wrong anywhere, and what each found.
+
+    A rank that raised would leave the others waiting, so nothing is raised here.
+    """
+    try:
+        done: tuple[str | None, Any] = None, work()
+    except (OSError, RuntimeError, ValueError) as error:
+        done = f"rank {dist.get_rank()}: {error}", None
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, done)
+    return next((problem for problem, _ in ranks if problem is not None), None), [found for _, found in ranks]
 
 
 def load_sharded(path: Path, like: Callable[[Place], DTensor | None]) -> dict[str, Any]:
@@ -93,6 +140,7 @@ def load_sharded(path: Path, like: Callable[[Place], DTensor | None]) -> dict[st
         path: a folder, or one file, of which only those parts are read into memory.
         like: by the keys that lead to a tensor; None keeps it whole.
     """
+    path = agreed(path)
     if path.is_dir():
 
         def part_of(place: Place, shape: list[int], dtype: torch.dtype) -> Tensor | None:
@@ -113,15 +161,14 @@ def load_sharded(path: Path, like: Callable[[Place], DTensor | None]) -> dict[st
     return walk(checkpoint, cut)
 
 
-def consolidated(folder: Path, keys: Sequence[str] | None = None) -> dict[str, Any]:
+def consolidated(folder: Path, wanted: Callable[[Place], bool] = lambda place: True) -> dict[str, Any]:
     """The checkpoint of a folder with whole tensors, as one process writes it.
 
-    Tensors outside the entries `keys` are not read: they have a shape only (on the meta device).
+    Tensors in places that are not wanted are not read: they have a shape only (on the meta device).
     """
 
     def whole(place: Place, shape: list[int], dtype: torch.dtype) -> Tensor:
-        wanted = keys is None or place[0] in keys
-        return torch.empty(shape, dtype=dtype, device="cpu" if wanted else "meta")
+        return torch.empty(shape, dtype=dtype, device="cpu" if wanted(place) else "meta")
 
     return _read(folder, whole)
 
@@ -148,6 +195,8 @@ def damage_of(folder: Path) -> str | None:
     """What is wrong with a folder; None if every byte of every file is as it was written."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
+        if REST not in sums or len(sums) < 2:
+            return f"{CHECKSUMS} names no parts"
         for name, expected in sums.items():
             if _checksum(folder / name) != expected:
                 return f"{name} has another checksum than when it was written"

@@ -16,7 +16,7 @@ from unimodal.evaluation.benchmark import Benchmark
 from unimodal.export import load_weights, read_info, read_weights
 from unimodal.importers import load_text
 from unimodal.model import UnifiedModel
-from unimodal.packing import Lanes, PackedSequence
+from unimodal.packing import FILLING, Lanes, PackedSequence
 from unimodal.shards import is_sharded, together
 from unimodal.text import TextTokenizer
 from unimodal.training import stages
@@ -131,8 +131,13 @@ class UnifiedTraining(LightningModule):
     def configure_model(self) -> None:
         """Cut the model where the strategy is `Sharded`; others hold it whole."""
         if self._device_mesh is not None and not is_sharded(self.model):
-            deferred = self.model.backbone.deferred
-            shard(self.model, self._device_mesh, self.trainer.strategy.root_device)
+            deferred, precision = self.model.backbone.deferred, self.trainer.precision
+            if precision not in ("32-true", "64-true", "bf16-true", "bf16-mixed"):
+                raise ValueError(f"trainer.precision: expected 32-true, bf16-true or bf16-mixed, got {precision}")
+            shard(
+                self.model, self._device_mesh, self.trainer.strategy.root_device,
+                torch.bfloat16 if precision == "bf16-mixed" else None, fill=self._start[0] is None,
+            )  # fmt: skip
             if deferred:
                 self._load_start()
 
@@ -184,7 +189,7 @@ class UnifiedTraining(LightningModule):
     def validation_step(self, batch: PackedSequence, batch_idx: int) -> None:
         """Add up held-out losses by kind of document."""
         for name, term in self.model(batch).items():
-            if term.count:
+            if term.count and batch.kind != FILLING:
                 value, count = self._sums.get(f"{batch.kind}/{name}", (0.0, 0))
                 self._sums[f"{batch.kind}/{name}"] = (value + float(term.sum), count + term.count)
 
