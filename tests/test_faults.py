@@ -22,6 +22,7 @@ from experiments.faults.table import PAGE, Row, page, read, write
 from unimodal.cli import main
 from unimodal.data import TarSource
 from unimodal.data.source import BrokenDocument
+from unimodal.data.stream import _obey_parent
 from unimodal.training.lightning_cli import _lock, first_rank
 from unimodal.training.logs import Board, Table
 from unimodal.training.run import from_outside
@@ -78,8 +79,58 @@ def test_what_a_workers_end_interrupts_is_not_what_is_told() -> None:
 
     with pytest.raises(RuntimeError, match="unexpected pos") as caught:
         interrupted()
-    assert "(DataLoader worker (pid 7) is killed by signal: Killed.)" in str(from_outside(caught.value))
-    assert from_outside(RuntimeError("Connection closed by peer")) is None  # of one process alone, it is another matter
+    assert "(DataLoader worker (pid 7) is killed by signal: Killed.)" in str(from_outside(caught.value, stepped=False))
+    # Of one process alone, it is another matter.
+    assert from_outside(RuntimeError("Connection closed by peer"), stepped=True) is None
+
+
+NCCL = "NCCL error in: /torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("[/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3", True),
+        ("[/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation", True),
+        ("wait timeout after 1800000ms, keys: /default_pg/0", True),
+        ("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?", True),
+        (NCCL + "remote process exited or there was a network error, NCCL version 2.27.5\nncclRemoteError: ...", True),
+        ("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9, OpType=ALLREDUCE)", True),
+        (NCCL + "invalid usage (run with NCCL_DEBUG=WARN), NCCL version 2.27.5\nDuplicate GPU detected", False),
+        (NCCL + "unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5", False),
+        (NCCL + "unhandled cuda error, NCCL version 2.27.5", False),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+    ],
+)
+def test_another_ranks_end_is_told_by_the_words_of_each_library(
+    said: str, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"is_initialized": True, "get_rank": 2}.items():
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    assert bool(from_outside(RuntimeError(said), stepped=True)) is lost
+    assert from_outside(RuntimeError(said), stepped=False) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_worker_ends_for_its_parents_word_alone(number: signal.Signals) -> None:
+    """What a terminal or SLURM sends to all of them is the training's to answer."""
+    ready, tell = os.pipe()
+    worker = os.fork()
+    if not worker:
+        _obey_parent(0)
+        os.write(tell, b"x")
+        time.sleep(60)
+        os._exit(9)
+    os.read(ready, 1)
+    stranger = os.fork()
+    if not stranger:
+        os.kill(worker, number)
+        os._exit(0)
+    os.waitpid(stranger, 0)
+    time.sleep(0.2)
+    assert os.waitpid(worker, os.WNOHANG) == (0, 0)
+    os.kill(worker, signal.SIGTERM)
+    assert os.waitpid(worker, 0) == (worker, 0)
 
 
 def test_a_folder_is_held_until_its_process_ends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +181,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import unimodal.training.lightning_cli
-from experiments.faults.processes import children, fit, jump, losses
+from experiments.faults.processes import checkpointed, children, fit, jump, losses
 from experiments.faults.runs import Process
 
 def into(name, command):
@@ -148,14 +199,23 @@ run.kill(0)
 os.kill(worker, signal.SIGKILL)
 found["worker"] = asdict(run.end())
 
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = str(free.getsockname()[1])
-command = into("pair", fit("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "2000"))
-shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-ranks = [Process(command, Path(f"rank{r}"), RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
-ranks[0].until(3)
+def two_ranks(name):  # of a training without end, behind their third step
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = into(name, fit("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "2000"))
+    shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [Process(command, Path(f"{name}{r}"), RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
+    ranks[0].until(3)
+    return ranks
+
+ranks = two_ranks("told")
+ranks[1].kill(signal.SIGTERM)
+found["told"] = [asdict(rank.end()) for rank in ranks]
+found["made"] = [len(losses(rank.steps)) for rank in ranks]
+found["checkpointed"] = checkpointed(Path("told"))
+ranks = two_ranks("pair")
 ranks[1].kill(signal.SIGKILL)
 found["killed"] = ranks[1].end().code
 ranks[0].kill(0)
@@ -191,6 +251,14 @@ def test_no_loss_depends_on_the_clock(runs: dict[str, Any]) -> None:
     assert codes == [0, 0]
     assert right == jumping
     assert len(right) == 4
+
+
+def test_a_rank_that_is_told_to_stop_stops_all_behind_one_step(runs: dict[str, Any]) -> None:
+    for rank in runs["told"]:
+        ended = Ended(**rank)
+        assert ended.clean, ended.said
+    assert runs["made"] == [runs["checkpointed"]] * 2
+    assert runs["made"][0] < 2000
 
 
 def test_a_rank_that_is_killed_ends_the_other_with_the_reason(runs: dict[str, Any]) -> None:

@@ -49,6 +49,22 @@ def may_import_lightning(path: Path) -> bool:
     return re.match(r"unimodal/(training/|data/|cli(_\w+)?\.py|cli/)|experiments/|tests/", place) is not None
 
 
+FETCHERS = {
+    "from_pretrained", "load_dataset", "urlopen", "urlretrieve", "hf_hub_download", "snapshot_download",
+    "load_state_dict_from_url", "get_dataset_config_names",
+}  # fmt: skip
+
+
+def fetched_literals(source: str) -> Iterator[str]:
+    """Calls of what may download that name, in the code itself, what to download: a string, or one that begins so."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in FETCHERS:
+            given = [*node.args[:1], *(k.value for k in node.keywords if k.arg in ("repo_id", "path", "url"))]
+            named = [v.values[0] if isinstance(v, ast.JoinedStr) and v.values else v for v in given]
+            if any(isinstance(v, ast.Constant) and isinstance(v.value, str) for v in named):
+                yield ast.unparse(node)
+
+
 # --- names that collide
 
 
@@ -181,3 +197,17 @@ def test_every_recipe_opens_with_what_paper_command_and_measured() -> None:
         if missing:
             lacking[str(path.relative_to(ROOT))] = missing
     assert lacking == {}
+
+
+# --- what is downloaded
+
+
+def test_literal_finder_sees_every_form() -> None:
+    source = 'a.from_pretrained("x/y", b=1)\nurlopen(f"https://{c}")\nhf_hub_download(filename=d, repo_id="e")\n'
+    assert len(list(fetched_literals(source + "a.from_pretrained(name)\nload_dataset(path, split='train')\n"))) == 3
+
+
+def test_no_code_of_others_is_run_and_only_what_the_user_names_is_fetched() -> None:
+    sources = {p: p.read_text(encoding="utf-8") for p in python_files(*PACKAGES.values(), ROOT / "experiments")}
+    assert [str(path) for path, text in sources.items() if "trust_remote_code" in text] == []
+    assert {str(path): found for path, text in sources.items() if (found := list(fetched_literals(text)))} == {}

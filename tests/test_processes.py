@@ -17,7 +17,7 @@ from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.evaluation.digits import evaluate_digits
 from unimodal.export import open_model
-from unimodal.processes import Processes, current, launched, together
+from unimodal.processes import Processes, current, joined_processes, launched
 
 RECIPE = Path(__file__).parents[1] / "lightning_configs" / "models" / "digits_mot_flow.yaml"
 TINY = """
@@ -139,7 +139,7 @@ def test_digits_are_scored_alike_for_any_number_of_processes(run: Path, tmp_path
         return 0
 
     def shared(out: Path) -> int:
-        with together():
+        with joined_processes():
             return score(out)
 
     score(tmp_path / "1")
@@ -183,6 +183,33 @@ def test_an_error_in_one_process_stops_all_with_one_line(
     assert said == "unimodal: the weights: expected numbers, got none\n"
     assert not (tmp_path / "out" / "new").exists()
     assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("place", ["decode", "open_model"])
+def test_a_failure_that_is_nobodys_argument_stops_all_and_is_raised_where_it_is(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int, place: str
+) -> None:
+    own = getattr(commands, place)
+
+    def fails(*args: object) -> object:
+        if os.environ.get("RANK") == str(wrong):
+            raise RuntimeError("CUDA out of memory.\nTried much")
+        return own(*args)
+
+    monkeypatch.setattr(commands, place, fails)
+    given = ["generate", "image", "--run", str(run), "--prompt", "six", "-n", "6", "--batch", "1", "--device", "cpu"]
+
+    def work() -> int:
+        try:
+            return main([*given, "--out", str(tmp_path / "out" / "new")])
+        except RuntimeError as error:
+            return 7 if str(error) == "CUDA out of memory.\nTried much" else 99
+
+    codes, said = launch(2, tmp_path / "logs", work)
+    assert codes == [7 if rank == wrong else 2 for rank in range(2)]
+    assert said == ("unimodal: process 1 of 2 failed: RuntimeError: CUDA out of memory. Tried much\n" if wrong else "")
+    assert not (tmp_path / "out" / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from unimodal.processes import launched, together
+from unimodal.processes import joined_processes, launched
 
 LIGHTNING = {
     "fit": "train a recipe: a model or a tokenizer",
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         # Training has launchers of its own: Lightning's.
-        with together() if args[:1] in (["generate"], ["evaluate"]) and launched() else nullcontext():
+        with joined_processes() if args[:1] in (["generate"], ["evaluate"]) and launched() else nullcontext():
             return _dispatch(args)
     except KeyboardInterrupt:
         return 130

@@ -1,7 +1,8 @@
 """Commands that several processes run together, as `accelerate launch` and torchrun start them.
 
 Work is dealt in whole batches: what is computed together, and so every byte that is written, is the same for any number of
-processes. The main process alone writes and prints. What goes wrong in one process ends all of them, with one line.
+processes. The main process alone writes and prints. What goes wrong in one process ends all of them, with one line; a
+failure that no user can cause has its traceback besides, where it happened.
 """
 
 import os
@@ -22,8 +23,8 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 class Processes:
     """Those that run a command together.
 
-    They *meet* to exchange what each has made or what went wrong. A command that goes well meets equally often in every
-    process; an error is brought to the next meeting, whatever that was for, and it is the last one.
+    They *meet* to exchange what went wrong, and then what each has made. A command that goes well meets equally often in
+    every process; an error is brought to the next meeting, whatever that was for, and it is the last one.
 
     Args:
         rank: of this process, 0: the main one.
@@ -50,7 +51,8 @@ class Processes:
     def in_order(
         self, jobs: Sequence[J], batch: int, make: Callable[[Sequence[J]], Sequence[R]]
     ) -> Iterator[tuple[J, R]]:
-        """Every job with its result, in the order of the jobs and in every process.
+        """Every job with its result, in the order of the jobs, in the main process. To the others nothing comes, but they
+        have to go through it: that makes their share.
 
         Args:
             jobs: the same in every process.
@@ -67,14 +69,19 @@ class Processes:
         for first in range(0, len(batches), self.count):
             dealt = batches[first : first + self.count]
             mine = dealt[self.rank : self.rank + 1]
-            made = self.meet(partial(_each, make, mine))
-            for some, (results,) in zip(dealt, made, strict=False):
+            for some, (results,) in zip(dealt, self._collect(partial(_each, make, mine)), strict=False):
                 yield from zip(some, results, strict=True)
 
     def agree(self, make: Callable[[], R]) -> R:
         """What the main process makes, in every process."""
-        found: list[R] = self.meet(lambda: make() if self.main else None)  # type: ignore[arg-type, return-value]
-        return found[0]
+        made = self.meet(lambda: make() if self.main else None)
+        if self.count == 1:
+            return made  # type: ignore[return-value]
+        from torch import distributed
+
+        found = [made]
+        distributed.broadcast_object_list(found)
+        return found[0]  # type: ignore[return-value]
 
     def alone(self) -> bool:
         """From here on the main process works by itself: true there. The others have nothing left to do."""
@@ -82,29 +89,49 @@ class Processes:
         self.count = 1
         return self.main
 
-    def meet(self, make: Callable[[], R]) -> list[R]:
-        """What every process makes, by rank.
+    def meet(self, make: Callable[[], R]) -> R:
+        """What this process makes, once all of them have made theirs.
 
         Raises:
-            ValueError: in the main process, where any of them failed; the others end with exit code 2.
+            ValueError: in the main process, where any of them failed; the others end with exit code 2. But what is neither
+                a ValueError nor an OSError is raised again in the process that it comes from, as it was.
         """
         if self.count == 1:
-            return [make()]
-        from accelerate.utils import gather_object
+            return make()
+        from torch import distributed
 
-        mine: tuple[R | None, str | None]
+        failed: Exception | None = None
         try:
-            mine = make(), None
-        except (ValueError, OSError) as error:
-            mine = None, str(error) or type(error).__name__
-        parts = gather_object([mine])
-        wrong = next((error for _, error in parts if error is not None), None)
+            made = make()
+        except Exception as error:  # noqa: BLE001  # the others would wait for this process for ever
+            failed = error
+        said: list[str | None] = [None] * self.count
+        distributed.all_gather_object(said, None if failed is None else self._say(failed))
+        wrong = next((one for one in said if one is not None), None)
         if wrong is None:
-            return [made for made, _ in parts]
+            return made
         self.count = 1  # nobody comes to another meeting
+        if failed is not None and (self.main or not isinstance(failed, (ValueError, OSError))):
+            raise failed
         if self.main:
             raise ValueError(wrong)
         raise SystemExit(2)
+
+    def _say(self, error: Exception) -> str:
+        if isinstance(error, (ValueError, OSError)):
+            return str(error) or type(error).__name__
+        return f"process {self.rank} of {self.count} failed: {type(error).__name__}: {error}"
+
+    def _collect(self, make: Callable[[], R]) -> list[R]:
+        """What every process makes, by rank, in the main process; elsewhere nothing."""
+        made = self.meet(make)
+        if self.count == 1:
+            return [made]
+        from torch import distributed
+
+        parts: list[R] | None = [made] * self.count if self.main else None
+        distributed.gather_object(made, parts)
+        return parts or []
 
 
 _current = Processes()
@@ -121,7 +148,7 @@ def launched() -> bool:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def joined_processes() -> Iterator[None]:
     """What is run inside is run by all processes of the launcher."""
     import torch
     from accelerate import PartialState
@@ -130,11 +157,11 @@ def together() -> Iterator[None]:
     # Only objects of the host are exchanged. A process may wait for as long as another needs for a batch.
     state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo", timeout=timedelta(days=7))
     _current = Processes(state.process_index, state.num_processes, state.local_process_index)
-    failed: ValueError | OSError | None = None
+    failed: Exception | None = None
     try:
         try:
             yield
-        except (ValueError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # the others hear of it
             failed = error
         _current.meet(lambda: _raise(failed))
     finally:

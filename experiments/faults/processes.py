@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,9 @@ def stay(workers: list[int]) -> bool:
     return any(map(alive, workers))
 
 
-def checkpointed() -> int:
+def checkpointed(run: Path = RUN) -> int:
     """Steps that the last checkpoint holds."""
-    last = RUN / "checkpoints" / "last.ckpt"
+    last = run / "checkpoints" / "last.ckpt"
     return int(last.resolve().stem.removeprefix("step_")) if last.exists() else 0
 
 
@@ -185,7 +186,7 @@ def rank_killed() -> Row:
         code = launcher.wait()
     text = Path("run.said").read_text()
     ended = Ended(code, text.partition("torch/distributed/")[0], seconds)  # what follows is torchrun's
-    message = ended.line("unimodal:", "another rank")
+    message = ended.line("unimodal:", "every rank to go on")
     ok = bool(message) and code != 0 and seconds < 60 and "Traceback" not in ended.said
     return Row(
         "a rank killed", "the second of two gloo processes under torchrun gets SIGKILL",
@@ -268,18 +269,19 @@ def two_runs() -> Row:
     )  # fmt: skip
 
 
-def interrupted() -> Row:
-    """Ctrl-C reaches the training process and its workers."""
+def told_to_stop(name: str, number: signal.Signals, fault: str) -> Row:
+    """A signal reaches the training process and its workers, as those of a terminal and of SLURM do."""
     run = Process(fit("--data.workers", "2"), RUN)
     run.until(5)
-    run.kill(signal.SIGINT, group=True)
+    run.kill(number, group=True)
     ended = run.end()
     message = ended.line("stopped by signal")
     behind = len(losses(run.steps)) - checkpointed()
     equal, _ = gone_on(run)
-    ok = ended.clean and ended.code == 130 and bool(message) and equal and behind == 0
-    done = f"the run ends behind the step in progress, {ended.seconds:.1f} s later, with a checkpoint and exit code 130"
-    return Row("Ctrl-C", "SIGINT to the run and its workers", happened(ended, done), again(behind), message, ok)
+    ok = ended.clean and ended.code == 128 + number and bool(message) and equal and behind == 0
+    later = f"{ended.seconds:.1f} s later, with a checkpoint and exit code {ended.code}"
+    done = f"the run ends behind the step in progress, {later}"
+    return Row(name, fault, happened(ended, done), again(behind), message, ok)
 
 
 def killed() -> Row:
@@ -307,7 +309,13 @@ ROWS: dict[str, Callable[[], Row]] = {
     "disk full": disk_full,
     "clock jumps": clock_jumps,
     "two runs into one folder": two_runs,
-    "Ctrl-C": interrupted,
+    "Ctrl-C": partial(told_to_stop, "Ctrl-C", signal.SIGINT, "SIGINT to the run and its workers"),
+    "SIGTERM": partial(
+        told_to_stop, "SIGTERM", signal.SIGTERM, "SIGTERM to the run and its workers, as a scheduler sends it"
+    ),
+    "SIGUSR1": partial(
+        told_to_stop, "SIGUSR1", signal.SIGUSR1, "SIGUSR1 to the run and its workers, as SLURM sends it"
+    ),
     "kill -9": killed,
 }
 assert DOCUMENTS > 100  # several steps an epoch

@@ -1,6 +1,7 @@
 """What is logged of a training's speed, work and waiting, against slow counting under a clock that the test moves."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -317,6 +318,20 @@ def test_measuring_leaves_gradients_and_draws_alone(make: Make) -> None:
 
 def test_the_peak_is_a_rate() -> None:
     assert product_peak(torch.device("cpu"), torch.float32, seconds=0.0) > 0
+
+
+def test_the_time_for_the_peak_begins_behind_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    mm = torch.mm
+
+    def slow_at_first(a: Tensor, b: Tensor) -> Tensor:
+        time.sleep(0.0 if sizes else 0.6)
+        sizes.append(len(a))
+        return mm(a, b)
+
+    monkeypatch.setattr(torch, "mm", slow_at_first)
+    product_peak(torch.device("cpu"), torch.float32, seconds=0.5)
+    assert max(sizes) > 256
 
 
 # ---- the bar, and the command

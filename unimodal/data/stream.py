@@ -6,8 +6,8 @@ a step holds depends on L = ranks x accumulation alone, and a rank reads its own
 """
 
 import os
+import signal
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -237,7 +237,7 @@ class _Reader:
         # A generator of its own: the loader's draw must not move the random state of the run.
         loader = DataLoader(
             _Documents(mixture, packing), batch_sampler=self._requests(), collate_fn=list, num_workers=workers,
-            prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=_end_with_parent,
+            prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=_obey_parent,
         )  # fmt: skip
         self._documents: Iterator[list[Read]] = iter(loader)
 
@@ -257,14 +257,23 @@ class _Reader:
             yield [self.mixture.place(number) for number in islice(self._numbers[lane], self._chunk)]
 
 
-def _end_with_parent(worker: int) -> None:
-    """A worker whose training process was killed ends too, rather than wait for ever for its queue to be read."""
+def _obey_parent(worker: int) -> None:
+    """A worker ends when its training process says so or is gone, and for no signal that the whole group of them gets.
+
+    The training goes on to the end of its step then, and reads. Its SIGTERM is how torch ends a worker that hangs.
+    """
     parent = os.getppid()
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # Held back, it can be asked who sent it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+            got = signal.sigtimedwait({signal.SIGTERM}, 0.5)
+            if got is not None and got.si_pid == parent:
+                break
+        os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -9,7 +9,7 @@ values 0..16. None of them is FID or its relatives: those use another network's 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -106,14 +106,6 @@ def image_features(images: Sequence[Image.Image]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """Digits asked for in words, and what was drawn."""
-
-    digits: np.ndarray  # (N,)
-    images: list[Image.Image]
-
-
-@dataclass(frozen=True)
 class _Sums:
     """Sums of unseen scans, continued."""
 
@@ -182,7 +174,7 @@ def evaluate_digits(
     with tqdm(total=asked + len(test) + sums, desc="scoring", unit="document", disable=hidden) as bar:
 
         def ask(task: int, settings: DecodingSettings, documents: Sequence[Document]) -> list[tuple[Part, ...]]:
-            """The generated parts of each document."""
+            """The generated parts of each document, in the main process."""
 
             def answer(chunk: Sequence[tuple[int, Document]]) -> list[tuple[Part, ...]]:
                 seeds = [_seed(seed, task, number) for number, _ in chunk]
@@ -200,20 +192,26 @@ def evaluate_digits(
         reading = DecodingSettings(start="text", max_images=0, max_tokens=32)
         # One image more than any answer has, so that drawing too many is seen.
         adding = DecodingSettings(start="text", max_images=3, max_tokens=32, image=sampling)
-        drawn = _ask_digits(asked, lambda documents: ask(0, drawing, documents))
-        read = _read_digits(test, lambda documents: ask(1, reading, documents))
-        added = _ask_sums(sums, seed, judge, lambda documents: ask(2, adding, documents))
+        digits, whole = np.repeat(np.arange(10), asked // 10), _sums(sums, seed)
+        to_draw = [Document((Part(caption(int(digit)), learn=False),), "text_to_image") for digit in digits]
+        to_read = [Document((Part(image, learn=False),), "image_to_text") for image in test.images()]
+        to_add = [Document(tuple(part for part in document.parts if not part.learn), "sum") for document in whole]
+        answers = [ask(0, drawing, to_draw), ask(1, reading, to_read), ask(2, adding, to_add)]
 
     if not here.alone():
         return {}
-    right = int((judge.read(drawn.images) == drawn.digits).sum())
+    drawn = _one_image_each(answers[0])
+    said = [caption_digit(_text(parts)) for parts in answers[1]]
+    read = sum(digit == label for digit, label in zip(said, test.labels.tolist(), strict=True))
+    added = _add(whole, to_add, answers[2], judge)
+    right = int((judge.read(drawn) == digits).sum())
     scores: Scores = {}
     _put_share(scores, "judge_accuracy", judge.correct, len(test))
     _put_share(scores, "asked_digit", right, asked)
     _put_share(scores, "image_to_text", read, len(test))
     _put_share(scores, "sums_text", added.in_text, sums)
     _put_share(scores, "sums_drawn", added.drawn, sums)
-    scores |= image_set_scores(image_features(drawn.images), seed)
+    scores |= image_set_scores(image_features(drawn), seed)
     scores |= {
         "train_seconds": train_seconds,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -223,7 +221,7 @@ def evaluate_digits(
         "feature": FEATURE,
         "samples": asked,
     }
-    grid = sample_grid(drawn.images, drawn.digits)
+    grid = sample_grid(drawn, digits)
     write_atomically(out / "samples.png", png_bytes(grid))
     write_atomically(out / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
     description = description or RunDescription()
@@ -232,31 +230,25 @@ def evaluate_digits(
     return scores
 
 
-_Ask = Callable[[Sequence[Document]], list[tuple[Part, ...]]]
-
-
-def _ask_digits(asked: int, ask: _Ask) -> _Asked:
-    digits = np.repeat(np.arange(10), asked // 10)
-    answers = ask([Document((Part(caption(int(digit)), learn=False),), "text_to_image") for digit in digits])
+def _one_image_each(answers: Sequence[Sequence[Part]]) -> list[Image.Image]:
     images = [part.image for parts in answers for part in parts if part.is_image]
-    if len(images) != asked or any(len(parts) != 1 for parts in answers):
-        raise ValueError(f"decode_fn: expected one image for each of {asked} captions, got {len(images)} images")
-    return _Asked(digits, images)
+    if len(images) != len(answers) or any(len(parts) != 1 for parts in answers):
+        raise ValueError(f"decode_fn: expected one image for each of {len(answers)} captions, got {len(images)} images")
+    return images
 
 
-def _read_digits(test: DigitImages, ask: _Ask) -> int:
-    answers = ask([Document((Part(image, learn=False),), "image_to_text") for image in test.images()])
-    said = [caption_digit(_text(parts)) for parts in answers]
-    return sum(digit == label for digit, label in zip(said, test.labels.tolist(), strict=True))
-
-
-def _ask_sums(sums: int, seed: int, judge: Judge, ask: _Ask) -> _Sums:
+def _sums(sums: int, seed: int) -> list[Document]:
+    """Interleaved sums with their answers."""
     source = DigitsSource("sum", "test")
-    whole = [source.document(i % len(source), np.random.default_rng([seed, 2, i])) for i in range(sums)]
-    prompts = [Document(tuple(part for part in document.parts if not part.learn), "sum") for document in whole]
+    return [source.document(i % len(source), np.random.default_rng([seed, 2, i])) for i in range(sums)]
+
+
+def _add(
+    whole: Sequence[Document], prompts: Sequence[Document], answers: Sequence[Sequence[Part]], judge: Judge
+) -> _Sums:
     in_text = drawn = 0
     shown = []
-    for document, prompt, answer in zip(whole, prompts, ask(prompts), strict=True):
+    for document, prompt, answer in zip(whole, prompts, answers, strict=True):
         truth = sum_answer("".join(part.text for part in document.parts if part.learn and part.is_text))
         assert truth is not None  # the source wrote it
         in_text += sum_answer(_text(answer)) == truth

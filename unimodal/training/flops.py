@@ -117,6 +117,8 @@ def generator_loss(model: UnifiedModel, packed: PackedSequence) -> Tensor:
 
 def product_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """FLOPs a second of the fastest square matrix product, of growing sizes, that was found in so much time."""
+    warm = torch.ones(256, 256, device=device, dtype=dtype)
+    torch.mm(warm, warm).sum().item()  # what is loaded first may take longer than all that is measured
     best, n, end = 0.0, 256, time.perf_counter() + seconds
     while n <= 8192:
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))

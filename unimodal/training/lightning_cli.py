@@ -87,7 +87,7 @@ class UnimodalCLI(LightningCLI):
                 },
             )  # fmt: skip
         except (RuntimeError, ValueError, MisconfigurationException) as error:
-            reason = from_outside(error)
+            reason = from_outside(error, self.signals.stepped)
             if reason is not None:
                 raise ValueError(reason) from error
             if isinstance(error, RuntimeError):

@@ -21,6 +21,7 @@ from torchvision.utils import save_image
 
 from unimodal.packing import PackedSequence
 from unimodal.training.ema import EMA
+from unimodal.training.run import StopOnSignal
 
 
 class NonFinite(Callback):
@@ -59,8 +60,16 @@ class NonFinite(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Behind all backward passes of a step, before gradients are clipped."""
-        bad = trainer.strategy.reduce_boolean_decision(not _finite(self._losses, optimizer), all=False)
-        if bad:
+        bad = _finite(self._losses, optimizer).logical_not().int()
+        stops = [c for c in trainer.callbacks if isinstance(c, StopOnSignal)]  # type: ignore[attr-defined]
+        # Of all ranks, and in one: the only numbers that the host waits for in a step.
+        flags = torch.stack([bad, *(torch.full_like(bad, stop.received is not None) for stop in stops)])
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(flags)
+        found, *stopped = flags.tolist()
+        for stop, signals in zip(stops, stopped, strict=True):
+            stop.agreed = signals > 0
+        if found:
             self._skip(trainer, pl_module, optimizer)
         else:
             self.in_a_row = 0
@@ -121,14 +130,14 @@ class NonFinite(Callback):
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
 
-def _finite(losses: Sequence[Tensor], optimizer: Optimizer) -> bool:
-    """Whether all of them and every gradient are finite: one number is waited for, whatever the number of parameters."""
+def _finite(losses: Sequence[Tensor], optimizer: Optimizer) -> Tensor:
+    """Whether all of them and every gradient are finite: one truth value on their device, which is not waited for."""
     held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Of a sharded gradient this rank's part; the verdict is over all ranks.
     gradients = [g.to_local() if hasattr(g, "to_local") else g for g in held]
     # The largest magnitude is finite where all are; a sum of squares might overflow where none is infinite.
     norms = torch._foreach_norm([g for g in gradients if g.numel()], ord=torch.inf) if gradients else []
-    return bool(torch.stack([x.float() for x in (*losses, *norms)]).isfinite().all())
+    return torch.stack([x.float() for x in (*losses, *norms)]).isfinite().all()
 
 
 def _whole(gradient: Tensor) -> bool:

@@ -60,7 +60,13 @@ class Progress(TQDMProgressBar):
 class StopOnSignal(Callback):
     """Ctrl-C and SIGTERM end the run behind the step in progress, with a checkpoint; a second one ends it at once.
 
-    So does SIGUSR1, with which SLURM can be asked to announce the end of the time that a job has.
+    So does SIGUSR1, with which SLURM can be asked to announce the end of the time that a job has. Several ranks agree on
+    the step, which may be the next one, where `NonFinite` exchanges what each has found.
+
+    Attributes:
+        received: the signal that this rank got.
+        agreed: whether any rank has got one, alike on all of them.
+        stepped: whether a step was made since training started.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -68,6 +74,7 @@ class StopOnSignal(Callback):
     def __init__(self) -> None:
         super().__init__()
         self.received: int | None = None
+        self.agreed = self.stepped = False
         self._previous: dict[int, Any] = {}
         self._step = 0
 
@@ -85,8 +92,9 @@ class StopOnSignal(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop where the optimizer has just stepped."""
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        self.stepped |= stepped
         # One rank may have got the signal alone; all of them stop behind the same step.
-        if stepped and trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        if stepped and (self.agreed or (trainer.world_size == 1 and self.received is not None)):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,13 +219,18 @@ class Samples(Callback):
             print(f"{len(pl_module.predicted)} documents in {folder}")
 
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "NCCL")
-"""Words by which gloo and NCCL say that another rank is gone."""
+LOST = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection was likely closed"
+    r"|Timed out waiting \d+ ?ms|timeout after \d+ ?ms, key|Socket Timeout|Application timeout caused pair closure"
+    r"|remote process exited|collective operation timeout"
+)
+"""How gloo, the store and NCCL say that another rank is gone, or does not answer. Of NCCL's errors no others do."""
 
 
-def from_outside(error: BaseException) -> str | None:
+def from_outside(error: BaseException, stepped: bool) -> str | None:
     """In one line, what ended a run that was itself in order: a worker that was killed, another rank; None if neither.
 
+    Before a step was made, what looks like another rank's end may be a machine or a network that was never in order.
     A worker's end interrupts whatever is being done, which may then fail in its own words: causes are looked at too.
     """
     found: BaseException | None = error
@@ -229,10 +242,10 @@ def from_outside(error: BaseException) -> str | None:
                 f"where memory is short ({line}); continue with --ckpt_path last"
             )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and isinstance(found, RuntimeError) and any(word in line for word in LOST):
+        if stepped and distributed and isinstance(found, RuntimeError) and LOST.search(line):
             saw = re.sub(r"^\[.*?\] ", "", line).partition(". ")[0]  # without the place in gloo's sources
             return (
-                "trainer.devices: expected every rank to go on, got another rank that has ended (rank "
+                "trainer.devices: expected every rank to go on, got another that has ended or does not answer (rank "
                 f"{torch.distributed.get_rank()} saw: {saw}); its own message says why; continue with --ckpt_path last"
             )
         found = found.__cause__ or found.__context__

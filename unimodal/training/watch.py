@@ -1,7 +1,7 @@
 """What a run does a second, which share of the machine that is, what it waits for and what it leaves out.
 
 All of it is logged at every `trainer.log_every_n_steps`-th optimizer step, over the steps since. Between two of those
-there are readings of the clock and sums of a few numbers of the host; nothing waits for the device.
+there are readings of the clock and sums of a few numbers of the host; nothing here waits for the device.
 """
 
 from __future__ import annotations
