@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from unimodal.backbone import Backbone, BackboneConfig, Experts, Lora, deferred
 from unimodal.cli import main
 from unimodal.shards import is_sharded, together, write
+from unimodal.training import lightning_cli
 from unimodal.training.checkpoints import damage
 from unimodal.training.sharded_files import consolidated, save_sharded
 
@@ -335,6 +336,26 @@ def test_what_is_not_supported_is_said(
     line = capsys.readouterr().err.splitlines()[-1]
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def test_devices_are_the_processes_that_torchrun_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    arguments = [
+        "fit",
+        "-c",
+        str(RECIPE),
+        "--trainer.default_root_dir",
+        str(tmp_path / "run"),
+        "--trainer.strategy",
+        "ddp",
+    ]
+    assert main([*arguments, "--trainer.accelerator", "cpu"]) == 2
+    assert "trainer.devices: expected the 2 processes that were started here, got 1" in capsys.readouterr().err
+    assert lightning_cli._devices("auto", "cpu") == 2
+    assert lightning_cli._devices("auto", "gpu") == "auto"
+    assert lightning_cli._devices(2, "cpu") == 2
 
 
 def test_a_tokenizer_is_not_sharded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,8 @@ class UnimodalCLI(LightningCLI):
             self._ranks = Ranks.of(self.config[self.subcommand].trainer)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             config |= {"strategy": "auto", "devices": 1, "num_nodes": 1, "accelerator": device}
+        else:
+            config["devices"] = _devices(config.get("devices"), config.get("accelerator"))
         part = getattr(type(self.model), "part", None)
         if self.subcommand != "fit":  # a look at a checkpoint is no part of the run's curves
             config["logger"] = False
@@ -254,6 +256,16 @@ def _lock(root: Path) -> TextIOWrapper | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def _devices(asked: Any, accelerator: Any) -> Any:
+    """As many as processes were started on this machine by torchrun, which a CPU's `auto` does not know of."""
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if asked in ("auto", -1, "-1") and accelerator == "cpu":
+        return started
+    if str(asked).isdecimal() and int(asked) < started:
+        raise ValueError(f"trainer.devices: expected the {started} processes that were started here, got {asked}")
+    return asked
 
 
 def _is_sharded(strategy: Any) -> bool:

@@ -8,6 +8,7 @@ checksums.json         CRC-32 and size of every other file
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -187,7 +188,9 @@ def _read(folder: Path, made: Callable[[Place, list[int], torch.dtype], Tensor |
     wanted = {name: tensor for name, tensor in sharded.items() if not tensor.is_meta}
     if wanted:
         alone = not dist.is_initialized()
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant
+            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
     return checkpoint
 
 
