@@ -312,11 +312,11 @@ plan = json.loads(sys.argv[1])
 """
 KILLED = """
 assert end(start(plan["whole"])) == [0]
-write, rng = checkpoints._Writer.write, random.Random(0)
+write, rng = checkpoints.Writer.write, random.Random(0)
 def slowly(self, data):  # so that many a kill comes while a checkpoint is written
     time.sleep(1e-3)
     return write(self, data)
-checkpoints._Writer.write = slowly
+checkpoints.Writer.write = slowly
 folder, log = Path(plan["folder"]), Path(plan["folder"] + ".log.0")
 log.touch()
 def go_on():
@@ -494,14 +494,14 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
 def test_a_run_survives_a_full_disk(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, write = tmp_path / "run", checkpoints._Writer.write
+    folder, write = tmp_path / "run", checkpoints.Writer.write
 
     def full(self: Any, data: Any) -> int:
         if "step_000002" in self.file.name or "step_000003" in self.file.name:
             self.error = self.error or OSError(28, "No space left on device")
         return write(self, data)
 
-    monkeypatch.setattr(checkpoints._Writer, "write", full)
+    monkeypatch.setattr(checkpoints.Writer, "write", full)
     assert main(arguments(folder, pictures, "--trainer.max_steps", "3")) == 0
     said = capsys.readouterr().err
     assert (
