@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from data_formats import picture
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from unimodal.documents import Document, Part
 from unimodal.image_sizes import NativeSizes, buckets
@@ -62,3 +64,29 @@ def test_bad_sizes_are_named(side: int, stride: int, ratio: float) -> None:
         buckets(side, stride, ratio)
     with pytest.raises(ValueError, match=r"sequence\.native\.tokens: expected at least 1"):
         NativeSizes(0, 4)
+
+
+def test_a_spacer_is_cropped_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No image is ever made that is larger than what was given or asked for."""
+    made: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *args: object, **kwargs: object) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(self, size, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    assert fit_image(picture(0, 2, 4000), [(128, 128)]).shape == (128, 128, 3)
+    assert made == [128 * 128]
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (61, 33), (16, 16), (200, 17)])
+def test_scaling_the_crop_is_cropping_the_scaled(shape: tuple[int, int]) -> None:
+    """Up to a rounding of the crop's edges to whole pixels."""
+    image = picture(0, *shape).resize((shape[1] * 4, shape[0] * 4), Image.Resampling.BICUBIC)  # smooth
+    scale = max(16 / image.height, 16 / image.width)
+    w, h = round(image.width * scale), round(image.height * scale)
+    left, top = (w - 16) // 2, (h - 16) // 2
+    slow = image.resize((w, h), Image.Resampling.LANCZOS).crop((left, top, left + 16, top + 16))
+    difference = np.abs(fit_image(image, [(16, 16)]).astype(float) - np.asarray(slow))
+    assert difference.mean() < 14

@@ -306,11 +306,11 @@ def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> UInt8[np.
     ratio = image.height / image.width
     height, width = min(sizes, key=lambda s: (abs(np.log(s[0] / s[1] / ratio)), -s[0] * s[1]))
     if image.size != (width, height):
+        # Cropped first: a spacer of 2000 x 2 pixels must not be scaled up whole.
         scale = max(height / image.height, width / image.width)
-        size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
+        w, h = min(width / scale, image.width), min(height / scale, image.height)
+        left, top = (image.width - w) / 2, (image.height - h) / 2
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
     return np.asarray(image)
 
 

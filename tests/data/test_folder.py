@@ -172,6 +172,15 @@ def test_a_bad_line_among_many_is_skipped_by_a_run_and_of_one_only_it_is_said(tm
             source.document(i, RNG)
 
 
+def test_what_is_broken_in_other_sources_is_broken_here(tmp_path: Path) -> None:
+    write_lines(tmp_path, GOOD, r'{"image": "a.png", "caption": "x \ud800"}', '{"image": "b.png", "caption": "b"}')
+    Image.new("RGB", (1, 1)).save(tmp_path / "b.png")
+    source = FolderSource(tmp_path, "all")
+    for index, message in ((1, "surrogate|Unicode"), (2, "got 1 x 1 and 1")):
+        with pytest.raises(BrokenDocument, match=message):
+            source.document(index, RNG)
+
+
 def test_bad_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"root: expected a folder, got .*which is missing"):
         FolderSource(tmp_path / "gone")

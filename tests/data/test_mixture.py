@@ -11,8 +11,9 @@ import pytest
 from data_formats import caption_rows, img2dataset, parquet_rows, shade
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
 
-from unimodal.data import HuggingFaceSource, JsonlSource, MixtureData, TarSource
+from unimodal.data import HuggingFaceSource, JsonlSource, MixtureData, TarSource, hub
 from unimodal.data.broken import ENOUGH, BrokenItems
 from unimodal.data.hub import STREAM_WINDOW
 from unimodal.data.mixture import Entry, Slice
@@ -137,14 +138,80 @@ def test_above_the_share_the_run_stops_and_says_so() -> None:
 def test_a_source_that_fails_altogether_stops_long_before_its_end() -> None:
     broken, long = BrokenItems(0.01), range(10**9)
     for index in range(ENOUGH // 100):
-        broken.add("s", long, index, BrokenDocument("the disk", "expected it to be there"))
+        broken.add("s", long, index, BrokenDocument(f"item {index}", "expected it to be there"))
     with pytest.raises(ValueError, match="11 of 11 documents read"):
+        broken.add("s", long, ENOUGH, BrokenDocument("another", "expected it to be there"))
+    broken = BrokenItems(0.01)
+    for index in range(ENOUGH // 2):
+        broken.add("s", long, index, BrokenDocument("the disk", "expected it to be there"))
+    with pytest.raises(ValueError, match="501 of 501 documents read"):
         broken.add("s", long, ENOUGH, BrokenDocument("the disk", "expected it to be there"))
+
+
+def test_a_shard_that_is_gone_stops_no_run_that_has_a_thousand() -> None:
+    broken, long = BrokenItems(0.01), range(100_000)
+    for index in range(800):  # a window of eight shards
+        if index % 8:
+            broken.read("s")
+        else:
+            broken.add("s", long, index, BrokenDocument("s7.tar", "expected the file that was there at the start"))
+    assert broken.total == 100
 
 
 def test_a_broken_document_travels_between_processes() -> None:
     error = pickle.loads(pickle.dumps(BrokenDocument("a", "b")))
     assert (str(error), error.name, error.reason) == ("a: b", "a", "b")
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_stream_gives_every_worker_the_rows_it_asks_for(workers: int, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for i in range(2):
+        parquet_rows(tmp_path / "files" / f"train-{i}.parquet", caption_rows(10)[5 * i : 5 * i + 5])
+    source = HuggingFaceSource(str(tmp_path / "files"), streaming=True, documents=10)
+    alone = [source.document(i, RNG).text for i in range(10)]
+    assert len(set(alone)) == 10
+    loader = DataLoader(Asked(source), batch_size=1, num_workers=workers, collate_fn=list)
+    assert [text for (text,) in loader] == alone
+
+
+class Asked(Dataset):
+    """Texts of a source's documents."""
+
+    def __init__(self, source: HuggingFaceSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> str:
+        return self.source.document(index, np.random.default_rng(0)).text
+
+
+def test_lanes_that_straddle_windows_do_not_read_a_stream_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    parquet_rows(tmp_path / "files" / "train.parquet", caption_rows(40))
+    monkeypatch.setattr(hub, "STREAM_WINDOW", 4)
+    source, begun = HuggingFaceSource(str(tmp_path / "files"), streaming=True, documents=40), []
+    original = hub._Forward._from
+    monkeypatch.setattr(hub._Forward, "_from", lambda self, start: (begun.append(start), original(self, start))[1])
+    for first in range(0, 36):
+        for lane in (first, min(first + 4, 39), max(first - 3, 0)):
+            source.document(lane, RNG)
+    assert begun == []  # but once, when it was opened
+
+
+def test_a_card_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "a.jsonl").write_text('{"text": "mine"}')
+    card = tmp_path / "README.md"
+    card.write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: http://127.0.0.1:9/x.jsonl\n---\nsee https://x"
+    )
+    with pytest.raises(ValueError, match=r"path: expected files of .* alone, got its README.md"):
+        HuggingFaceSource(str(tmp_path))
+    card.write_text("---\nlicense: mit\n---\nsee https://example.org, data_files")
+    assert HuggingFaceSource(str(tmp_path)).document(0, RNG).text == "mine"
 
 
 # ---- Hugging Face datasets

@@ -28,7 +28,9 @@ class BrokenItems:
     """Counts what was read and what was broken, by source.
 
     A run stops when more than `share` of a source's documents are broken, or of those it has read so far (at least
-    `ENOUGH`, which notices a stream or a disk that fails altogether before it has been read to the end).
+    `ENOUGH`, which notices a stream or a disk that fails altogether before it has been read to the end). Of the latter, what
+    has one name counts once, unless it is half of all: a shard that is gone is met within one window. Each rank counts
+    its own.
 
     Args:
         share: largest share of a source's documents that may be broken, 0 to 1.
@@ -71,12 +73,14 @@ class BrokenItems:
         count.read += 1
         count.broken += 1
         count.items.add(index % len(source))  # a stream's indices go on and on
-        if error.name not in count.named and len(count.named) < _NAMED:
-            _log.warning("data: %s: skipped %s", name, error)
+        if error.name not in count.named:
             count.named.add(error.name)
+            if len(count.named) <= _NAMED:
+                _log.warning("data: %s: skipped %s", name, error)
         if len(count.items) > self.share * len(source):
             raise ValueError(self._message(name, f"{len(count.items)} of {len(source)} documents", error))
-        if count.broken > self.share * max(count.read, ENOUGH):
+        seen = max(count.read, ENOUGH)
+        if len(count.named) > self.share * seen or 2 * count.broken > seen:
             raise ValueError(self._message(name, f"{count.broken} of {count.read} documents read", error))
 
     def _message(self, name: str, what: str, error: BrokenDocument) -> str:

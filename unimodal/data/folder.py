@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from unimodal.data.records import DocumentRules
 from unimodal.data.source import BrokenDocument
 from unimodal.documents import (
     Document,
@@ -28,6 +29,7 @@ FolderSplit = Literal["train", "val", "all"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
+RULES = DocumentRules()
 _log = logging.getLogger(__name__)
 
 
@@ -144,11 +146,16 @@ class FolderSource:
                 document = item.record.load()
                 return document if document.kind else Document(document.parts, self.kind)
             image = load_image(item.image)
+            drawn = self.task == "text_to_image"
+            caption, picture = Part(item.caption, learn=not drawn), Part(image, learn=drawn)
         except ValueError as error:
             raise BrokenDocument(_name(item), str(error).removeprefix(f"{_name(item)}: ")) from None
-        if self.task == "text_to_image":
-            return Document((Part(item.caption, learn=False), Part(image)), self.kind)
-        return Document((Part(image, learn=False), Part(item.caption)), self.kind)
+        if min(image.size) < RULES.smallest_side or len(item.caption) > RULES.longest_text:
+            raise BrokenDocument(
+                _name(item), f"expected sides of at least {RULES.smallest_side} pixels and a caption of at most "
+                f"{RULES.longest_text} characters, got {image.width} x {image.height} and {len(item.caption)}"
+            )  # fmt: skip
+        return Document((caption, picture) if drawn else (picture, caption), self.kind)
 
     def corpus(self) -> Iterable[str]:
         """The texts of this split."""
@@ -170,8 +177,9 @@ def _captioned_files(root: Path) -> list[_Item]:
             continue
         try:
             caption = beside.read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError:
-            items.append(_Unreadable(str(beside), "expected a caption in UTF-8, got other bytes"))
+        except (UnicodeDecodeError, OSError) as error:
+            found = "other bytes" if isinstance(error, UnicodeDecodeError) else str(error)
+            items.append(_Unreadable(str(beside), f"expected a caption in UTF-8, got {found}"))
             continue
         if not caption:
             items.append(_Unreadable(str(beside), "expected a caption, got an empty file"))

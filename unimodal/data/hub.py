@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
+from torch.utils.data._utils import worker
 
 from unimodal.data.records import DocumentRules, FilesOf, Layout, Record, RecordSource, no_files
 
@@ -70,6 +72,11 @@ class HuggingFaceSource(RecordSource):
         windows = indices // STREAM_WINDOW
         return np.concatenate([rng.permutation(indices[windows == w]) for w in np.unique(windows)])
 
+    @property
+    def endless(self) -> bool:
+        """Whether it is a stream, of which nothing can be held out."""
+        return self.documents is not None
+
     def _check_index(self, index: int) -> None:
         if self._stream is None:
             super()._check_index(index)
@@ -78,42 +85,74 @@ class HuggingFaceSource(RecordSource):
 
 
 class _Forward:
-    """Rows of a stream by index: cheap from window to window, read again from the start for what lies behind."""
+    """Rows of a stream by index: cheap from window to window, read again from the start for what lies far behind."""
+
+    HELD = 3  # windows: lanes do not cross from one to the next together
 
     def __init__(self, rows: Any) -> None:
         self._all = rows
         self._rest: Iterator[Mapping[str, object]] = iter(())
-        self._window = -1  # that is held
-        self._held: list[Mapping[str, object]] = []
+        self._next = -1  # window that comes
+        self._held: dict[int, list[Mapping[str, object]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is open: each worker reads its own."""
-        return {"_all": self._all, "_rest": iter(()), "_window": -1, "_held": []}
+        return {"_all": self._all, "_rest": iter(()), "_next": -1, "_held": {}}
 
     def row(self, index: int) -> Mapping[str, object]:
         window, place = divmod(index, STREAM_WINDOW)
-        if window != self._window:
-            if self._window < 0 or window != self._window + 1:
+        if window not in self._held:
+            if window != self._next:
                 self._rest = self._from(window * STREAM_WINDOW)
-            self._held = [next(self._rest) for _ in range(STREAM_WINDOW)]
-            self._window = window
-        return self._held[place]
+            self._held[window] = [next(self._rest) for _ in range(STREAM_WINDOW)]
+            self._next = window + 1
+            if len(self._held) > self.HELD:
+                del self._held[min(self._held)]
+        return self._held[window][place]
 
     def _from(self, start: int) -> Iterator[Mapping[str, object]]:
         """Rows from `start` on, round and round."""
         count = 0
-        for row in self._all.skip(start):
+        for row in _rows(self._all.skip(start)):
             yield _fields(row)
             count += 1
         if not count and start:  # the stream has ended before: count it
-            length = sum(1 for _ in self._all)
+            length = sum(1 for _ in _rows(self._all))
             yield from self._from(start % length) if length else ()
         while True:
-            for row in self._all:
+            for row in _rows(self._all):
                 count += 1
                 yield _fields(row)
             if not count:
                 raise ValueError("path: expected a stream with rows, got none")
+
+
+def _rows(dataset: Any) -> Iterator[Any]:
+    """All rows, in a loader's worker too: there `datasets` would give a share of the shards, but here each worker reads the
+    rows that it is asked for.
+    """
+    rows = iter(dataset)
+    while True:
+        info, worker._worker_info = worker._worker_info, None
+        try:
+            row = next(rows, None)
+        finally:
+            worker._worker_info = info
+        if row is None:
+            return
+        yield row
+
+
+def _refuse_links(folder: Path) -> None:
+    """A card may name files elsewhere, which the user did not name."""
+    for name in ("README.md", ".huggingface.yaml"):
+        path = folder / name
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        front = (
+            text.split("---")[1] if name == "README.md" and text.startswith("---") else text if "yaml" in name else ""
+        )
+        if re.search(r"data_(files|dir)\b[^#]*?://", front, flags=re.DOTALL):
+            raise ValueError(f"path: expected files of {folder} alone, got its {name}, whose data_files name others")
 
 
 def _fields(row: pa.Table) -> dict[str, object]:
@@ -127,6 +166,8 @@ def _load(path: str, split: str, name: str | None, revision: str | None, streami
     remote = path.startswith(HUB)
     if not remote and not Path(path).is_dir():
         raise ValueError(f"path: expected a folder, or {HUB}OWNER/NAME for one on the hub, got {path}")
+    if not remote:
+        _refuse_links(Path(path))
     try:
         if not remote and any((Path(path) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             rows = datasets.load_from_disk(path)

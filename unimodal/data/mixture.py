@@ -130,7 +130,7 @@ def held_out(name: str, entry: Entry, share: float) -> Bool[np.ndarray, " n"]:
     n = len(entry.source)
     if n < 2:
         raise ValueError(f"data.sources.{name}: expected at least two documents, one to hold out, got {n}")
-    if getattr(entry.source, "documents", None) is not None:
+    if getattr(entry.source, "endless", False):
         raise ValueError(
             f"data.validation: expected sources: of the stream data.sources.{name} nothing can be held out"
         )

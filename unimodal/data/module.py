@@ -89,6 +89,11 @@ class DocumentData(LightningDataModule):
         """The stream of this rank, from where the run stands. It has no end: `max_steps` has."""
         trainer = self.trainer
         assert trainer is not None
+        if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError(
+                "trainer.limit_train_batches: expected 1.0 (the data has no end, trainer.max_steps ends a run), "
+                f"got {trainer.limit_train_batches}"
+            )
         mixture = Mixture(self.training_sources(), self.seed)
         if self._counts not in ([], mixture.counts):
             raise ValueError(

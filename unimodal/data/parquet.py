@@ -69,7 +69,7 @@ class ParquetSource(RecordSource):
                 reason = " ".join(str(error).split())[:200]
                 name = f"{group.path}: row group {group.number}"
                 raise BrokenDocument(name, f"expected the rows that were there at the start, got {reason}") from None
-            while len(self._held) > WINDOW:
+            while len(self._held) > 2 * WINDOW:  # lanes do not cross from one window to the next together
                 self._held.popitem(last=False)
         self._held.move_to_end(number)
         return self._held[number]

@@ -149,7 +149,7 @@ class DocumentRules:
 
     def _transformed(self, image: Image.Image, seed: int) -> Image.Image:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU alone: the run's draws on a device go on
             for transform in self.transforms:
                 image = transform(image)
         if not isinstance(image, Image.Image):

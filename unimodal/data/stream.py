@@ -5,6 +5,7 @@ what one micro-batch of every optimizer step is cut from; of L lanes, lane l rea
 a step holds depends on L = ranks x accumulation alone, and a rank reads its own documents only.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -24,6 +25,8 @@ from unimodal.data.broken import BrokenItems
 from unimodal.data.order import mixed_order
 from unimodal.data.source import BrokenDocument, Source
 from unimodal.packing import Lanes, PackedSequence, SequencedDocument, Sequencer, pack
+
+_log = logging.getLogger(__name__)
 
 CHUNK = 8  # documents that a worker is asked for at a time
 
@@ -303,14 +306,17 @@ def validation_packs(sources: Sequence[Source], packing: Packing, seed: int, lim
     packs = []
     for s, source in enumerate(sources):
         held: list[SequencedDocument] = []
+        left_out: list[str] = []
         for index in range(min(limit, len(source))):
             key = (seed, s, index)
             try:
                 read = source.document(index, np.random.default_rng(key))
-            except BrokenDocument:
+            except BrokenDocument as error:
+                left_out.append(str(error))
                 continue
             document = packing.sequencer.document(read, key, train=False)
             if document.length > packing.sequencer.rules.context_length:
+                left_out.append(f"document {index}: {document.length} tokens")
                 continue
             if held and sum(d.length for d in held) + document.length > packing.tokens:
                 packs.append(pack(held, packing.experts, packing.reads))
@@ -318,4 +324,8 @@ def validation_packs(sources: Sequence[Source], packing: Packing, seed: int, lim
             held.append(document)
         if held:
             packs.append(pack(held, packing.experts, packing.reads))
+        if left_out:
+            _log.warning(
+                "data: %s: %d held-out documents left out, such as %s", source.kind, len(left_out), left_out[0]
+            )
     return packs

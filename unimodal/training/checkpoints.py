@@ -180,8 +180,8 @@ class Checkpoints(Checkpoint):
         self._best = value
         if trainer.is_global_zero:
             record = {"monitor": self.monitor, "value": value, "step": trainer.global_step}
+            self._link("best.ckpt")  # first: a value without its checkpoint would keep what is better out
             write_atomically(self._folder / "best.json", (json.dumps(record) + "\n").encode())
-            self._link("best.ckpt")
             self._prune()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
