@@ -210,7 +210,7 @@ def test_a_card_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"path: expected files of .* alone, got its README.md"):
         HuggingFaceSource(str(tmp_path))
-    card.write_text("---\nlicense: mit\n---\nsee https://example.org, data_files")
+    card.write_text("---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\nhome: https://x\n---\nsee https://x")
     assert HuggingFaceSource(str(tmp_path)).document(0, RNG).text == "mine"
 
 

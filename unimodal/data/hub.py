@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 from jaxtyping import Int
 from torch.utils.data._utils import worker
 
@@ -149,9 +149,18 @@ def _refuse_links(folder: Path) -> None:
         path = folder / name
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         front = (
-            text.split("---")[1] if name == "README.md" and text.startswith("---") else text if "yaml" in name else ""
+            text.split("---")[1]
+            if name == "README.md" and text.startswith("---")
+            else ""
+            if name == "README.md"
+            else text
         )
-        if re.search(r"data_(files|dir)\b[^#]*?://", front, flags=re.DOTALL):
+        try:
+            card = yaml.safe_load(front)
+        except yaml.YAMLError as error:
+            raise ValueError(f"path: expected a data set, got {path}, whose settings are no YAML") from error
+        configs = card.get("configs") if isinstance(card, dict) else None
+        if "://" in str(configs):
             raise ValueError(f"path: expected files of {folder} alone, got its {name}, whose data_files name others")
 
 
