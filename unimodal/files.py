@@ -67,8 +67,8 @@ def sync_folder(path: Path) -> None:
 
 
 def warn(message: str) -> None:
-    """One line about a checkpoint to the terminal, at once."""
-    print(f"WARNING: checkpoint: {message}", file=sys.stderr, flush=True)
+    """One line to the terminal, at once: something went wrong, and the run goes on."""
+    print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
 def file_sha256(path: Path) -> str:

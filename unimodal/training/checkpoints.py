@@ -64,7 +64,7 @@ def newest_intact(folder: Path, look: bool = True) -> Path | None:
         problem = damage(path) if look else None
         if problem is None:
             return path
-        warn(f"{path.resolve()} is damaged and passed over ({problem})")
+        warn(f"checkpoint: {path.resolve()} is damaged and passed over ({problem})")
     if paths:
         raise ValueError(f"ckpt_path: expected an undamaged checkpoint in {folder}, got {len(paths)} damaged ones")
     return None
@@ -94,7 +94,7 @@ class CheckpointFiles(TorchCheckpointIO):
         except OSError as error:
             # Raised on one rank, it would leave the others waiting.
             self.written = False
-            warn(f"{path} could not be written ({error}); training goes on, earlier ones are kept")
+            warn(f"checkpoint: {path} could not be written ({error}); training goes on, earlier ones are kept")
         else:
             self.written = True
 

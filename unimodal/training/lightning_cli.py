@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import socket
-import sys
 import warnings
 from contextlib import nullcontext
 from io import TextIOWrapper
@@ -23,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from unimodal.backbone import deferred
 from unimodal.export import check_weights, one_line, read_checkpoint
+from unimodal.files import warn
 from unimodal.training.checkpoints import Checkpoints, RandomStates, damage, newest_intact
 from unimodal.training.logs import Board, Table
 from unimodal.training.nonfinite import NonFinite
@@ -250,7 +250,7 @@ def _lock(root: Path) -> TextIOWrapper | None:
             f"trainer.default_root_dir: expected a folder that no other run writes to, got {root}, held by {owner}"
         ) from None
     except OSError as error:
-        print(f"WARNING: run folder: {root} cannot be held for this run alone ({error})", file=sys.stderr, flush=True)
+        warn(f"run folder: {root} cannot be held for this run alone ({error})")
         return None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

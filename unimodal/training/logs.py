@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from unimodal.files import write_atomically
+from unimodal.files import warn, write_atomically
 
 
 @contextmanager
@@ -30,7 +29,7 @@ def spared(what: str, loss: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        print(f"WARNING: {what} could not be written ({error}); training goes on, {loss}", file=sys.stderr, flush=True)
+        warn(f"{what} could not be written ({error}); training goes on, {loss}")
 
 
 class _Rows(ExperimentWriter):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchvision.utils import save_image
 
+from unimodal.files import warn
 from unimodal.packing import PackedSequence
 from unimodal.training.ema import EMA
 from unimodal.training.run import StopOnSignal
@@ -83,8 +83,8 @@ class NonFinite(Callback):
         if trainer.is_global_zero or not all(map(_is_finite, losses)):
             found = next((n for n, p in module.named_parameters() if p.grad is not None and not _whole(p.grad)), None)
             what = f"losses {', '.join(f'{loss:.4g}' for loss in losses)}" + (f", gradient of {found}" if found else "")
-            _warn(
-                f"step {step} is skipped, something in it is not finite (rank {trainer.global_rank}: {what}); "
+            warn(
+                f"nonfinite: step {step} is skipped, something in it is not finite (rank {trainer.global_rank}: {what}); "
                 f"{self.skipped} so far, {self.in_a_row} in a row"
             )
         if self.in_a_row >= self.max_skipped:
@@ -212,7 +212,3 @@ def _tensors(batch: Any) -> dict[str, Tensor]:
     if batch.stored is not None:
         found["stored"] = batch.stored.values
     return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
-
-
-def _warn(message: str) -> None:
-    print(f"WARNING: nonfinite: {message}", file=sys.stderr, flush=True)

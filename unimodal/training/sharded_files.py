@@ -116,7 +116,7 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> bool:
         problem, _ = _together((lambda: finish(sums)) if rank == 0 else lambda: None)
     if problem is not None and rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        warn(f"{folder} could not be written ({problem}); training goes on, earlier ones are kept")
+        warn(f"checkpoint: {folder} could not be written ({problem}); training goes on, earlier ones are kept")
     return problem is None
 
 
