@@ -159,11 +159,11 @@ def build_data(config: Mapping[str, Any]) -> DocumentData:
         raise ValueError(f"--data: {one_line(str(error))}") from error
 
 
-def split_sources(module: DocumentData, split: Split) -> list[tuple[Source, float]]:
-    """Sources of a split that are read at all, with their shares."""
+def split_sources(module: DocumentData, split: Split) -> list[tuple[Source, float | None]]:
+    """Sources of a split that are read at all, with their weights."""
     if split == "val":
         return [(source, 1.0) for source in module.validation_sources()]
-    return [(one.source, one.weight) for one in module.training_sources() if one.weight > 0]
+    return [(one.source, one.weight) for one in module.training_sources() if one.used]
 
 
 def make_plan(

@@ -111,6 +111,42 @@ def test_every_document_once_an_epoch_when_weights_are_lengths(epoch: int) -> No
     assert sorted(slot for *_, slot in found) == list(range(37))
 
 
+def test_without_weights_an_epoch_is_every_document_once() -> None:
+    mixture = Mixture([Weighted(Numbered("a", 7)), Weighted(Numbered("b", 30)), Weighted(Numbered("c", 9), 0.0)], seed=1)
+    assert mixture.counts == [7, 30]
+    for epoch in (0, 1, 5):
+        found = order(mixture, epoch)
+        assert sorted((s, i) for s, i, _ in found) == [(0, i) for i in range(7)] + [(1, i) for i in range(30)]
+        assert [s for s, *_ in found] != sorted(s for s, *_ in found)  # sources are mixed
+
+
+def test_weights_of_some_sources_only_are_refused() -> None:
+    sources = [Weighted(Numbered("a", 7)), Weighted(Numbered("b", 5), 2.0), Weighted(Numbered("c", 5), 0.0)]
+    with pytest.raises(ValueError, match="data: expected a weight for every source or for none, got one for b and none for a"):
+        Mixture(sources, 1)
+    with pytest.raises(ValueError, match="data: expected documents of source a, got none"):
+        Mixture([Weighted(Numbered("a", 0)), *sources[:1]], 1)
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="data: expected a weight of at least 0 for a, got"):
+            Weighted(Numbered("a", 7), weight)
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.floats(0.05, 20)), min_size=1, max_size=4), st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_with_weights_no_document_is_given_twice_more_than_another(given_: list[tuple[int, float]], epochs: int) -> None:
+    """What an epoch is with weights: so many documents as there are, each source's share of them, rounds that go on."""
+    mixture = Mixture([Weighted(Numbered(f"s{i}", n), weight) for i, (n, weight) in enumerate(given_)], seed=2)
+    size, total = sum(n for n, _ in given_), sum(weight for _, weight in given_)
+    assert mixture.counts == [max(1, round(size * weight / total)) for _, weight in given_]
+    assert abs(len(mixture) - size) <= len(given_)
+    places = [mixture.place(number) for number in range(epochs * len(mixture))]
+    for s, (n, _) in enumerate(given_):
+        of_source = [place for place in places if place.source == s]
+        assert Counter(place.epoch for place in of_source) == dict.fromkeys(range(epochs), mixture.counts[s])
+        times = Counter(place.document for place in of_source)
+        assert {times[i] for i in range(n)} <= {len(of_source) // n, -(-len(of_source) // n)}
+
+
 def test_shares_are_those_of_the_weights() -> None:
     mixture = Mixture(
         [Weighted(Numbered("a", 10), 3.0), Weighted(Numbered("b", 50), 1.0), Weighted(Numbered("c", 9), 0.0)], 1
@@ -365,6 +401,32 @@ def test_no_document_is_lost_or_doubled_by_other_ranks(
     rest = {n for lane in position for n in (*lane[1:], *range(lane[0], 500, len(position)))}
     assert rest.isdisjoint(seen)
     assert rest | set(seen) == set(range(500))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    steps=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3)), min_size=2, max_size=4),
+)
+@settings(max_examples=12, deadline=None)
+def test_without_weights_every_document_comes_once_an_epoch_on_any_lanes(
+    make: Make, lengths: list[int], steps: list[tuple[int, int, int]]
+) -> None:
+    """Of every epoch that is over, each document of each source was in one pack, wherever the run was stopped and resumed."""
+    model = make("flow", context_length=64, drop_text=0.0)
+    sources = [Weighted(Numbered("abc"[s], n)) for s, n in enumerate(lengths)]
+    mixture, position, seen = Mixture(sources, 3), (), Counter[tuple[int, str]]()
+    for ranks, accumulate, count in steps:
+        every = [stream(model, *sources, position=position, rank=r, ranks=ranks, accumulate=accumulate, waiting=3)
+                 for r in range(ranks)]  # fmt: skip
+        packs = [take(one, count * accumulate) for one in every]
+        for p in (p for of_rank in packs for p in of_rank):
+            seen.update((n // len(mixture), text) for n, text in zip(p.numbers, texts(model, p), strict=True))
+        position = tuple(lane for lanes in zip(*(of_rank[-1].position for of_rank in packs), strict=True) for lane in lanes)
+    over = min(n for lane in position for n in lane) // len(mixture)  # no number before it is to come
+    everything = sorted(f"{'abc'[s]} {i}" for s, n in enumerate(lengths) for i in range(n))
+    for epoch in range(over):
+        assert sorted(text for e, text in seen.elements() if e == epoch) == everything
+    assert set(seen.values()) == {1}
 
 
 def test_dealing_gives_the_oldest_first() -> None:

@@ -162,7 +162,7 @@ def read_recipe(configs: Sequence[Path]) -> Recipe:
 @dataclass(frozen=True)
 class _Named:
     source: Source
-    weight: float = 1.0
+    weight: float | None = None
 
 
 def examine(

@@ -20,18 +20,19 @@ class Entry:
 
     Args:
         source: of documents.
-        weight: its share of the documents of an epoch, beside the other weights; 0 leaves it out.
+        weight: its share of the documents of an epoch, beside the other weights; 0 leaves it out. None, for all sources of
+            a mixture: each document of every source once an epoch.
     """
 
     source: Source
-    weight: float = 1.0
+    weight: float | None = None
 
 
 class MixtureData(DocumentData):
     """Documents of any sources, mixed by weight. Losses and scores are reported by the sources' names.
 
-    An epoch has as many documents as the sources together. A source gives all of its documents before any comes again,
-    whatever its weight; with weights in proportion to lengths every document comes once an epoch.
+    Without weights every document of every source comes once an epoch. With weights an epoch has as many documents as the
+    sources together, of each its share; a source gives all of its documents before any comes again, from epoch to epoch too.
 
     Args:
         batch_tokens: most tokens of one packed sequence, which is one micro-batch on one device.
@@ -66,7 +67,7 @@ class MixtureData(DocumentData):
         for name, entry in sources.items():
             kept = np.ones(len(entry.source), dtype=bool) if validation else ~held_out(name, entry, validation_share)
             self._training.append(Weighted(Slice(name, entry.source, kept), entry.weight))
-            if not validation and entry.weight > 0:
+            if not validation and self._training[-1].used:
                 self._held_out.append(Slice(name, entry.source, ~kept))
         for name, entry in (validation or {}).items():
             self._held_out.append(Slice(name, entry.source, np.ones(len(entry.source), dtype=bool)))

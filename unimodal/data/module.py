@@ -67,7 +67,7 @@ class DocumentData(LightningDataModule):
     def corpus(self) -> Iterable[str]:
         """Texts that the text tokenizer is trained on."""
         for weighted in self.training_sources():
-            if weighted.weight > 0:
+            if weighted.used:
                 yield from weighted.source.corpus()
 
     def prompts(self) -> list[Document]:
@@ -276,7 +276,7 @@ class ShapesData(DocumentData):
 
     def validation_sources(self) -> list[Source]:
         """The kinds that are trained, on scenes with held-out pairs."""
-        return [self._source(w.source.kind, "test") for w in self.training_sources() if w.weight > 0]  # type: ignore[arg-type]
+        return [self._source(w.source.kind, "test") for w in self.training_sources() if w.used]  # type: ignore[arg-type]
 
     def _source(self, kind: ShapesKind, split: Split) -> ShapesSource:
         return ShapesSource(kind, split, self.size, self.documents)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -33,14 +34,19 @@ CHUNK = 8  # documents that a worker is asked for at a time
 
 @dataclass(frozen=True)
 class Weighted:
-    """A source and its share of the documents of an epoch."""
+    """A source and its share of the documents of an epoch; None: each of its documents once. 0 leaves it out."""
 
     source: Source
-    weight: float
+    weight: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
+        if self.weight is not None and not 0 <= self.weight < inf:
             raise ValueError(f"data: expected a weight of at least 0 for {self.source.kind}, got {self.weight}")
+
+    @property
+    def used(self) -> bool:
+        """Whether it is read at all."""
+        return self.weight != 0
 
 
 @dataclass(frozen=True)
@@ -74,21 +80,23 @@ class Place(NamedTuple):
 class Mixture:
     """Documents of several sources, in an order that is a function of (seed, epoch).
 
-    Every source gives its share of `len(self)` documents, all of its own before any comes twice, also from epoch to epoch.
+    Without weights an epoch is every document of every source, once. With weights it has as many documents, of each source
+    its share, rounded and at least one; a source goes on in the next epoch where it stopped, so that after any number of
+    epochs each of its documents was given equally often, or once more than another.
+
+    Raises:
+        ValueError: no source with a weight above 0, one without documents, or weights of some sources only.
     """
 
     def __init__(self, sources: Sequence[Weighted], seed: int) -> None:
-        self.sources = [s for s in sources if s.weight > 0]
+        self.sources = [s for s in sources if s.used]
         for weighted in self.sources:
             if not len(weighted.source):
-                raise ValueError(f"data: source {weighted.source.kind} has weight {weighted.weight} and no document")
+                raise ValueError(f"data: expected documents of source {weighted.source.kind}, got none")
         if not self.sources:
             raise ValueError("data: expected at least one source with a weight above 0, got none")
         self.seed = seed
-        # One epoch has as many documents as the sources together; with weights in proportion to lengths, each comes once.
-        total = sum(s.weight for s in self.sources)
-        size = sum(len(s.source) for s in self.sources)
-        self.counts = [max(1, round(size * s.weight / total)) for s in self.sources]
+        self.counts = _counts(self.sources)
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -103,6 +111,17 @@ class Mixture:
             self._orders[epoch] = mixed_order([s.source for s in self.sources], self.counts, self.seed, epoch)
         sources, indices = self._orders[epoch]
         return Place(number, epoch, int(sources[at]), int(indices[at]), at)
+
+
+def _counts(sources: Sequence[Weighted]) -> list[int]:
+    """Documents of each source in an epoch."""
+    lengths, weights = [len(s.source) for s in sources], [s.weight for s in sources if s.weight is not None]
+    if not weights:
+        return lengths
+    if len(weights) < len(sources):
+        bare, given = (next(s.source.kind for s in sources if (s.weight is None) == none) for none in (True, False))
+        raise ValueError(f"data: expected a weight for every source or for none, got one for {given} and none for {bare}")
+    return [max(1, round(sum(lengths) * weight / sum(weights))) for weight in weights]
 
 
 def deal(lanes: Lanes, count: int) -> Lanes:

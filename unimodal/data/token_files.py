@@ -41,7 +41,7 @@ class SourceRecord:
     """A source as it was when its documents were written."""
 
     kind: str
-    weight: float
+    weight: float | None
     documents: int
 
 
