@@ -126,6 +126,21 @@ def caption_rows(count: int = 8) -> list[dict[str, object]]:
     return [{"image": {"bytes": png(n), "path": None}, "caption": f"shade {n}"} for n in range(count)]
 
 
+def image_folder(folder: Path, form: str = "jsonl", other: Mapping[int, bytes | None] | None = None) -> Path:
+    """Images below a `metadata.jsonl` or `.csv`, as `datasets` has them; `other` bytes in the place of some, or no file."""
+    (folder / "sub").mkdir(parents=True, exist_ok=True)
+    rows = [{"file_name": f"sub/{n}.png", "text": f"shade {n}"} for n in range(6)]
+    for n in range(6):
+        if (data := (other or {}).get(n, png(n))) is not None:
+            (folder / "sub" / f"{n}.png").write_bytes(data)
+    if form == "jsonl":
+        write_jsonl(folder / "metadata.jsonl", rows)
+    else:
+        lines = ["file_name,text", *(f"{row['file_name']},{row['text']}" for row in rows)]
+        (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 def shade(image: Image.Image) -> int:
     """Which picture it is."""
     return int(np.asarray(image)[0, 0, 0])

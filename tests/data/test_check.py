@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_formats import img2dataset, mmc4_jsonl, obelics_tar, png, write_jsonl, write_tar
+from data_formats import image_folder, img2dataset, mmc4_jsonl, obelics_tar, png, write_jsonl, write_tar
 from PIL import Image
 
 from unimodal.attention.visibility import dense_mask
 from unimodal.cli import main
-from unimodal.data import FolderSource, JsonlSource, TarSource
+from unimodal.data import FolderSource, HuggingFaceSource, JsonlSource, TarSource
 from unimodal.data.check import Bar, examine, histograms, octaves, open_path, read_recipe, report
 from unimodal.data.check_page import COLOURS, mask_image
 from unimodal.packing import pack
@@ -39,6 +39,11 @@ def test_a_path_is_opened_by_what_is_there(tmp_path: Path) -> None:
     folder = open_path(str(tmp_path / "d"))
     assert isinstance(folder, FolderSource)
     assert len(folder) == 3  # nothing is held out
+    for form in ("jsonl", "csv"):
+        assert isinstance(open_path(str(image_folder(tmp_path / form, form))), HuggingFaceSource)
+        assert isinstance(open_path(str(image_folder(tmp_path / "split" / form / "train", form).parent)), HuggingFaceSource)
+    write_jsonl(tmp_path / "d" / "metadata.jsonl", [{"image": f"{n}.png", "caption": "a"} for n in range(3)])
+    assert isinstance(open_path(str(tmp_path / "d")), FolderSource)  # names no images in that layout
 
 
 def test_counts_and_names(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_formats import caption_rows, img2dataset, parquet_rows, shade
+from data_formats import caption_rows, image_folder, img2dataset, parquet_rows, png, shade, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
@@ -310,6 +310,65 @@ def test_a_broken_image_of_a_row_does_not_stop_the_reading(tmp_path: Path) -> No
     with pytest.raises(BrokenDocument, match=r"train: row 2: image: expected an image, got a file of another kind"):
         source.document(2, RNG)
     assert said(source, [0, 1, 3]) == [0, 1, 3]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_images_beside_a_metadata_file_are_read_undecoded_and_unfetched(
+    form: str, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def never(*args: object) -> None:
+        raise AssertionError(args)
+
+    monkeypatch.setattr(datasets.Image, "decode_example", never)
+    monkeypatch.setattr("socket.socket.connect", never)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    folder = image_folder(tmp_path / "real", form, {3: b"no image", 4: b""})
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for path in (str(folder), "real", "link"):
+        source = HuggingFaceSource(path, streaming=streaming, documents=6 if streaming else None)
+        assert (len(source), source.kind) == (6, "text_to_image")
+        assert said(source, [5, 0, 2, 1]) == [5, 0, 2, 1]
+        assert said(pickle.loads(pickle.dumps(source)), [1]) == [1]
+        for index, reason in ((3, "expected an image, got a file of another kind"), (4, "got an empty file")):
+            with pytest.raises(BrokenDocument, match=rf"train: row {index}: sub/{index}.png: .*{reason}"):
+                source.document(index, RNG)
+    (folder / "sub" / "0.png").unlink()
+    with pytest.raises(BrokenDocument, match=r"train: row 0: .*No such file"):
+        source.document(0, RNG)
+
+
+def test_a_script_of_the_data_sets_name_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    folder = image_folder(tmp_path / "json")  # the name of a format of `datasets` too
+    (folder / "other.py").write_text("raise SystemExit('run')")
+    assert said(HuggingFaceSource("json"), [2]) == [2]
+    (folder / "json.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ValueError, match="path: expected a data set .*json: Dataset scripts are no longer supported"):
+        HuggingFaceSource(str(folder))
+
+
+@pytest.mark.parametrize("outside", ["../outside.png", "/etc/hostname", "http://127.0.0.1:9/x.png"])
+def test_a_metadata_file_reaches_no_file_outside_its_folder(outside: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    folder = image_folder(tmp_path / "real", "jsonl")
+    (folder.parent / "outside.png").write_bytes(png(1))
+    write_jsonl(folder / "metadata.jsonl", [{"file_name": "sub/0.png", "text": "a"}, {"file_name": outside, "text": "b"}])
+    with pytest.raises(ValueError, match="path: expected a data set with the split train, got .*real: Invalid metadata"):
+        HuggingFaceSource(str(folder))
+
+
+def test_a_link_out_of_a_folder_of_images_is_not_followed(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    folder = image_folder(tmp_path / "real", "jsonl", {2: None})
+    (tmp_path / "outside.png").write_bytes(png(2))
+    (folder / "sub" / "2.png").symlink_to(tmp_path / "outside.png")
+    with pytest.raises(BrokenDocument, match="row 2: .*expected a file inside the folder"):
+        HuggingFaceSource(str(folder)).document(2, RNG)
 
 
 def test_an_unreadable_source_is_refused_where_it_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tqdm import tqdm
 
 from unimodal.data.folder import FolderSource
-from unimodal.data.hub import HuggingFaceSource
+from unimodal.data.hub import HuggingFaceSource, is_image_folder
 from unimodal.data.jsonl import JsonlSource
 from unimodal.data.parquet import ParquetSource
 from unimodal.data.records import spread
@@ -103,7 +103,7 @@ def open_path(path: str) -> Source:
             known = ", ".join(_SUFFIXES)
             raise ValueError(f"PATH: expected a folder, or files {known}, got {path}")
         return kind(path)
-    if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+    if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")) or is_image_folder(folder):
         return HuggingFaceSource(path)
     for suffix in (".tar", ".parquet"):
         if any(folder.rglob(f"*{suffix}")):

@@ -11,7 +11,7 @@ import yaml
 from jaxtyping import Int
 from torch.utils.data._utils import worker
 
-from unimodal.data.records import DocumentRules, FilesOf, Layout, Record, RecordSource, no_files
+from unimodal.data.records import DocumentRules, FilesOf, Layout, RawImage, Record, RecordSource, no_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 STREAM_WINDOW = 1024
 """Rows of a stream that are shuffled together, and held in memory."""
 HUB = "hub:"
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Files that name the images beside them."""
 
 
 class HuggingFaceSource(RecordSource):
     """Rows of a data set of Hugging Face's `datasets`.
 
     Args:
-        path: a folder (of `save_to_disk`, or of data files), or `hub:OWNER/NAME`, which is downloaded: nothing else is.
+        path: a folder (of `save_to_disk`, of data files, or of images beside a `metadata.jsonl` or `.csv` with `file_name`),
+            or `hub:OWNER/NAME`, which is downloaded: nothing else is.
         split: of the data set.
         layout: what a row means; None: read from the first.
         name: configuration of the data set.
@@ -54,7 +57,7 @@ class HuggingFaceSource(RecordSource):
         self.path, self.split, self.documents = path, split, documents
         self._rows = _load(path, split, name, revision, streaming)
         self._stream = _Forward(self._rows) if streaming else None
-        self._file = no_files if path.startswith(HUB) else FilesOf(Path(path))
+        self._file = no_files if path.startswith(HUB) else _Below(Path(path))
         # One shard: rows are on disk in memory maps, or come in a stream.
         super().__init__([documents if documents is not None else len(self._rows)], layout, rules)
 
@@ -82,6 +85,27 @@ class HuggingFaceSource(RecordSource):
             super()._check_index(index)
         elif index < 0:
             raise IndexError(f"index: expected at least 0, got {index}")
+
+
+def is_image_folder(folder: Path) -> bool:
+    """Whether there is a file that names images in the layout of `datasets`, in the folder or one below it."""
+    for name in METADATA:
+        for path in (folder / name, *sorted(folder.glob(f"*/{name}"))):
+            if path.is_file():
+                with path.open("rb") as file:
+                    return b"file_name" in file.readline(1 << 16)
+    return False
+
+
+class _Below(FilesOf):
+    """Files of a folder, under the whole paths too that `datasets` makes of the names in a `metadata.jsonl`."""
+
+    def __call__(self, name: str) -> RawImage:
+        """The file; ValueError where the name leaves the folder."""
+        for folder in (self.folder.absolute(), self.folder.resolve()):
+            if Path(name).is_relative_to(folder):
+                return super().__call__(str(Path(name).relative_to(folder)))
+        return super().__call__(name)
 
 
 class _Forward:
@@ -184,9 +208,9 @@ def _load(path: str, split: str, name: str | None, revision: str | None, streami
                 rows = rows[split]
             rows = rows.to_iterable_dataset() if streaming else rows
         else:
-            place = path.removeprefix(HUB)
+            place = path.removeprefix(HUB) if remote else str(Path(path).absolute())  # a bare "json" is a format to it
             rows = datasets.load_dataset(place, name, split=split, revision=revision, streaming=streaming)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]  # the cause says what a file lacks
         raise ValueError(f"path: expected a data set with the split {split}, got {path}: {reason}") from None
     return rows.with_format("arrow")  # as stored: what cannot be decoded must not stop the reading of a row
