@@ -215,13 +215,16 @@ def check_data(args: argparse.Namespace) -> int:
         corpus = (text for source in sources.values() for text in source.corpus())
         model.text = TextTokenizer.train(corpus, model.backbone.config.vocabulary)
     limit = None if model is None else model.sequence.context_length
-    found = [examine(name, source, model, args.sample, args.documents) for name, source in sources.items()]
-    for one in found:
-        print(report(one, limit))
-    with _folder(args.out) as out:
-        write_page(out / "index.html", found, model)
-        broken = [f"{name}: {reason}\n" for one in found for name, reason in one.broken.items()]
-        (out / "broken.txt").write_text("".join(broken), encoding="utf-8", errors="backslashreplace")
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as broken:
+        found = [
+            examine(name, source, model, args.sample, args.documents, broken=broken) for name, source in sources.items()
+        ]
+        for one in found:
+            print(report(one, limit))
+        broken.seek(0)
+        with _folder(args.out) as out, (out / "broken.txt").open("w", encoding="utf-8") as file:
+            write_page(out / "index.html", found, model)
+            shutil.copyfileobj(broken, file)
     print(f"{args.out / 'index.html'}")
     return 0
 

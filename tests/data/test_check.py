@@ -1,5 +1,8 @@
 """`unimodal data check`: what it counts, what it draws, and what it refuses."""
 
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +14,24 @@ from PIL import Image
 from unimodal.attention.visibility import dense_mask
 from unimodal.cli import main
 from unimodal.data import FolderSource, HuggingFaceSource, JsonlSource, TarSource
-from unimodal.data.check import Bar, examine, histograms, octaves, open_path, read_recipe, report
+from unimodal.data.check import KEPT, Bar, Octaves, examine, histograms, open_path, read_recipe, report
 from unimodal.data.check_page import COLOURS, mask_image
-from unimodal.packing import pack
+from unimodal.data.source import BrokenDocument
+from unimodal.documents import Document, Part
+from unimodal.packing import SequencedDocument, pack
 from unimodal.text import TextTokenizer
 from unimodal_generators.base import TokenKind
 
 CONFIGS = Path(__file__).parents[2] / "lightning_configs"
 FLOW = CONFIGS / "models" / "digits_mot_flow.yaml"
+
+
+RNG = np.random.default_rng(0)
+
+
+def whole_kinds(documents: list[SequencedDocument]) -> np.ndarray:
+    """Of every token."""
+    return np.concatenate([np.full(s.length, int(s.kind)) for document in documents for s in document.segments])
 
 
 def damaged(folder: Path) -> Path:
@@ -51,7 +64,9 @@ def test_counts_and_names(tmp_path: Path) -> None:
     assert (found.total, found.read, found.skipped) == (8, 8, 2)
     assert sorted(name.rpartition("/")[2] for name in found.broken) == ["bad.tar: 0", "bad.tar: 1"]
     assert found.parts == {"texts given": 6, "images learned": 6}
-    assert found.sides == [(8, 8)] * 6
+    assert found.sides.bars == [Bar("8-15", 6)]
+    assert found.shapes == {"square": 6}
+    assert found.named == 2
     assert len(found.drawn) == 3
     shown = report(found, None)
     assert "pairs: 8 documents (TarSource, Pairs), 8 read, 2 broken" in shown
@@ -60,10 +75,45 @@ def test_counts_and_names(tmp_path: Path) -> None:
 
 
 def test_histograms_hold_every_value_once() -> None:
-    assert octaves([0, 1, 1, 2, 3, 4, 9]) == [Bar("0", 1), Bar("1", 2), Bar("2-3", 2), Bar("4-7", 1), Bar("8-15", 1)]
-    assert octaves([]) == []
+    bars = [Bar("0", 1), Bar("1", 2), Bar("2-3", 2), Bar("4-7", 1), Bar("8-15", 1)]
+    assert Octaves([0, 1, 1, 2, 3, 4, 9]).bars == bars
+    assert Octaves().bars == []
     values = np.random.default_rng(0).integers(0, 10**7, 500).tolist()
-    assert sum(bar.count for bar in octaves(values)) == 500
+    assert sum(bar.count for bar in Octaves(values).bars) == 500
+
+
+class Lines:
+    """Many documents, each of which is made when it is asked for; every third is broken."""
+
+    kind = "lines"
+
+    def __len__(self) -> int:
+        return 60_000
+
+    def document(self, index: int, rng: np.random.Generator) -> Document:
+        if index % 3 == 0:
+            raise BrokenDocument(f"pair {index // 6}", f"expected another, got {index}")
+        return Document((Part(f"text {index}"),), self.kind)
+
+    def corpus(self) -> Iterable[str]:
+        yield "text"
+
+
+def test_a_document_that_was_read_costs_no_memory(tmp_path: Path) -> None:
+    """Well below 200 bytes: of one that is broken, a hash of its name."""
+    examine("warm", Lines(), None, 100, drawn=3)
+    with (tmp_path / "broken.txt").open("w") as file:
+        tracemalloc.start()
+        try:
+            found = examine("lines", Lines(), None, None, drawn=3, broken=file)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert (found.read, found.skipped, found.named, len(found.broken)) == (60_000, 20_000, 10_000, KEPT)
+    assert peak / 60_000 < 60
+    assert len((tmp_path / "broken.txt").read_text().splitlines()) == 10_000
+    assert f"and {10_000 - 20} more, in broken.txt" in report(found, None)
+    assert [bar.count for bar in histograms(found)["characters of a document"]] == [66, 39_934]  # up to seven, and more
 
 
 @pytest.mark.parametrize(
@@ -78,8 +128,13 @@ def test_tokens_and_mask_are_those_the_recipe_packs(recipe: str, tmp_path: Path)
     (drawn,) = found.drawn
     assert drawn.sequenced is not None
     packed = pack([drawn.sequenced], model.backbone.config.experts, model.generator.reads)
-    assert found.lengths[0] == len(packed) == drawn.sequenced.length
-    assert found.targets[0] == packed.counts["text"] + packed.counts["image"]
+    assert len(packed) == drawn.sequenced.length
+    each = [model.sequencer.document(source.document(i, RNG), (0, 0, i)) for i in range(len(source))]
+    whole = pack(each, model.backbone.config.experts, model.generator.reads)
+    assert found.tokens == Counter({kind: n for kind in TokenKind if (n := int((whole_kinds(each) == kind).sum()))})
+    assert found.tokens.total() == len(whole)
+    assert found.targets == whole.counts["text"] + whole.counts["image"]
+    assert found.lengths.bars == Octaves(document.length for document in each).bars
     assert "tokens of a document" in histograms(found)
     picture = mask_image(drawn.sequenced, model.backbone.config.experts, model.generator.reads)
     frame = picture.shape[0] - len(packed)

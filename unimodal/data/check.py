@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from unimodal.stored import StoredImage
 from unimodal.text import TextTokenizer
 from unimodal_generators.base import TokenKind
 
+KEPT = 100
+"""Broken items of a source that reports can name; all of them go to a file."""
 _SUFFIXES = {".tar": TarSource, ".parquet": ParquetSource, ".jsonl": JsonlSource, ".json": JsonlSource}
 _SHAPES = (("tall, over 2:1", 0.5), ("tall", 0.8), ("square", 1.25), ("wide", 2.0), ("wide, over 2:1", math.inf))
 
@@ -43,20 +45,51 @@ class Drawn:
     sequenced: SequencedDocument | None
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A bin of a histogram and its count."""
+
+    label: str
+    count: int
+
+
+class Octaves:
+    """A histogram whose bins double: 0, 1, 2-3, 4-7 ... It holds counts, however many values come."""
+
+    def __init__(self, values: Iterable[int] = ()) -> None:
+        self._bins: Counter[int] = Counter()
+        for value in values:
+            self.add(value)
+
+    def add(self, value: int) -> None:
+        """One value more."""
+        self._bins[int(value).bit_length()] += 1
+
+    @property
+    def bars(self) -> list[Bar]:
+        """From the first bin that is not empty to the last."""
+        if not self._bins:
+            return []
+        return [Bar(_octave(b), self._bins[b]) for b in range(min(self._bins), max(self._bins) + 1)]
+
+
 @dataclass
 class Findings:
-    """What reading a source came to.
+    """What reading a source came to: sums and histograms, nothing for each document.
 
     Attributes:
         name: of the source.
         form: its container, and its layout where it has one.
         total: documents.
-        broken: what is wrong, by name of the document or file; `skipped` documents were lost to it.
-        text: characters of each document's texts.
-        sides: of each image, (width, height) in pixels.
+        broken: what is wrong, by name of the document or file, the first `KEPT`; `skipped` documents were lost to all.
+        named: names that something is wrong with.
+        text: characters of documents' texts, where there are any.
+        sides: of images in pixels, the root of their area.
+        shapes: images by width over height.
         parts: kinds of part: texts and images, learned and given.
-        tokens: of each document, by kind of token; empty without a recipe.
-        targets: learned text tokens and image targets of each document.
+        lengths: tokens of documents.
+        tokens: by kind; empty without a recipe.
+        targets: learned text tokens and image targets.
         sizes: how many images the recipe brings to which (height, width).
         too_long: documents beyond the recipe's context length.
     """
@@ -67,27 +100,17 @@ class Findings:
     read: int = 0
     skipped: int = 0
     broken: dict[str, str] = field(default_factory=dict)
-    text: list[int] = field(default_factory=list)
-    sides: list[tuple[int, int]] = field(default_factory=list)
+    named: int = 0
+    text: Octaves = field(default_factory=Octaves)
+    sides: Octaves = field(default_factory=Octaves)
+    shapes: Counter[str] = field(default_factory=Counter)
     parts: Counter[str] = field(default_factory=Counter)
-    tokens: list[dict[TokenKind, int]] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
+    lengths: Octaves = field(default_factory=Octaves)
+    tokens: Counter[TokenKind] = field(default_factory=Counter)
+    targets: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     too_long: int = 0
     drawn: list[Drawn] = field(default_factory=list)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each document."""
-        return [sum(tokens.values()) for tokens in self.tokens]
-
-    @property
-    def shapes(self) -> dict[str, int]:
-        """Images by width over height."""
-        counts = dict.fromkeys((name for name, _ in _SHAPES), 0)
-        for width, height in self.sides:
-            counts[next(name for name, limit in _SHAPES if width / height <= limit)] += 1
-        return counts
 
 
 def open_path(path: str) -> Source:
@@ -166,8 +189,9 @@ class _Named:
 
 
 def examine(
-    name: str, source: Source, model: UnifiedModel | None, sample: int | None, drawn: int, seed: int = 0
-) -> Findings:
+    name: str, source: Source, model: UnifiedModel | None, sample: int | None, drawn: int, seed: int = 0,
+    broken: IO[str] | None = None,
+) -> Findings:  # fmt: skip
     """Read a source, all of it or a sample spread over it.
 
     Args:
@@ -177,15 +201,17 @@ def examine(
         sample: most documents that are read; None: all.
         drawn: documents that are kept to be drawn.
         seed: of the recipe's draws.
+        broken: where everything that is broken is written, a line a name.
     """
     layout = getattr(source, "layout", None)
     form = type(source).__name__ + ("" if layout is None else f", {type(layout).__name__}")
     found = Findings(name, form, len(source))
-    indices = spread(len(source), len(source) if sample is None else sample)
+    indices = np.arange(len(source)) if sample is None else spread(len(source), sample)
     shown = set(indices[np.arange(drawn) * len(indices) // drawn].tolist())
     due = 0  # a document that is broken is drawn by the one after it
+    seen: set[int] = set()  # hashes of names: these are many where everything is broken
     sequencer = None if model is None else model.sequencer
-    for index in tqdm(indices.tolist(), desc=name, unit="document", leave=False, disable=None):
+    for index in map(int, tqdm(indices, desc=name, unit="document", leave=False, disable=None)):
         key = (seed, 0, index)
         due += index in shown
         found.read += 1
@@ -193,7 +219,9 @@ def examine(
             document = source.document(index, np.random.default_rng(key))
         except BrokenDocument as error:
             found.skipped += 1
-            found.broken.setdefault(error.name, error.reason)
+            if hash(error.name) not in seen:
+                seen.add(hash(error.name))
+                _note(found, error, broken)
             continue
         _count(found, document)
         sequenced = None
@@ -206,12 +234,23 @@ def examine(
     return found
 
 
+def _note(found: Findings, error: BrokenDocument, broken: IO[str] | None) -> None:
+    found.named += 1
+    if len(found.broken) < KEPT:
+        found.broken[error.name] = error.reason
+    if broken is not None:
+        broken.write(f"{error}\n")
+
+
 def _count(found: Findings, document: Document) -> None:
-    found.text.append(len(document.text))
+    if document.text:
+        found.text.add(len(document.text))
     for part in document.parts:
         found.parts[f"{'texts' if part.is_text else 'images'} {'learned' if part.learn else 'given'}"] += 1
         if part.is_image:
-            found.sides.append(part.image.size)
+            width, height = part.image.size
+            found.sides.add(round(math.sqrt(width * height)))
+            found.shapes[next(name for name, limit in _SHAPES if width / height <= limit)] += 1
 
 
 def pixels(image: Pixels | StoredImage) -> Pixels:
@@ -221,30 +260,13 @@ def pixels(image: Pixels | StoredImage) -> Pixels:
 
 
 def _count_tokens(found: Findings, sequenced: SequencedDocument, context_length: int) -> None:
-    counts = dict.fromkeys(TokenKind, 0)
     for segment in sequenced.segments:
-        counts[segment.kind] += segment.length
-    found.tokens.append(counts)
+        found.tokens[segment.kind] += segment.length
+    found.lengths.add(sequenced.length)
     images = sum(s.block.n_targets for s in sequenced.segments if s.block is not None)
-    found.targets.append(sum(sum(s.targets) for s in sequenced.segments) + images)
+    found.targets += sum(sum(s.targets) for s in sequenced.segments) + images
     found.sizes.update(pixels(image).shape[:2] for image in sequenced.images)
     found.too_long += sequenced.length > context_length
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bin of a histogram and its count."""
-
-    label: str
-    count: int
-
-
-def octaves(values: Sequence[int]) -> list[Bar]:
-    """A histogram whose bins double: 0, 1, 2-3, 4-7 ...; from the first that is not empty to the last."""
-    bins = Counter(int(value).bit_length() for value in values)
-    if not bins:
-        return []
-    return [Bar(_octave(b), bins[b]) for b in range(min(bins), max(bins) + 1)]
 
 
 def _octave(bits: int) -> str:
@@ -259,12 +281,11 @@ def _short(n: int) -> str:
 
 def histograms(found: Findings) -> dict[str, list[Bar]]:
     """What is counted of a source, by title; without those that are empty."""
-    sides = [round(math.sqrt(width * height)) for width, height in found.sides]
     every = {
-        "characters of a document": octaves([n for n in found.text if n]),
-        "pixels of an image's side (root of its area)": octaves(sides),
-        "shapes of images": [Bar(name, count) for name, count in found.shapes.items()] if found.sides else [],
-        "tokens of a document": octaves(found.lengths),
+        "characters of a document": found.text.bars,
+        "pixels of an image's side (root of its area)": found.sides.bars,
+        "shapes of images": [Bar(name, found.shapes[name]) for name, _ in _SHAPES] if found.shapes else [],
+        "tokens of a document": found.lengths.bars,
     }
     return {title: bars for title, bars in every.items() if bars}
 
@@ -274,10 +295,9 @@ def report(found: Findings, context_length: int | None, most: int = 20) -> str:
     lines = [f"{found.name}: {found.total} documents ({found.form}), {found.read} read, {found.skipped} broken"]
     lines += [f"  {', '.join(f'{count} {what}' for what, count in sorted(found.parts.items()))}"] if found.parts else []
     if found.tokens:
-        total = sum(found.lengths)
-        kinds = {kind: sum(tokens[kind] for tokens in found.tokens) for kind in TokenKind}
-        shares = ", ".join(f"{kind.name.lower()} {n / total:.1%}" for kind, n in kinds.items() if n)
-        lines.append(f"  {total} tokens ({shares}), {sum(found.targets)} targets")
+        total = found.tokens.total()
+        shares = ", ".join(f"{k.name.lower()} {found.tokens[k] / total:.1%}" for k in TokenKind if found.tokens[k])
+        lines.append(f"  {total} tokens ({shares}), {found.targets} targets")
         lines.append("  " + ", ".join(f"{n} images at {h} x {w}" for (h, w), n in found.sizes.most_common(12)))
         if found.too_long:
             lines.append(
@@ -291,6 +311,6 @@ def report(found: Findings, context_length: int | None, most: int = 20) -> str:
                 f"    {bar.label:>{widest}} {'█' * math.ceil(30 * bar.count / max(largest, 1)):30} {bar.count}"
             )
     lines += [f"  broken: {name}: {reason}" for name, reason in list(found.broken.items())[:most]]
-    if len(found.broken) > most:
-        lines.append(f"  and {len(found.broken) - most} more, in broken.txt")
+    if found.named > most:
+        lines.append(f"  and {found.named - most} more, in broken.txt")
     return "\n".join(line for line in lines if line.strip())

@@ -177,9 +177,8 @@ def _thumbnail(image: Image.Image) -> Image.Image:
 
 def _kinds(found: Findings) -> list[tuple[str, str, int, float]]:
     """(name, colour, tokens, percent) of each kind there is."""
-    sums = {kind: sum(tokens[kind] for tokens in found.tokens) for kind in TokenKind}
-    total = sum(sums.values())
-    return [(NAMES[kind], _css(kind), n, 100 * n / total) for kind, n in sums.items() if n]
+    total = found.tokens.total()
+    return [(NAMES[kind], _css(kind), n, 100 * n / total) for kind in TokenKind if (n := found.tokens[kind])]
 
 
 def _bars(bars: Sequence[Bar]) -> Markup:
