@@ -434,9 +434,9 @@ def test_nothing_is_refused() -> None:
 def test_announced_and_moved(make: Callable[..., UnifiedModel]) -> None:
     model = make("flow")
     p = packed(model, lay(model, drawing()), lay(model, reading()))
-    told = p.announce({"text": 9, "image": 8}, ((1, 2),))
-    assert (told.step_counts, told.position) == ({"text": 9, "image": 8}, ((1, 2),))
-    assert (p.step_counts, p.position) == ({}, ())
+    told = p.announce({"text": 9, "image": 8}, ((1, 2),), ((3, 4),))
+    assert (told.step_counts, told.position, told.left_out) == ({"text": 9, "image": 8}, ((1, 2),), ((3, 4),))
+    assert (p.step_counts, p.position, p.left_out) == ({}, (), ())
     assert told.inverse is p.inverse
     moved = told.to("meta")
     tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)] + [*moved.images]
@@ -444,7 +444,7 @@ def test_announced_and_moved(make: Callable[..., UnifiedModel]) -> None:
     assert {v.device.type for v in tensors} == {"meta"}
     assert moved.table is told.table  # plans are made of it on the host
     rest = ("splits", "tokens", "learned_images", "learned_blocks", "context_images", "kind", "step_counts", "position",
-            "counts")  # fmt: skip
+            "left_out", "counts")  # fmt: skip
     assert all(getattr(moved, name) == getattr(told, name) for name in rest)
     same = told.to("cpu")
     assert torch.equal(same.positions, told.positions)

@@ -34,6 +34,8 @@ from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayo
 from unimodal_generators.masked_text import HIDDEN, MaskedText
 from unimodal_tokenizers.base import Grid, ImageTokens
 
+LOSSES = ("text", "image", "router")
+"""Whose targets are counted."""
 BUCKET = 64  # places of expert slices come in multiples of this
 Lanes = tuple[tuple[int, ...], ...]
 """Where lanes of the data stream stand: of each the next number to be read, and the earlier ones that are in no pack yet."""
@@ -347,6 +349,7 @@ class PackedSequence:
     kind: str  # of its documents, or "" when they differ
     step_counts: dict[str, int] = field(default_factory=dict)  # targets of the whole optimizer step, by loss
     position: Lanes = ()  # of this rank in the data stream, behind the whole step
+    left_out: tuple[tuple[int, ...], ...] = ()  # what was known there of documents that are in no pack
     numbers: tuple[int, ...] = ()  # of its documents in the data stream
     kinds: dict[str, int] = field(default_factory=dict)  # tokens by kind of document
 
@@ -354,7 +357,7 @@ class PackedSequence:
     def counts(self) -> dict[str, int]:
         """Targets of this pack, by loss."""
         image = sum(block.n_targets for block in self.learned_blocks)
-        return {"text": self.text_count, "image": image, "router": len(self)}
+        return dict(zip(LOSSES, (self.text_count, image, len(self)), strict=True))
 
     @property
     def documents(self) -> int:
@@ -371,9 +374,11 @@ class PackedSequence:
     def __len__(self) -> int:
         return len(self.inverse)
 
-    def announce(self, counts: dict[str, int], position: Lanes = ()) -> "PackedSequence":
+    def announce(
+        self, counts: dict[str, int], position: Lanes = (), left_out: tuple[tuple[int, ...], ...] = ()
+    ) -> "PackedSequence":
         """The same pack, told the counts of its optimizer step and where the next one begins."""
-        return replace(self, step_counts=counts, position=position)
+        return replace(self, step_counts=counts, position=position, left_out=left_out)
 
     def to(self, device: torch.device | str, **_: object) -> "PackedSequence":
         """The same pack on another device."""

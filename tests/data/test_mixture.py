@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_formats import caption_rows, image_folder, img2dataset, parquet_rows, png, shade, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from unimodal.data import HuggingFaceSource, JsonlSource, MixtureData, TarSource, hub
-from unimodal.data.broken import ENOUGH, BrokenItems
+from unimodal.data.broken import ENOUGH, BrokenItems, Exchange
 from unimodal.data.hub import STREAM_WINDOW
 from unimodal.data.mixture import Entry, Slice
 from unimodal.data.order import mixed_order, round_order
@@ -109,14 +110,18 @@ def test_bad_settings_are_named() -> None:
 
 
 def run_through(source: Numbered, share: float, rounds: int = 1) -> BrokenItems:
-    broken = BrokenItems(share)
+    broken = BrokenItems(share, {"s": len(source)})
     for index in [*range(len(source))] * rounds:
-        try:
-            source.document(index, RNG)
-            broken.read("s")
-        except BrokenDocument as error:
-            broken.add("s", source, index, error)
+        meet(broken, source, index)
     return broken
+
+
+def meet(broken: BrokenItems, source: Numbered, index: int) -> None:
+    try:
+        source.document(index, RNG)
+        broken.pack("s")
+    except BrokenDocument as error:
+        broken.add("s", index, error)
 
 
 def test_broken_items_are_named_once_and_counted_each_time(caplog: pytest.LogCaptureFixture) -> None:
@@ -136,26 +141,129 @@ def test_above_the_share_the_run_stops_and_says_so() -> None:
 
 
 def test_a_source_that_fails_altogether_stops_long_before_its_end() -> None:
-    broken, long = BrokenItems(0.01), range(10**9)
+    broken = BrokenItems(0.01, {"s": 10**9})
     for index in range(ENOUGH // 100):
-        broken.add("s", long, index, BrokenDocument(f"item {index}", "expected it to be there"))
+        broken.add("s", index, BrokenDocument(f"item {index}", "expected it to be there"))
     with pytest.raises(ValueError, match="11 of 11 documents read"):
-        broken.add("s", long, ENOUGH, BrokenDocument("another", "expected it to be there"))
-    broken = BrokenItems(0.01)
+        broken.add("s", ENOUGH, BrokenDocument("another", "expected it to be there"))
+    broken = BrokenItems(0.01, {"s": 10**9})
     for index in range(ENOUGH // 2):
-        broken.add("s", long, index, BrokenDocument("the disk", "expected it to be there"))
+        broken.add("s", index, BrokenDocument("the disk", "expected it to be there"))
     with pytest.raises(ValueError, match="501 of 501 documents read"):
-        broken.add("s", long, ENOUGH, BrokenDocument("the disk", "expected it to be there"))
+        broken.add("s", ENOUGH, BrokenDocument("the disk", "expected it to be there"))
 
 
 def test_a_shard_that_is_gone_stops_no_run_that_has_a_thousand() -> None:
-    broken, long = BrokenItems(0.01), range(100_000)
+    broken = BrokenItems(0.01, {"s": 100_000})
     for index in range(800):  # a window of eight shards
         if index % 8:
-            broken.read("s")
+            broken.pack("s")
         else:
-            broken.add("s", long, index, BrokenDocument("s7.tar", "expected the file that was there at the start"))
+            broken.add("s", index, BrokenDocument("s7.tar", "expected the file that was there at the start"))
     assert broken.total == 100
+
+
+class Meeting:
+    """Ranks that agree one after another, in one process."""
+
+    def __init__(self, ranks: list[BrokenItems]) -> None:
+        self.ranks = ranks
+
+    def agree(self) -> list[str]:
+        """What each of them says."""
+        told, new = [rank.news() for rank in self.ranks], [list(rank._new) for rank in self.ranks]
+        totals, said = {name: sum(one[name] for one in told) for name in told[0]}, []
+        for rank in self.ranks:
+            try:
+                rank.agree(totals, lambda mine: new)
+                said.append("")
+            except ValueError as error:
+                said.append(str(error))
+        return said
+
+
+@given(
+    reads=st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 39)), max_size=8), min_size=1, max_size=12),
+    count=st.integers(1, 3), stop=st.integers(0, 11), after=st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_ranks_and_resumes_know_what_one_rank_would(
+    reads: list[list[tuple[int, int]]], count: int, stop: int, after: int
+) -> None:
+    """Whoever met it, whatever was read ahead, and whoever goes on."""
+    source = Numbered(40, bad=range(0, 40, 3))
+    alone = BrokenItems(1.0, {"s": 40})
+    ranks, marks, states = [BrokenItems(1.0, {"s": 40}) for _ in range(count)], [], []
+    for step, some in enumerate(reads):
+        if step == stop:  # one more was read ahead, and is lost
+            meet(ranks[0], source, 21)
+            ranks[0].agree(ranks[0].news(), lambda mine: [mine])
+            state = ranks[0].state(marks[-1]) if marks else {}
+            ranks = [BrokenItems(1.0, {"s": 40}, state) for _ in range(after)]
+        for rank, index in some:
+            meet(alone, source, index)
+            meet(ranks[rank % len(ranks)], source, index)
+        assert not any(Meeting(ranks).agree())
+        alone.agree(alone.news(), lambda mine: [mine])
+        marks.append(alone.mark())
+        states.append(alone.state(marks[-1]))
+        for rank in ranks:
+            assert rank.state(rank.mark()) == states[-1]
+            assert (rank.total, rank.skipped) == (alone.total, alone.skipped)
+    assert [alone.state(mark) for mark in marks] == states
+
+
+def test_ranks_stop_at_the_same_step_with_the_same_words() -> None:
+    source = Numbered(200, bad=(5, 7, 9))
+    ranks = [BrokenItems(0.01, {"s": 200}) for _ in range(3)]
+    for rank, index in ((0, 5), (2, 7)):  # as many as may be
+        meet(ranks[rank], source, index)
+    assert Meeting(ranks).agree() == [""] * 3
+    for rank in (0, 1, 2):  # the same again, by others, in another epoch: no more are broken than before
+        meet(ranks[rank], source, 5 + 2 * (rank % 2))
+    assert Meeting(ranks).agree() == [""] * 3
+    meet(ranks[0], source, 8)
+    with pytest.raises(ValueError, match="3 of 200 documents cannot be read"):
+        meet(ranks[1], source, 9)  # knows of two that others met
+    (said,) = set(Meeting(ranks).agree())
+    assert said == (
+        "data: s: 3 of 200 documents cannot be read, more than data.broken_share 0.01; the last: item 9: expected good "
+        "(all of them: unimodal data check)"
+    )
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """A process that meets a broken document of its own, and writes down what it knows then."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    exchange, broken = Exchange.over_ranks(), BrokenItems(0.02, {"s": 100, "t": 50})
+    broken.add("s", 10 + rank, BrokenDocument(f"item {rank}", "expected good"))
+    for _ in range(2):  # the second time nobody has news
+        broken.pack("t")
+        broken.agree(exchange.total(broken.news()), exchange.gather)
+    torch.save([broken.state(broken.mark()), exchange.gather(rank)], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_know_the_same(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="fork")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first == second
+    state, ranks = first
+    assert ranks == [0, 1]
+    assert {key: state["s"][key] for key in ("packed", "broken", "items")} == {"packed": 0, "broken": 2, "items": [10, 11]}
+    assert len(state["s"]["names"]) == 2
+    assert state["t"] == {"packed": 4, "broken": 0, "long": 0, "items": [], "names": []}
+
+
+def test_what_one_rank_named_no_other_names_again(caplog: pytest.LogCaptureFixture) -> None:
+    source = Numbered(200, bad=(5,))
+    ranks = [BrokenItems(0.01, {"s": 200}) for _ in range(2)]
+    with caplog.at_level(logging.WARNING):
+        for rank in ranks:
+            meet(rank, source, 5)
+            Meeting(ranks).agree()
+        meet(BrokenItems(0.01, {"s": 200}, ranks[1].state(ranks[1].mark())), source, 5)
+    assert [record.getMessage() for record in caplog.records] == ["data: s: skipped item 5: expected good"]
 
 
 def test_a_broken_document_travels_between_processes() -> None:
@@ -348,7 +456,7 @@ def test_a_script_of_the_data_sets_name_is_not_run(tmp_path: Path, monkeypatch: 
     (folder / "other.py").write_text("raise SystemExit('run')")
     assert said(HuggingFaceSource("json"), [2]) == [2]
     (folder / "json.py").write_text("raise SystemExit('run')")
-    with pytest.raises(ValueError, match="path: expected a data set .*json: Dataset scripts are no longer supported"):
+    with pytest.raises(ValueError, match=r"path: expected a data set .*json: Dataset scripts are no longer supported"):
         HuggingFaceSource(str(folder))
 
 
@@ -358,7 +466,7 @@ def test_a_metadata_file_reaches_no_file_outside_its_folder(outside: str, tmp_pa
     folder = image_folder(tmp_path / "real", "jsonl")
     (folder.parent / "outside.png").write_bytes(png(1))
     write_jsonl(folder / "metadata.jsonl", [{"file_name": "sub/0.png", "text": "a"}, {"file_name": outside, "text": "b"}])
-    with pytest.raises(ValueError, match="path: expected a data set with the split train, got .*real: Invalid metadata"):
+    with pytest.raises(ValueError, match=r"path: expected a data set with the split train, got .*real: Invalid metadata"):
         HuggingFaceSource(str(folder))
 
 
@@ -367,7 +475,7 @@ def test_a_link_out_of_a_folder_of_images_is_not_followed(tmp_path: Path) -> Non
     folder = image_folder(tmp_path / "real", "jsonl", {2: None})
     (tmp_path / "outside.png").write_bytes(png(2))
     (folder / "sub" / "2.png").symlink_to(tmp_path / "outside.png")
-    with pytest.raises(BrokenDocument, match="row 2: .*expected a file inside the folder"):
+    with pytest.raises(BrokenDocument, match=r"row 2: .*expected a file inside the folder"):
         HuggingFaceSource(str(folder)).document(2, RNG)
 
 

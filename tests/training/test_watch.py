@@ -249,8 +249,9 @@ def test_a_tokenizer_is_counted_by_the_image(
 
 
 def test_ranks_add_up_and_the_slowest_one_sets_the_time() -> None:
-    first = Reading(10.0, 1.0, 2_000_000_000, 100.0, {"tokens": 40, "images": 2, "expert 0": 40}, {"a": 1})
-    second = Reading(8.0, 4.0, 3_000_000_000, 300.0, {"tokens": 20, "images": 0, "expert 0": 20}, {"b": 2, "c": 0})
+    left_out = {"a": 1, "b": 2, "c": 0}  # every rank knows that of all
+    first = Reading(10.0, 1.0, 2_000_000_000, 100.0, {"tokens": 40, "images": 2, "expert 0": 40}, left_out)
+    second = Reading(8.0, 4.0, 3_000_000_000, 300.0, {"tokens": 20, "images": 0, "expert 0": 20}, left_out)
     assert summary([first, second], {"expert 0": 5.0}) == {
         "watch/tokens_per_s": 6.0, "watch/images_per_s": 0.2, "watch/flops_per_s": 30.0, "watch/peak_share": 0.075,
         "watch/memory_gb": 3.0, "watch/data_wait": 0.5, "watch/skipped": 3.0, "watch/skipped/a": 1.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from unimodal.data.records import DocumentRules
-from unimodal.data.source import BrokenDocument
+from unimodal.data.source import BrokenDocument, described, digest, names_and_sizes
 from unimodal.documents import (
     Document,
     DocumentRecord,
@@ -115,6 +116,7 @@ class FolderSource:
         lists = sorted(path for path in root.glob("*.jsonl") if path.is_file() and not path.name.startswith("."))
         if len(lists) > 1:
             raise ValueError(f"root: expected at most one .jsonl in {root}, got {', '.join(p.name for p in lists)}")
+        self._list, self.validation_share = lists[0] if lists else None, validation_share
         items = _listed_items(lists[0], root) if lists else _captioned_files(root)
         self.kind: str = "document" if any(isinstance(item, _Written) for item in items) else task
         if split == "all":
@@ -128,6 +130,14 @@ class FolderSource:
     def __len__(self) -> int:
         """Items of this split."""
         return len(self._items)
+
+    def identity(self) -> str:
+        """Names of the images, or name and size of the JSONL; what cannot be read just now changes nothing."""
+        share = f"{self.split} without {self.validation_share:g}"
+        if self._list is not None:
+            return described(self, share, names_and_sizes([self._list]))
+        paths = (os.path.relpath(_name(item), self.root) for item in self._items)
+        return described(self, share, f"names {digest(os.path.splitext(path)[0] for path in paths)}")
 
     def document(self, index: int, rng: np.random.Generator) -> Document:
         """The document at `index`; nothing is drawn from `rng`.

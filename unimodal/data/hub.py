@@ -11,6 +11,7 @@ import yaml
 from jaxtyping import Int
 from torch.utils.data._utils import worker
 
+from unimodal.data.folder import IMAGE_SUFFIXES
 from unimodal.data.records import DocumentRules, FilesOf, Layout, RawImage, Record, RecordSource, no_files
 
 if TYPE_CHECKING:
@@ -55,11 +56,26 @@ class HuggingFaceSource(RecordSource):
         if documents is not None and documents < 1:
             raise ValueError(f"documents: expected at least 1, got {documents}")
         self.path, self.split, self.documents = path, split, documents
+        place = [path] if path.startswith(HUB) else []  # a folder may move
+        self._asked = [*place, *(word for word in (name, split, revision) if word is not None)]
         self._rows = _load(path, split, name, revision, streaming)
         self._stream = _Forward(self._rows) if streaming else None
         self._file = no_files if path.startswith(HUB) else _Below(Path(path))
         # One shard: rows are on disk in memory maps, or come in a stream.
         super().__init__([documents if documents is not None else len(self._rows)], layout, rules)
+
+    def files(self) -> list[Path]:
+        """Of a folder, all but the images."""
+        if self.path.startswith(HUB):
+            return []
+        return sorted(
+            path for path in Path(self.path).rglob("*")
+            if path.suffix.lower() not in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )  # fmt: skip
+
+    def identity(self) -> str:
+        """With what of the data set is read."""
+        return ", ".join([super().identity(), *self._asked])
 
     def record(self, index: int) -> Record:
         """The row at `index`; of a stream, modulo its rows."""

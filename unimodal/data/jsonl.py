@@ -49,6 +49,10 @@ class JsonlSource(RecordSource):
         self._files = [_spans(path) for path in find_files(paths, (".jsonl", ".json"), "paths")]
         super().__init__([len(spans) for spans in self._files], layout, rules)
 
+    def files(self) -> list[Path]:
+        """The lists."""
+        return [spans.path for spans in self._files]
+
     def record(self, index: int) -> Record:
         """The line at `index`."""
         file, number = self.locate(index)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
 from unimodal.data.module import DocumentData
-from unimodal.data.source import Source, epoch_order
+from unimodal.data.source import Source, digest, epoch_order, identity
 from unimodal.data.stream import Weighted
 from unimodal.documents import Document
 
@@ -104,6 +104,11 @@ class Slice:
     def __len__(self) -> int:
         """Documents that are in."""
         return len(self._indices)
+
+    def identity(self) -> str:
+        """The whole source's, and which of its documents are in."""
+        whole = identity(self.source)
+        return whole if self._whole else f"{whole}, {len(self)} of them ({digest(map(str, self._indices))})"
 
     def document(self, index: int, rng: np.random.Generator) -> Document:
         """The document, of the kind that the recipe's name for the source is."""

@@ -1,7 +1,7 @@
 """LightningDataModules of documents: where they come from, how they are mixed and packed, and where the run stands."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -11,11 +11,11 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from unimodal.data.broken import BrokenItems
+from unimodal.data.broken import BrokenItems, Exchange, Mark
 from unimodal.data.digits import DigitsSource
 from unimodal.data.folder import FolderSource, FolderSplit
 from unimodal.data.shapes import ShapesKind, ShapesSource, Split
-from unimodal.data.source import BrokenDocument, Source
+from unimodal.data.source import BrokenDocument, Source, identity
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, validation_packs
 from unimodal.documents import Document
 from unimodal.packing import FILLING, Lanes, PackedSequence
@@ -53,8 +53,13 @@ class DocumentData(LightningDataModule):
         self.batch_tokens, self.seed, self.workers = batch_tokens, seed, workers
         self.validation_documents, self.prompt_count = validation_documents, prompts
         self.position: Lanes | None = None  # of this rank's lanes, behind the last finished optimizer step
-        self._resumed: Lanes = ()  # of all lanes of the run that is continued ...
-        self._counts: list[int] = []  # ... and what its epochs were made of
+        self.left_out: Mark = ()  # what the stream knew there of documents that are in no pack
+        self._stream: PackStream | None = None
+        # Of the run that is continued: where all its lanes stood, what its epochs were made of, what it left out.
+        self._resumed: Lanes = ()
+        self._counts: list[int] = []
+        self._identities: dict[str, str] = {}
+        self._left_out: dict[str, Any] = {}
 
     @abstractmethod
     def training_sources(self) -> list[Weighted]:
@@ -95,6 +100,8 @@ class DocumentData(LightningDataModule):
                 f"got {trainer.limit_train_batches}"
             )
         mixture = Mixture(self.training_sources(), self.seed)
+        sources = {weighted.source.kind: identity(weighted.source) for weighted in mixture.sources}
+        self._refuse_others(sources)
         if self._counts not in ([], mixture.counts):
             raise ValueError(
                 f"data: expected sources that give {self._counts} documents an epoch, as in the checkpoint, got "
@@ -103,10 +110,21 @@ class DocumentData(LightningDataModule):
         stream = PackStream(
             mixture, self._packing(), self._resumed, rank=trainer.global_rank, ranks=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches, workers=self.workers, broken_share=self.broken_share,
-            total=_total_over_ranks(),
+            left_out=self._left_out, exchange=Exchange.over_ranks(),
         )  # fmt: skip
-        self.position, self._counts = stream.position, mixture.counts
+        self.position, self.left_out, self._stream = stream.position, stream.broken.mark(), stream
+        self._counts, self._identities = mixture.counts, sources
         return stream
+
+    def _refuse_others(self, sources: dict[str, str]) -> None:
+        """Another file of as many documents would be read on in its middle, and nothing would tell."""
+        for name in self._identities and {**self._identities, **sources}:
+            expected, got = (some.get(name, "no such source") for some in (self._identities, sources))
+            if expected != got:
+                raise ValueError(
+                    f"data: {name}: expected, as in the checkpoint, {expected}; got {got}; an export (init) can be trained "
+                    "on with others"
+                )
 
     def val_dataloader(self) -> Iterable[PackedSequence]:
         """Held-out packs of one kind each."""
@@ -134,13 +152,19 @@ class DocumentData(LightningDataModule):
         without code.
         """
         lanes = self._resumed if self.position is None else _of_all_ranks(self.position)
-        return {"lanes": [list(lane) for lane in lanes], "counts": self._counts, "seed": self.seed}
+        left_out = self._left_out if self._stream is None else self._stream.broken.state(self.left_out)
+        return {
+            "lanes": [list(lane) for lane in lanes], "counts": self._counts, "seed": self.seed,
+            "sources": self._identities, "left_out": left_out,
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, with any number of ranks and workers."""
         if state_dict["seed"] != self.seed:
             raise ValueError(f"seed_everything: the checkpoint was trained with {state_dict['seed']}, got {self.seed}")
         self._resumed, self._counts = tuple(tuple(lane) for lane in state_dict["lanes"]), state_dict["counts"]
+        # Not in checkpoints of before: what they were trained on is not known, and counting begins anew.
+        self._identities, self._left_out = state_dict.get("sources", {}), state_dict.get("left_out", {})
 
     def _packing(self) -> Packing:
         assert self.trainer is not None
@@ -155,20 +179,6 @@ def _of_all_ranks(own: Lanes) -> Lanes:
     parts: list[Lanes] = [()] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, own)
     return tuple(lane for lanes in zip(*parts, strict=True) for lane in lanes)
-
-
-def _total_over_ranks() -> Callable[[dict[str, int]], dict[str, int]]:
-    """What sums counts over all ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return dict
-    group: Any = torch.distributed.new_group(backend="gloo")  # between hosts: no device waits for it
-
-    def total(counts: dict[str, int]) -> dict[str, int]:
-        summed = torch.tensor([counts[name] for name in sorted(counts)])
-        torch.distributed.all_reduce(summed, group=group)
-        return dict(zip(sorted(counts), summed.tolist(), strict=True))
-
-    return total
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,10 @@ class ParquetSource(RecordSource):
         """Without the row groups in memory: each worker reads its own."""
         return {**self.__dict__, "_held": OrderedDict()}
 
+    def files(self) -> list[Path]:
+        """The tables."""
+        return list(dict.fromkeys(group.path for group in self._groups))
+
     def record(self, index: int) -> Record:
         """The row at `index`."""
         number, row = self.locate(index)

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import nn
 
-from unimodal.data.source import BrokenDocument
+from unimodal.data.source import BrokenDocument, described, names_and_sizes
 from unimodal.documents import Document, Part, decode_image
 from unimodal.files import contained_path
 
@@ -207,6 +207,14 @@ class RecordSource(ABC):
     def kind(self) -> str:
         """The layout's."""
         return self.layout.kind
+
+    def files(self) -> Sequence[Path]:
+        """Which records come from, in their order; images beside them are not among these."""
+        return ()
+
+    def identity(self) -> str:
+        """Names and sizes of the files, so that others are not taken for them."""
+        return described(self, names_and_sizes(self.files()))
 
     def __len__(self) -> int:
         """Records, broken ones included: they are known when they are read."""

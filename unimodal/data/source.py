@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -70,6 +73,43 @@ class Ordered(Source, Protocol):
         `epoch * len` on.
         """
         ...
+
+
+@runtime_checkable
+class Identified(Source, Protocol):
+    """A source that can be told from others with as many documents."""
+
+    def identity(self) -> str:
+        """Words and a hash: the class, how many documents, names and sizes of files; not their folder, which may move."""
+        ...
+
+
+def identity(source: Source) -> str:
+    """The source's own, or its class and how many documents it has."""
+    return source.identity() if isinstance(source, Identified) else described(source)
+
+
+def described(source: Source, *more: str) -> str:
+    """The words of an identity."""
+    return ", ".join([type(source).__name__, f"{len(source)} documents", *filter(None, more)])
+
+
+def names_and_sizes(paths: Sequence[Path]) -> str:
+    """Of files, by their names below the folder they share: how many, how large, and a hash. Nothing is read."""
+    if not paths:
+        return ""
+    folder = os.path.commonpath([path.absolute().parent for path in paths])
+    sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
+    names = [os.path.relpath(path.absolute(), folder) for path in paths]
+    return f"{len(paths)} files of {sum(sizes)} bytes ({digest(f'{n}:{s}' for n, s in zip(names, sizes, strict=True))})"
+
+
+def digest(words: Iterable[str]) -> str:
+    """Eight hexadecimal digits of a hash."""
+    found = hashlib.sha256()
+    for word in words:
+        found.update(word.encode("utf-8", "surrogateescape") + b"\0")
+    return found.hexdigest()[:8]
 
 
 def epoch_order(source: Source, epoch: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:

@@ -10,22 +10,22 @@ import os
 import signal
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from unimodal.backbone import Experts
-from unimodal.data.broken import BrokenItems
+from unimodal.data.broken import BrokenItems, Exchange
 from unimodal.data.order import mixed_order
 from unimodal.data.source import BrokenDocument, Source
-from unimodal.packing import Lanes, PackedSequence, SequencedDocument, Sequencer, pack
+from unimodal.packing import LOSSES, Lanes, PackedSequence, SequencedDocument, Sequencer, pack
 
 _log = logging.getLogger(__name__)
 
@@ -150,16 +150,21 @@ class PackStream:
         accumulate: packs of a rank in a step.
         workers: processes that read documents; the packs are the same for any number.
         broken_share: of a source's documents, how many may be broken before reading stops.
-        total: sums counts over the ranks; every rank calls it once a step.
+        left_out: `BrokenItems.state` of the run that is continued.
+        exchange: between the ranks, once a step. What stops one of them there stops all, with its message.
     """
 
     def __init__(
         self, mixture: Mixture, packing: Packing, position: Lanes = (),
         *, rank: int = 0, ranks: int = 1, accumulate: int = 1, workers: int = 0, broken_share: float = 0.0,
-        total: Callable[[dict[str, int]], dict[str, int]] = dict,
+        left_out: Mapping[str, Any] | None = None, exchange: Exchange | None = None,
     ) -> None:  # fmt: skip
-        self.mixture, self.packing, self.workers, self.total = mixture, packing, workers, total
-        self.broken = BrokenItems(broken_share)
+        self.mixture, self.packing, self.workers = mixture, packing, workers
+        self.exchange = Exchange() if exchange is None else exchange
+        lengths: Counter[str] = Counter()
+        for weighted in mixture.sources:
+            lengths[weighted.source.kind] += len(weighted.source)
+        self.broken = BrokenItems(broken_share, lengths, left_out)
         self.position = deal(position, ranks * accumulate)[rank::ranks]
         self._step = ranks * accumulate  # from one number of a lane to the next
 
@@ -167,14 +172,26 @@ class PackStream:
         reader = _Reader(self.mixture, self.packing, self.position, self._step, self.workers)
         lanes = [_Lane(reader, self.broken, i, position, self._step) for i, position in enumerate(self.position)]
         while True:
-            packs = [pack(lane.cut(), self.packing.experts, self.packing.reads) for lane in lanes]
-            counts: dict[str, int] = {}
+            packs: list[PackedSequence] = []
+            failed: ValueError | None = None
+            try:
+                packs = [pack(lane.cut(), self.packing.experts, self.packing.reads) for lane in lanes]
+            except ValueError as error:
+                failed = error  # the others would wait for this rank
+            counts = self._agree(packs, failed)
+            position, left_out = tuple(lane.position for lane in lanes), self.broken.mark()
             for one in packs:
-                for name, targets in one.counts.items():
-                    counts[name] = counts.get(name, 0) + targets
-            position, counts = tuple(lane.position for lane in lanes), self.total(counts)
-            for one in packs:
-                yield one.announce(counts, position)
+                yield one.announce(counts, position, left_out)
+
+    def _agree(self, packs: Sequence[PackedSequence], failed: ValueError | None) -> dict[str, int]:
+        """The target counts of a step, of all ranks; they stop together."""
+        own = {name: sum(one.counts[name] for one in packs) for name in LOSSES}
+        told = self.exchange.total({**own, **self.broken.news(), "failed": int(failed is not None)})
+        if told["failed"]:
+            said = self.exchange.gather("" if failed is None else str(failed))
+            raise ValueError(next(filter(None, said))) from failed
+        self.broken.agree(told, self.exchange.gather)
+        return {name: told[name] for name in LOSSES}
 
 
 class _Lane:
@@ -199,6 +216,7 @@ class _Lane:
         while chosen is not None:
             self._fill()
             held.append(self.waiting.pop(chosen))
+            self.broken.pack(self._kind(self.reader.mixture.place(held[-1].number)))
             room -= held[-1].length
             self._fill()
             chosen = best_fit(self.waiting, room, len(self.reader.mixture))
@@ -212,22 +230,22 @@ class _Lane:
                 self.unread.popleft()
             else:
                 self.next = place.number + self.step
-            source = self.reader.mixture.sources[place.source].source
             if isinstance(document, BrokenDocument):
-                self.broken.add(source.kind, source, place.document, document)
-            else:
-                self.broken.read(source.kind)
+                self.broken.add(self._kind(place), place.document, document)
             if isinstance(document, SequencedDocument):
                 left_out = 0
                 self.waiting.append(document)
                 continue
             if isinstance(document, str):
                 warnings.warn(document, stacklevel=2)
-                self.broken.leave_out(source.kind)
+                self.broken.leave_out(self._kind(place))
             left_out += 1
             if left_out >= len(self.reader.mixture) and not self.waiting:
                 limit = self.reader.packing.sequencer.rules.context_length
                 raise ValueError(f"data: no document fits sequence.context_length {limit}")
+
+    def _kind(self, place: Place) -> str:
+        return self.reader.mixture.sources[place.source].source.kind
 
 
 def best_fit(waiting: Sequence[SequencedDocument], room: int, epoch: int) -> int | None:

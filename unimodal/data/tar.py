@@ -57,6 +57,10 @@ class TarSource(RecordSource):
         self._tars = [tar_index(path, cache) for path in find_files(paths, (".tar",), "paths")]
         super().__init__([len(tar) for tar in self._tars], layout, rules)
 
+    def files(self) -> list[Path]:
+        """The shards."""
+        return [tar.path for tar in self._tars]
+
     def record(self, index: int) -> Record:
         """The members of one key."""
         number, sample = self.locate(index)

@@ -95,7 +95,7 @@ class UnifiedTraining(LightningModule):
         self.warmup_steps, self.schedule, self.lr_floor = warmup_steps, schedule, lr_floor
         self.loss_weights = {"text": text_weight, "image": image_weight, "router": 1.0}
         self.ema_decay = ema_decay
-        self._position: Lanes | None = None
+        self._behind: tuple[Lanes, Lanes] | None = None  # where the data stands, and what was left out, after this step
         self._kinds: dict[str, int] = {}  # tokens by kind of document since they were last logged
         self._sums: dict[str, tuple[float, int]] = {}
         self.predicted: list[Document] = []
@@ -162,7 +162,7 @@ class UnifiedTraining(LightningModule):
     def training_step(self, batch: PackedSequence, batch_idx: int) -> Tensor:
         """Weighted losses over the global counts; Lightning then averages over ranks and accumulation."""
         losses: LossBreakdown = self.model(batch)
-        self._position = batch.position
+        self._behind = batch.position, batch.left_out
         for kind, tokens in batch.kinds.items():
             self._kinds[kind] = self._kinds.get(kind, 0) + tokens
         shares = self.trainer.world_size * self.trainer.accumulate_grad_batches
@@ -183,8 +183,9 @@ class UnifiedTraining(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """After a step, and only then, the data of it is consumed."""
         super().optimizer_step(*args, **kwargs)
-        if self._position is not None:
-            self.trainer.datamodule.position = self._position  # type: ignore[attr-defined]
+        if self._behind is not None:
+            data: DocumentData = self.trainer.datamodule  # type: ignore[attr-defined]
+            data.position, data.left_out = self._behind
 
     def validation_step(self, batch: PackedSequence, batch_idx: int) -> None:
         """Add up held-out losses by kind of document."""

@@ -66,12 +66,12 @@ class Reading:
     memory: int  # bytes, the most so far
     peak: float  # FLOPs a second of the device's best matrix product
     units: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)  # documents of each source, since the run was started
+    skipped: dict[str, int] = field(default_factory=dict)  # documents of each source, of all ranks in the whole run
 
 
 def summary(readings: list[Reading], rates: dict[str, float]) -> dict[str, float]:
     """What is logged of all ranks' readings: sums of what they did, by the slowest one's time."""
-    units, skipped = total([r.units for r in readings]), total([r.skipped for r in readings])
+    units, skipped = total([r.units for r in readings]), readings[0].skipped
     seconds = max(r.seconds for r in readings)
     found = {
         "memory_gb": max(r.memory for r in readings) / 1e9,
@@ -105,7 +105,7 @@ class Watch(Callback):
     | peak_share | of the fastest matrix products that the devices reached when the run began, in its precision |
     | memory_gb | most that was allocated on one device; without one, most that one process had resident |
     | data_wait | share of the time that passed between micro-batches: the loader, and the transfer of what it gives |
-    | skipped, skipped/SOURCE | documents left out since this start, broken or too long |
+    | skipped, skipped/SOURCE | documents left out in the whole run, broken or too long |
 
     Validation, the writing of checkpoints and the logging itself are no part of the time.
 
