@@ -1,10 +1,15 @@
 """Mixtures of any sources: rounds, what is held out, what is broken, and streams."""
 
 import logging
+import os
 import pickle
+import re
+import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from unimodal.data import HuggingFaceSource, JsonlSource, MixtureData, TarSource, hub
+from unimodal.data import FolderSource, HuggingFaceSource, JsonlSource, MixtureData, ParquetSource, TarSource, hub
 from unimodal.data.broken import ENOUGH, BrokenItems, Exchange
 from unimodal.data.hub import STREAM_WINDOW
 from unimodal.data.mixture import Entry, Slice
 from unimodal.data.order import mixed_order, round_order
-from unimodal.data.source import BrokenDocument, Source
+from unimodal.data.source import BrokenDocument, Source, identity
 from unimodal.documents import Document, Part
+from unimodal.model import UnifiedModel
 
 RNG = np.random.default_rng(0)
 
@@ -320,6 +326,98 @@ def test_a_card_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
         HuggingFaceSource(str(tmp_path))
     card.write_text("---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\nhome: https://x\n---\nsee https://x")
     assert HuggingFaceSource(str(tmp_path)).document(0, RNG).text == "mine"
+
+
+# ---- other documents at resume
+
+
+def test_a_source_is_told_from_others_with_as_many_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By names and sizes of files, wherever they lie; nothing of what they hold is read."""
+    pytest.importorskip("datasets")
+    here, there = tmp_path / "here", tmp_path / "there"
+    img2dataset(here / "tar")
+    write_jsonl(here / "a.jsonl", [{"text": f"line {n}"} for n in range(9)])
+    parquet_rows(here / "rows.parquet", caption_rows(9))
+    image_folder(here / "named")
+    for n in range(4):
+        (here / "mine").mkdir(exist_ok=True)
+        (here / "mine" / f"{n}.png").write_bytes(png(n))
+        (here / "mine" / f"{n}.txt").write_text(f"shade {n}")
+    shutil.copytree(here / "mine", here / "listed")
+    write_jsonl(here / "listed" / "list.jsonl", [{"image": f"{n}.png", "caption": f"shade {n}"} for n in range(4)])
+    shutil.copytree(here, there)
+
+    def sources(root: Path) -> dict[str, Source]:
+        return {
+            "tar": TarSource(str(root / "tar")), "jsonl": JsonlSource(str(root / "a.jsonl")),
+            "parquet": ParquetSource(str(root / "rows.parquet")), "named": HuggingFaceSource(str(root / "named")),
+            "mine": FolderSource(root / "mine", "all"), "listed": FolderSource(root / "listed", "all"),
+            "some": MixtureData(1, {"x": Entry(FolderSource(root / "mine", "all"))}).training_sources()[0].source,
+            "stream": HuggingFaceSource(str(root / "named"), streaming=True, documents=4),
+        }  # fmt: skip
+
+    def identities(root: Path) -> dict[str, str]:
+        return {name: identity(source) for name, source in sources(root).items()}
+
+    before = identities(here)
+    assert before == identities(there)
+    assert len(set(before.values())) == len(before)
+    assert before["tar"].startswith("TarSource, 8 documents, 2 files of ")
+    (there / "mine" / "2.txt").write_bytes(b"\xff")  # broken just now: no reason to stop a run
+    (there / "listed" / "1.png").unlink()
+    (there / "named" / "sub" / "1.png").unlink()
+    assert before == identities(there)
+    (there / "tar" / "00001.tar").rename(there / "tar" / "00002.tar")
+    write_jsonl(there / "a.jsonl", [{"text": f"line  {n}"} for n in range(9)])
+    parquet_rows(there / "rows.parquet", [{**row, "caption": "another"} for row in caption_rows(9)])
+    write_jsonl(there / "named" / "metadata.jsonl", [{"file_name": f"sub/{n}.png", "text": "x"} for n in (0, 0, 2, 3, 4, 5)])
+    for suffix in ("png", "txt"):
+        (there / "mine" / f"3.{suffix}").rename(there / "mine" / f"7.{suffix}")
+    write_jsonl(there / "listed" / "list.jsonl", [{"image": "0.png", "caption": f"no. {n}"} for n in range(4)])
+    after = identities(there)
+    assert not set(before.values()) & set(after.values())
+    counts = [[one.split(", ")[1] for one in some.values()] for some in (before, after)]
+    assert counts[0] == counts[1]  # by their numbers, nothing could be told
+    assert identity(Numbered(3)) == "Numbered, 3 documents"
+
+
+def test_what_is_held_out_is_part_of_what_is_trained_on() -> None:
+    chosen = np.random.default_rng(0).permutation(40) < 20
+    ones = {identity(Slice("a", Numbered(40), some)) for some in (chosen, ~chosen, np.ones(40, dtype=bool))}
+    assert len(ones) == 3
+
+
+def trained(sources: dict[str, Source], state: dict[str, Any] | None, model: UnifiedModel) -> MixtureData:
+    """The data of a run that begins, or goes on from a state."""
+    data = MixtureData(64, {name: Entry(source) for name, source in sources.items()}, {"v": Entry(Numbered(3))})
+    data.trainer = Mock(limit_train_batches=1.0, fast_dev_run=False, global_rank=0, world_size=1, accumulate_grad_batches=1)
+    data.trainer.lightning_module.model = model  # type: ignore[union-attr]
+    if state is not None:
+        data.load_state_dict(state)
+    data.train_dataloader()
+    return data
+
+
+def test_a_run_goes_on_with_its_own_sources_only(make: Callable[..., UnifiedModel], tmp_path: Path) -> None:
+    model = make("flow", context_length=64)
+    one, other = (TarSource(str(img2dataset(tmp_path / name))) for name in ("one", "other"))
+    state = trained({"a": Numbered(9), "b": one}, None, model).state_dict()
+    assert state["sources"]["b"] == identity(one)
+    assert trained({"a": Numbered(9), "b": other}, state, model).state_dict() == state  # copied to another place
+    os.truncate(tmp_path / "other" / "00001.tar", (tmp_path / "other" / "00001.tar").stat().st_size - 512)
+    changed = TarSource(str(tmp_path / "other"))
+    assert len(changed) == len(one)
+    for sources, name, expected, got in (
+        ({"a": Numbered(9), "b": changed}, "b", identity(one), identity(changed)),
+        ({"a": Numbered(9), "c": one}, "b", identity(one), "no such source"),
+        ({"a": Numbered(9), "b": one, "c": one}, "c", "no such source", identity(one)),
+        ({"a": Numbered(8), "b": one}, "a", "Numbered, 9 documents", "Numbered, 8 documents"),
+    ):
+        said = f"data: {name}: expected, as in the checkpoint, {expected}; got {got}; an export (init) can be trained on"
+        with pytest.raises(ValueError, match="^" + re.escape(said)):
+            trained(sources, state, model)
+    old = {key: state[key] for key in ("lanes", "counts", "seed")}  # of before such things were kept
+    assert trained({"a": Numbered(9), "b": changed}, old, model).state_dict()["left_out"] == state["left_out"]
 
 
 # ---- Hugging Face datasets

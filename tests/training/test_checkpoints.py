@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import socket
@@ -516,9 +517,16 @@ def test_sources_that_changed_are_refused(pictures: Path, tmp_path: Path, capsys
     folder, mine = tmp_path / "run", tmp_path / "mine"
     shutil.copytree(pictures, mine)
     assert main(arguments(folder, mine, "--trainer.max_steps", "1")) == 0
-    for name in ("0.png", "1.png", "2.png"):
-        (mine / name).unlink()
+    for suffix in ("png", "txt"):  # another name, and as many
+        (mine / f"0.{suffix}").rename(mine / f"100.{suffix}")
     capsys.readouterr()
     assert main(arguments(folder, mine, "--trainer.max_steps", "2", "--ckpt_path", "last")) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "data: expected sources that give [17, 17] documents an epoch, as in the checkpoint, got [15, 15]" in line
+    names = [re.search(rf"{word} FolderSource, 17 documents, train without 0.1, names (\w{{8}});", line)[1]  # type: ignore[index]
+             for word in ("data: text_to_image: expected, as in the checkpoint,", "got")]  # fmt: skip
+    assert names[0] != names[1]
+    weights = ["--data.weights.text_to_image", "3"]
+    options = ["--trainer.max_steps", "2", "--ckpt_path", "last", *weights]
+    assert main(arguments(folder, pictures, *options)) == 2  # the same pictures at another place, in other shares
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "data: expected sources that give [17, 17] documents an epoch, as in the checkpoint, got [26, 8]" in line

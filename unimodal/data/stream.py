@@ -102,6 +102,14 @@ class Mixture:
     def __len__(self) -> int:
         return sum(self.counts)
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Documents that there are, by kind."""
+        found: Counter[str] = Counter()
+        for weighted in self.sources:
+            found[weighted.source.kind] += len(weighted.source)
+        return found
+
     def place(self, number: int) -> Place:
         """Which document has a number."""
         epoch, at = divmod(number, len(self))
@@ -161,10 +169,7 @@ class PackStream:
     ) -> None:  # fmt: skip
         self.mixture, self.packing, self.workers = mixture, packing, workers
         self.exchange = Exchange() if exchange is None else exchange
-        lengths: Counter[str] = Counter()
-        for weighted in mixture.sources:
-            lengths[weighted.source.kind] += len(weighted.source)
-        self.broken = BrokenItems(broken_share, lengths, left_out)
+        self.broken = BrokenItems(broken_share, mixture.lengths, left_out)
         self.position = deal(position, ranks * accumulate)[rank::ranks]
         self._step = ranks * accumulate  # from one number of a lane to the next
 
