@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unimodal.data.source import BrokenDocument
+from unimodal.documents import Document, Part
+
 
 def picture(shade: int, height: int = 8, width: int = 8) -> Image.Image:
     """One colour, which says which picture it is."""
@@ -139,6 +142,26 @@ def image_folder(folder: Path, form: str = "jsonl", other: Mapping[int, bytes | 
         lines = ["file_name,text", *(f"{row['file_name']},{row['text']}" for row in rows)]
         (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+class Plain:
+    """Documents that say their number; those in `bad` are broken."""
+
+    kind = "plain"
+
+    def __init__(self, count: int, bad: Iterable[int] = ()) -> None:
+        self.count, self.bad = count, set(bad)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def document(self, index: int, rng: np.random.Generator) -> Document:
+        if index in self.bad:
+            raise BrokenDocument(f"item {index}", "expected good")
+        return Document((Part(str(index)),), self.kind)
+
+    def corpus(self) -> Iterable[str]:
+        yield "0123456789"
 
 
 def shade(image: Image.Image) -> int:

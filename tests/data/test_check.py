@@ -54,7 +54,9 @@ def test_a_path_is_opened_by_what_is_there(tmp_path: Path) -> None:
     assert len(folder) == 3  # nothing is held out
     for form in ("jsonl", "csv"):
         assert isinstance(open_path(str(image_folder(tmp_path / form, form))), HuggingFaceSource)
-        assert isinstance(open_path(str(image_folder(tmp_path / "split" / form / "train", form).parent)), HuggingFaceSource)
+        assert isinstance(
+            open_path(str(image_folder(tmp_path / "split" / form / "train", form).parent)), HuggingFaceSource
+        )
     write_jsonl(tmp_path / "d" / "metadata.jsonl", [{"image": f"{n}.png", "caption": "a"} for n in range(3)])
     assert isinstance(open_path(str(tmp_path / "d")), FolderSource)  # names no images in that layout
 

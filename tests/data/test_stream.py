@@ -1,13 +1,8 @@
 """The stream of packs: whole epochs, budgets, positions, ranks."""
 
-import itertools
-import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,88 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from stream_cases import SEVEN_AND_FIVE, Numbered, assert_same, order, packing, stream, take, texts
 
-from unimodal.attention import SegmentTable
 from unimodal.data.broken import Exchange
-from unimodal.data.source import BrokenDocument, Source
+from unimodal.data.source import Source
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, deal, validation_packs
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Lanes, PackedSequence
 
 Make = Callable[..., UnifiedModel]
-
-
-class Numbered:
-    """Documents that say who they are: "kind index"; the picture is drawn from the rng."""
-
-    def __init__(self, kind: str, count: int, longer: int = 0, every: int = 1, image: bool = True) -> None:
-        self.kind, self.count, self.longer, self.every, self.image = kind, count, longer, every, image
-
-    def __len__(self) -> int:
-        return self.count
-
-    def document(self, index: int, rng: np.random.Generator) -> Document:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        text = f"{self.kind} {index}" + " x" * self.longer * (index % self.every == 0)
-        if not self.image:
-            return Document((Part(text),), self.kind)
-        words = Part(text, learn=False)
-        image = Image.fromarray(rng.integers(0, 256, (4, 8, 3), dtype=np.uint8))
-        return Document((words, Part(image)), self.kind)
-
-    def corpus(self) -> Iterable[str]:
-        yield self.kind
-
-
-def packing(model: UnifiedModel, tokens: int = 120, waiting: int = 5) -> Packing:
-    return Packing(model.sequencer, model.backbone.config.experts, model.generator.reads, tokens, waiting)
-
-
-SEVEN_AND_FIVE = (Weighted(Numbered("a", 7), 7.0), Weighted(Numbered("b", 5), 5.0))
-
-
-def stream(model: UnifiedModel, *sources: Weighted, tokens: int = 120, position: Lanes = (), seed: int = 3,
-           waiting: int = 5, **ranks: int) -> PackStream:  # fmt: skip
-    return PackStream(Mixture(sources or SEVEN_AND_FIVE, seed), packing(model, tokens, waiting), position, **ranks)
-
-
-def order(mixture: Mixture, epoch: int) -> list[tuple[int, int, int]]:
-    """(source, index, slot) of every document of an epoch."""
-    places = [mixture.place(number) for number in range(epoch * len(mixture), (epoch + 1) * len(mixture))]
-    assert {place.epoch for place in places} == {epoch}
-    return [(place.source, place.document, place.slot) for place in places]
-
-
-def take(packs: Iterable[PackedSequence], n: int) -> list[PackedSequence]:
-    return list(itertools.islice(packs, n))
-
-
-def texts(model: UnifiedModel, p: PackedSequence) -> list[str]:
-    """What the documents of a pack say they are (read before expert order mixes kinds: text keeps its order)."""
-    out, ids = [], p.text_ids.tolist()
-    starts = [i for i, token in enumerate(ids) if token == model.text.special.bos]
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        out.append(model.text.decode(ids[start:end]))
-    return out
-
-
-def assert_same(a: PackedSequence, b: PackedSequence, but: tuple[str, ...] = ()) -> None:
-    """Bit for bit, but for what was counted since the stream began."""
-    for field in fields(PackedSequence):
-        if field.name in (*but, "left_out"):
-            continue
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        if field.name == "table":
-            assert all(np.array_equal(getattr(x, f.name), getattr(y, f.name)) for f in fields(SegmentTable))
-        elif field.name == "images":
-            assert len(x) == len(y)
-            assert all(torch.equal(i, j) for i, j in zip(x, y, strict=True))
-        elif isinstance(x, torch.Tensor):
-            assert torch.equal(x, y), field.name
-        else:
-            assert x == y, field.name
 
 
 # ---- the mixture
@@ -116,7 +39,9 @@ def test_every_document_once_an_epoch_when_weights_are_lengths(epoch: int) -> No
 
 
 def test_without_weights_an_epoch_is_every_document_once() -> None:
-    mixture = Mixture([Weighted(Numbered("a", 7)), Weighted(Numbered("b", 30)), Weighted(Numbered("c", 9), 0.0)], seed=1)
+    mixture = Mixture(
+        [Weighted(Numbered("a", 7)), Weighted(Numbered("b", 30)), Weighted(Numbered("c", 9), 0.0)], seed=1
+    )
     assert mixture.counts == [7, 30]
     for epoch in (0, 1, 5):
         found = order(mixture, epoch)
@@ -126,7 +51,9 @@ def test_without_weights_an_epoch_is_every_document_once() -> None:
 
 def test_weights_of_some_sources_only_are_refused() -> None:
     sources = [Weighted(Numbered("a", 7)), Weighted(Numbered("b", 5), 2.0), Weighted(Numbered("c", 5), 0.0)]
-    with pytest.raises(ValueError, match="expected a weight for every source or for none, got one for b and none for a"):
+    with pytest.raises(
+        ValueError, match="expected a weight for every source or for none, got one for b and none for a"
+    ):
         Mixture(sources, 1)
     with pytest.raises(ValueError, match="data: expected documents of source a, got none"):
         Mixture([Weighted(Numbered("a", 0)), *sources[:1]], 1)
@@ -137,7 +64,9 @@ def test_weights_of_some_sources_only_are_refused() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.floats(0.05, 20)), min_size=1, max_size=4), st.integers(1, 9))
 @settings(max_examples=40, deadline=None)
-def test_with_weights_no_document_is_given_twice_more_than_another(given_: list[tuple[int, float]], epochs: int) -> None:
+def test_with_weights_no_document_is_given_twice_more_than_another(
+    given_: list[tuple[int, float]], epochs: int
+) -> None:
     """What an epoch is with weights: so many documents as there are, each source's share of them, rounds that go on."""
     mixture = Mixture([Weighted(Numbered(f"s{i}", n), weight) for i, (n, weight) in enumerate(given_)], seed=2)
     size, total = sum(n for n, _ in given_), sum(weight for _, weight in given_)
@@ -426,7 +355,9 @@ def test_without_weights_every_document_comes_once_an_epoch_on_any_lanes(
         packs = [take(one, count * accumulate) for one in every]
         for p in (p for of_rank in packs for p in of_rank):
             seen.update((n // len(mixture), text) for n, text in zip(p.numbers, texts(model, p), strict=True))
-        position = tuple(lane for lanes in zip(*(of_rank[-1].position for of_rank in packs), strict=True) for lane in lanes)
+        position = tuple(
+            lane for lanes in zip(*(of_rank[-1].position for of_rank in packs), strict=True) for lane in lanes
+        )
     over = min(n for lane in position for n in lane) // len(mixture)  # no number before it is to come
     everything = sorted(f"{'abc'[s]} {i}" for s, n in enumerate(lengths) for i in range(n))
     for epoch in range(over):
@@ -492,135 +423,6 @@ def test_a_stream_in_which_nothing_fits_is_refused(make: Make) -> None:
     for position in ((), ((4, 1),)):
         with pytest.raises(ValueError, match=r"data: no document fits sequence\.context_length 24"):
             take(stream(model, Weighted(Numbered("a", 6, longer=20), 1.0), tokens=60, position=position), 1)
-
-
-# ---- what is broken
-
-
-class Faulty(Numbered):
-    """Of its documents those in `bad` are broken, and those in `long` too long."""
-
-    def __init__(self, kind: str, count: int, bad: Sequence[int] = (), long: Sequence[int] = ()) -> None:
-        super().__init__(kind, count)
-        self.bad, self.long = bad, long
-
-    def document(self, index: int, rng: np.random.Generator) -> Document:
-        if index in self.bad:
-            raise BrokenDocument(f"{self.kind} {index}", "expected good")
-        return Document((Part("x" * 200),), self.kind) if index in self.long else super().document(index, rng)
-
-
-FAULTY = (Weighted(Faulty("a", 7, bad=(2, 5), long=(3,))), Weighted(Faulty("b", 5, bad=(1,))))
-
-
-class Room:
-    """Where ranks meet that are threads of one process."""
-
-    def __init__(self, ranks: int) -> None:
-        self.barrier, self.given = threading.Barrier(ranks, timeout=60), [None] * ranks
-
-
-class Thread(Exchange):
-    def __init__(self, room: Room, rank: int) -> None:
-        super().__init__()
-        self.room, self.rank = room, rank
-
-    def gather(self, mine: Any) -> list[Any]:
-        self.room.given[self.rank] = mine
-        self.room.barrier.wait()
-        found = list(self.room.given)
-        self.room.barrier.wait()
-        return found
-
-    def total(self, counts: dict[str, int]) -> dict[str, int]:
-        every = self.gather(counts)
-        return {name: sum(one[name] for one in every) for name in counts}
-
-
-Ended = tuple[list[PackedSequence], dict[str, Any], str]
-
-
-def run_ranks(
-    model: UnifiedModel, sources: Sequence[Weighted], position: Lanes, left_out: dict[str, Any], ranks: int, packs: int,
-    share: float = 1.0, ahead: int = 0, accumulate: int = 1,
-) -> list[Ended]:  # fmt: skip
-    """Of every rank: its packs, the state behind them, though more was read ahead, and what stopped it."""
-    room = Room(ranks)
-
-    def run(rank: int) -> Ended:
-        reading = PackStream(
-            Mixture(sources, 3), packing(model, 120, 3), position, rank=rank, ranks=ranks, accumulate=accumulate,
-            broken_share=share, left_out=left_out, exchange=Thread(room, rank),
-        )  # fmt: skip
-        found: list[PackedSequence] = []
-        try:
-            for one in itertools.islice(reading, packs + ahead):
-                found.append(one)
-        except ValueError as error:
-            return found, {}, str(error)
-        return found[:packs], reading.broken.state(found[packs - 1].left_out), ""
-
-    with ThreadPoolExecutor(ranks) as pool:
-        return list(pool.map(run, range(ranks)))
-
-
-def gone_on(ended: list[Ended]) -> tuple[Lanes, dict[str, Any]]:
-    """What a checkpoint has."""
-    (state,) = [s for i, (_, s, _) in enumerate(ended) if s not in [t for _, t, _ in ended[:i]]]  # alike on all of them
-    return tuple(lane for lanes in zip(*(packs[-1].position for packs, *_ in ended), strict=True) for lane in lanes), state
-
-
-@pytest.mark.filterwarnings("ignore:document")
-def test_what_was_left_out_is_counted_on_as_if_never_stopped(make: Make) -> None:
-    model = make("flow", context_length=64, drop_text=0.0)
-    whole = run_ranks(model, FAULTY, (), {}, ranks=2, packs=9)
-    position, state = gone_on(run_ranks(model, FAULTY, (), {}, ranks=2, packs=4, ahead=2))
-    assert state["a"]["broken"] > 0
-    resumed = run_ranks(model, FAULTY, position, state, ranks=2, packs=5)
-    assert gone_on(resumed) == gone_on(whole)
-    for (a, *_), (b, *_) in zip(whole, resumed, strict=True):
-        for one, other in zip(a[4:], b, strict=True):
-            assert_same(one, other)
-
-
-@pytest.mark.filterwarnings("ignore:document")
-@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 2)), min_size=1, max_size=3))
-@settings(max_examples=6, deadline=None)
-def test_every_number_is_counted_once_on_any_lanes(make: Make, steps: list[tuple[int, int, int]]) -> None:
-    """Packed, broken or too long, once, wherever the run was stopped and on however many lanes it went on."""
-    model = make("flow", context_length=64, drop_text=0.0)
-    position, state = (), {}
-    for ranks, accumulate, count in steps:
-        ended = run_ranks(model, FAULTY, position, state, ranks, count * accumulate, ahead=accumulate, accumulate=accumulate)
-        position, state = gone_on(ended)
-    mixture, begun = Mixture(FAULTY, 3), max(lane[0] for lane in position)
-    coming = {n for lane in position for n in (*lane[1:], *range(lane[0], begun, len(position)))}
-    done = [mixture.place(n) for n in range(begun) if n not in coming]
-    for s, weighted in enumerate(FAULTY):
-        source, of_source = weighted.source, [place.document for place in done if place.source == s]
-        broken, long = ([i for i in of_source if i in some] for some in (source.bad, source.long))
-        kept = state[source.kind]
-        assert (kept["broken"], kept["long"], kept["items"]) == (len(broken), len(long), sorted(set(broken)))
-        assert kept["packed"] == len(of_source) - len(broken) - len(long)
-
-
-def test_all_ranks_stop_with_one_rank_and_its_line(make: Make) -> None:
-    """Rank 0 of two reads the even numbers: it alone meets what is broken."""
-    model = make("flow", context_length=64, drop_text=0.0)
-    order_of = Mixture([Weighted(Numbered("a", 60))], 3)
-    bad = [order_of.place(n).document for n in (30, 36, 42)]
-    source = [Weighted(Faulty("a", 60, bad))]
-    ended = run_ranks(model, source, (), {}, ranks=2, packs=30, share=0.04)
-    assert len({len(packs) for packs, *_ in ended}) == 1
-    assert 0 < len(ended[0][0]) < 30
-    (said,) = {error for *_, error in ended}
-    assert said.startswith("data: a: 3 of 60 documents cannot be read, more than data.broken_share 0.04; the last: a ")
-    assert run_ranks(model, source, (), {}, ranks=2, packs=9, share=0.05)[0][2] == ""
-    # Each has one more than may be of what the other has: together they are too many, and none by itself.
-    two = [Weighted(Faulty("a", 60, [order_of.place(n).document for n in (4, 5)]))]
-    ended = run_ranks(model, two, (), {}, ranks=2, packs=30, share=0.02)
-    assert len({(len(packs), error) for packs, _, error in ended}) == 1
-    assert "2 of 60 documents cannot be read" in ended[0][2]
 
 
 # ---- validation

@@ -128,7 +128,9 @@ def _counts(sources: Sequence[Weighted]) -> list[int]:
         return lengths
     if len(weights) < len(sources):
         bare, given = (next(s.source.kind for s in sources if (s.weight is None) == none) for none in (True, False))
-        raise ValueError(f"data: expected a weight for every source or for none, got one for {given} and none for {bare}")
+        raise ValueError(
+            f"data: expected a weight for every source or for none, got one for {given} and none for {bare}"
+        )
     return [max(1, round(sum(lengths) * weight / sum(weights))) for weight in weights]
 
 
