@@ -10,6 +10,7 @@ import yaml
 from data_formats import (
     caption_rows,
     edit_tar,
+    image_folder,
     img2dataset,
     llava,
     mmc4_jsonl,
@@ -50,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (data / "pictures" / f"{n}.png").write_bytes(png(n))
         (data / "pictures" / f"{n}.txt").write_text(f"shade {n}")
     write_jsonl(data / "documents.jsonl", [{"kind": "x", "parts": parts}] * 6)
+    image_folder(data / "imagefolder")
     for name in ("saved", "held_out"):
         made = datasets.Dataset.from_list(caption_rows(9)).cast_column("image", datasets.Image())
         made.save_to_disk(str(data / name))
@@ -82,8 +84,10 @@ def test_all_of_them_train_together(folder: Path, monkeypatch: pytest.MonkeyPatc
     merged: dict[str, Any] = {"sources": {}, "validation": {}, "batch_tokens": 512}
     for number, example in enumerate(EXAMPLES):
         settings = yaml.safe_load(example)["data"]["init_args"]
-        merged["sources"] |= {f"{name}{number}": entry for name, entry in settings["sources"].items()}
-        merged["validation"] |= {f"{name}{number}": entry for name, entry in settings["sources"].items()}
+        # Without weights, which one of them has: all sources have one or none.
+        named = {f"{name}{number}": {"source": entry["source"]} for name, entry in settings["sources"].items()}
+        merged["sources"] |= named
+        merged["validation"] |= named
     merged["validation"] = {name: e for name, e in merged["validation"].items() if not name.startswith("rows6")}
     path = tmp_path / "data.yaml"
     config = {"data": {"class_path": "unimodal.data.MixtureData", "init_args": merged}}
