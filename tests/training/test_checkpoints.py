@@ -517,8 +517,8 @@ def test_sources_that_changed_are_refused(pictures: Path, tmp_path: Path, capsys
     folder, mine = tmp_path / "run", tmp_path / "mine"
     shutil.copytree(pictures, mine)
     assert main(arguments(folder, mine, "--trainer.max_steps", "1")) == 0
-    for suffix in ("png", "txt"):  # another name, and as many
-        (mine / f"0.{suffix}").rename(mine / f"100.{suffix}")
+    for suffix in ("png", "txt"):  # another name, and as many documents
+        (mine / f"1.{suffix}").rename(mine / f"100.{suffix}")  # neither is held out
     capsys.readouterr()
     assert main(arguments(folder, mine, "--trainer.max_steps", "2", "--ckpt_path", "last")) == 2
     (line,) = capsys.readouterr().err.splitlines()
