@@ -336,8 +336,18 @@ def test_devices_are_the_processes_that_torchrun_started(
     assert main([*arguments, "--trainer.accelerator", "cpu"]) == 2
     assert "trainer.devices: expected the 2 processes that were started here, got 1" in capsys.readouterr().err
     assert lightning_cli._devices("auto", "cpu") == 2
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert lightning_cli._devices("auto", "gpu") == "auto"
     assert lightning_cli._devices(2, "cpu") == 2
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", "-c", str(RECIPE), "-c", str(TRAINER / "fsdp.yaml"), "--trainer.default_root_dir"]
+    assert main([*arguments, str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "unimodal: trainer.accelerator: expected cpu on a machine without a GPU, got gpu"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_is_not_sharded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
