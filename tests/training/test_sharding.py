@@ -94,8 +94,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--model.init_args.init", str(folder / "one_2" / "export")]  # fmt: skip
     add("muon_one", 1, "cpu", "--trainer.accumulate_grad_batches", "2", *muon, every=100)
     add("muon_fsdp", 2, "fsdp", *muon, every=100)
-    lora = ["--model.init_args.model.backbone.experts",
-            "{attention: true, mlp: false, norms: true, lora: {rank: 2, alpha: 4.0, parts: [mlp], experts: [image]}}"]  # fmt: skip
+    adapters = "{rank: 2, alpha: 4.0, parts: [mlp], experts: [image]}"
+    lora = ["--model.init_args.model.backbone.experts.mlp", "false",
+            "--model.init_args.model.backbone.experts.lora", adapters]  # fmt: skip
     add("lora_one", 1, "cpu", "--trainer.accumulate_grad_batches", "4", *lora, every=8)
     add("lora_fsdp", 4, "fsdp", *lora)
     add("lora_goes_on", 4, "fsdp", *lora, after="lora_fsdp")
