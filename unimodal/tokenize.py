@@ -240,14 +240,14 @@ def finish(out: Path, plan: Plan, module: DocumentData) -> dict[str, Any]:
             file.write(json.dumps(text, ensure_ascii=False) + "\n")
     module.prompt_count, module.seed = KEPT_PROMPTS, plan.seed
     write_jsonl(out / PROMPTS, module.prompts())
-    shards = {shard_name(*shard): Shard(out / shard_name(*shard), plan.layout) for shard in plan.shards()}
-    index = {
-        "counts": {name: shard.counts for name, shard in shards.items()},
-        "documents": sum(sum(shard.counts) for shard in shards.values()),
-        "images": sum(shard.images for shard in shards.values()),
-        "tokens": sum(shard.tokens for shard in shards.values()),
-        "broken": [what for shard in shards.values() for what in shard.broken],
-    }
+    index: dict[str, Any] = {"counts": {}, "documents": 0, "images": 0, "tokens": 0, "broken": []}
+    for name in (shard_name(*shard) for shard in plan.shards()):
+        shard = Shard(out / name, plan.layout)
+        index["counts"][name] = shard.counts
+        index["documents"] += sum(shard.counts)
+        index["images"] += shard.images
+        index["tokens"] += shard.tokens
+        index["broken"] += shard.broken
     write_atomically(out / INDEX, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
     for left in out.glob(".*.tmp"):  # of processes that were killed while they wrote
         left.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unimodal.data.module import DigitsData, DocumentData, FolderData, ShapesData
     from unimodal.data.parquet import ParquetSource
     from unimodal.data.tar import TarSource
+    from unimodal.data.token_files import TokenSource
     from unimodal.data.tokenized import TokenData
 
 _ROOMS = {
@@ -25,12 +26,14 @@ _ROOMS = {
     "module": ["DigitsData", "DocumentData", "FolderData", "ShapesData"],
     "parquet": ["ParquetSource"],
     "tar": ["TarSource"],
+    "token_files": ["TokenSource"],
     "tokenized": ["TokenData"],
 }
 __all__ = [
     "Conversation", "DigitImageData", "DigitsData", "DocumentData", "Edit", "FolderData", "FolderImageData",
     "FolderSource", "HuggingFaceSource", "ImageData", "Interleaved", "JsonlSource", "MixtureData", "Mmc4", "Pairs",
     "ParquetSource", "Parts", "ShapesData", "ShapesImageData", "TarSource", "Text", "TokenData",
+    "TokenSource",
 ]  # fmt: skip
 
 

@@ -15,10 +15,11 @@ from unimodal.data.broken import BrokenItems
 from unimodal.data.digits import DigitsSource
 from unimodal.data.folder import FolderSource, FolderSplit
 from unimodal.data.shapes import ShapesKind, ShapesSource, Split
-from unimodal.data.source import BrokenDocument, Source
+from unimodal.data.source import BrokenDocument, Source, Stored, whole
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, validation_packs
 from unimodal.documents import Document
 from unimodal.packing import FILLING, Lanes, PackedSequence
+from unimodal.stored import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from unimodal.model import UnifiedModel
@@ -64,6 +65,22 @@ class DocumentData(LightningDataModule):
     def validation_sources(self) -> list[Source]:
         """Sources of held-out documents, one a kind."""
 
+    def setup(self, stage: str) -> None:
+        """Refuse images stored as tokens that the model's tokenizer did not make, or its recipe has no use for."""
+        if self.trainer is not None:  # a plan has none
+            self.check(self.trainer.lightning_module.model)  # type: ignore[arg-type]
+
+    def check(self, model: "UnifiedModel") -> None:
+        """ValueError, naming the source, where one holds tokens that are not this model's."""
+        sources = [*(weighted.source for weighted in self.training_sources()), *self.validation_sources()]
+        stored = [(source.kind, held) for source in sources if isinstance(held := whole(source), Stored)]
+        fingerprint = tokenizer_fingerprint(model.tokenizer) if stored else ""
+        for kind, source in stored:
+            try:
+                source.check(fingerprint, model.sequence)
+            except ValueError as error:
+                raise ValueError(f"data: {kind}: {error}") from None
+
     def corpus(self) -> Iterable[str]:
         """Texts that the text tokenizer is trained on."""
         for weighted in self.training_sources():
@@ -76,6 +93,11 @@ class DocumentData(LightningDataModule):
 
         prompts = []
         for s, source in enumerate(self.validation_sources()):
+            held = whole(source)
+            if isinstance(held, Stored):
+                kept = held.prompts()[: self.prompt_count]
+                prompts += kept if held is source else [Document(one.parts, source.kind) for one in kept]
+                continue
             for index in range(min(self.prompt_count, len(source))):
                 try:
                     document = source.document(index, np.random.default_rng((self.seed, s, index)))
@@ -319,6 +341,7 @@ class FolderData(DocumentData):
     ) -> None:
         super().__init__(batch_tokens, validation_documents, prompts, seed, workers, broken_share)
         self.root, self.weights, self.validation_share = Path(root), weights, validation_share
+        self._read: dict[FolderSplit, tuple[FolderSource, FolderSource]] = {}
 
     def training_sources(self) -> list[Weighted]:
         """Both directions; documents of a JSONL have their own."""
@@ -332,6 +355,8 @@ class FolderData(DocumentData):
         return [drawn] if drawn.kind == "document" else [drawn, read]
 
     def _sources(self, split: FolderSplit) -> tuple[FolderSource, FolderSource]:
-        share = self.validation_share
-        drawn = FolderSource(self.root, split, "text_to_image", share)
-        return drawn, FolderSource(self.root, split, "image_to_text", share)
+        if split not in self._read:
+            share = self.validation_share
+            drawn = FolderSource(self.root, split, "text_to_image", share)
+            self._read[split] = drawn, FolderSource(self.root, split, "image_to_text", share)
+        return self._read[split]
