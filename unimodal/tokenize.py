@@ -14,6 +14,7 @@ import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,7 @@ def build_data(config: Mapping[str, Any]) -> DocumentData:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DocumentData, "data", required=True)
     try:
-        return parser.instantiate(parser.parse_object({"data": dict(config)})).data
+        return parser.instantiate(parser.parse_object({"data": deepcopy(dict(config))})).data
     except ArgumentError as error:
         raise ValueError(f"--data: {one_line(str(error))}") from error
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from unimodal.data.token_files import HELD, Plan, ShardWriter, SourceRecord, sha
 from unimodal.documents import Document, Part, write_jsonl
 from unimodal.export import ExportInfo, save_export
 from unimodal.files import write_atomically
+from unimodal.image_sizes import NativeSizes
 from unimodal.model import UnifiedModel
 from unimodal.packing import SequencedDocument, SequenceRules, pack, to_tensor
 from unimodal.stored import StoredImage, tokenizer_fingerprint
@@ -37,7 +39,7 @@ LAYOUT = TokenLayout("discrete", dim=4, stride=2, codebooks=(16,))
 KINDS = ("drawn", "described")
 
 
-def write_files(root: Path, shards: int, each: int, kinds: tuple[str, ...] = KINDS, rank: int = 1) -> Path:
+def write_files(root: Path, shards: int, each: int, kinds: tuple[str, ...] = KINDS) -> Path:
     """Token files whose documents say who they are, "KIND NUMBER", with one image of 4 x 4 pixels or two."""
     held = {"train": [SourceRecord(kind, 1.0, shards * each) for kind in kinds], "val": []}
     made = {"fingerprint": "f" * 64, "class": "X", "recipe": "x"}
@@ -130,12 +132,11 @@ def test_a_folder_is_one_source_of_all_its_documents_or_of_one_kind(tmp_path: Pa
     assert [document.text for document in one.prompts()] == ["described 0", "described 1"]
     assert texts(pickle.loads(pickle.dumps(everything))) == texts(everything)
     for arguments, said in (
-        ((root, "test"), "split: expected one of train, val"),
         ((root, "train", "x"), "kind: expected one of drawn, described, got 'x'"),
         ((root.parent / "no",), "root: expected a folder that `unimodal tokenize` wrote"),
     ):
-        with pytest.raises((ValueError, TypeError), match=said):
-            TokenSource.__init__.__wrapped__(object.__new__(TokenSource), *arguments)  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match=said):
+            TokenSource(*arguments)
     with pytest.raises(IndexError, match="index: expected 0 to 23, got 24"):
         everything.document(24, RNG)
 
@@ -246,7 +247,8 @@ def test_above_the_share_the_run_stops(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         read(kept)
     assert kept.skipped == {"tokens": 8}
-    assert caplog.text.count("train-00003.safetensors") == 1
+    assert caplog.text.count("skipped") == 1
+    assert "train-00003.safetensors" in caplog.text
     with pytest.raises(ValueError, match=r"data: tokens: .* more than data\.broken_share 0\.09; .*train-00003"):
         read(BrokenItems(0.09))
 
@@ -259,8 +261,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs in tars, and the token files of other pairs, made by the tokenizer of digits_mot_flow."""
     folder = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
-    setting = {"class_path": "unimodal_tokenizers.PatchTokenizer", "init_args": {"patch": 2, "colours": 1}}
-    save_export(folder / "patch", PatchTokenizer(2, 1), setting, ExportInfo("tokenizer", "raw", "patch", "unknown"))
+    setting = {"class_path": "unimodal_tokenizers.PatchTokenizer", "init_args": {"patch": 4, "colours": 1}}
+    save_export(folder / "patch", PatchTokenizer(4, 1), setting, ExportInfo("tokenizer", "raw", "patch", "unknown"))
     for name, shards in (("pairs", 3), ("made", 6)):
         img2dataset(folder / name, shards=shards)
     data = {"class_path": "unimodal.data.TarSource", "init_args": {"paths": str(folder / "made")}}
@@ -271,13 +273,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(folder: Path, broken_share: float = 0.5, **changed: Any) -> dict[str, Any]:
+def config(folder: Path) -> dict[str, Any]:
     sources = {
         "tokens": {"source": {"class_path": "unimodal.data.TokenSource", "init_args": {"root": str(folder / "tokens")}}},
         "pairs": {"source": {"class_path": "unimodal.data.TarSource", "init_args": {"paths": str(folder / "pairs")}}},
     }
-    settings = {"batch_tokens": 192, "sources": sources, "validation_documents": 4, "prompts": 1, "broken_share": broken_share}
-    return {"data": {"class_path": "unimodal.data.MixtureData", "init_args": settings}, **changed}
+    settings = {"batch_tokens": 192, "sources": sources, "validation_documents": 4, "prompts": 1, "broken_share": 0.5}
+    return {"data": {"class_path": "unimodal.data.MixtureData", "init_args": settings}}
 
 
 def fit(root: Path, settings: dict[str, Any], *options: str) -> int:
@@ -307,16 +309,10 @@ def test_tokens_and_pixels_train_together_though_a_shard_is_gone(
 def test_what_does_not_fit_the_model_is_one_line_before_training(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for options, said in (
-        (["--model.model.tokenizer.patch", "4"], "data: tokens: root: .* holds tokens of another tokenizer than model.tok"),
-        (["--model.model.sequence.image_sizes", "[[4, 8]]"], r"data: tokens: sequence.image_sizes: expected \[8, 8\]"),
-        (["--model.model.sequence.native", "{tokens: 16, stride: 2}"], "data: tokens: sequence.native: expected none"),
-    ):
-        capsys.readouterr()
-        assert fit(tmp_path, config(folder), *options, "--trainer.max_steps", "1") == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert __import__("re").search(said, line), line
-        assert not (tmp_path / "run").exists()
+    assert fit(tmp_path, config(folder), "--model.model.tokenizer.patch", "2", "--trainer.max_steps", "1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search("data: tokens: root: .* holds tokens of another tokenizer than model.tokenizer", line), line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mixture_says_which_part_is_tokens(tmp_path: Path) -> None:
@@ -338,7 +334,12 @@ def test_a_check_of_data_asks_for_what_the_tokens_were_made_of(folder: Path, cap
 
 def test_rules_are_asked_as_a_whole(folder: Path) -> None:
     """A size that no image has yet is refused before training, not when the first one comes."""
-    source, fingerprint = TokenSource(folder / "tokens"), tokenizer_fingerprint(PatchTokenizer(2, 1))
+    source, fingerprint = TokenSource(folder / "tokens"), tokenizer_fingerprint(PatchTokenizer(4, 1))
     source.check(fingerprint, SequenceRules([(4, 8), (8, 8)], 64))
-    with pytest.raises(ValueError, match=r"sequence\.image_sizes: expected \[8, 8\], which images are stored of"):
-        source.check(fingerprint, SequenceRules([(4, 8)], 64))
+    for rules, said in (
+        (SequenceRules([(4, 8)], 64), r"sequence\.image_sizes: expected \[8, 8\], which images are stored of"),
+        (SequenceRules([(8, 8)], 64, native=NativeSizes(4, 4)), r"sequence\.native: expected none"),
+        (SequenceRules([(8, 8)], 64, context="both"), r"sequence\.context: expected clean"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            source.check(fingerprint, rules)

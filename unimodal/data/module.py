@@ -1,14 +1,14 @@
 """LightningDataModules of documents: where they come from, how they are mixed and packed, and where the run stands."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from unimodal.data.broken import BrokenItems
@@ -111,17 +111,9 @@ class DocumentData(LightningDataModule):
         """The stream of this rank, from where the run stands. It has no end: `max_steps` has."""
         trainer = self.trainer
         assert trainer is not None
-        if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise ValueError(
-                "trainer.limit_train_batches: expected 1.0 (the data has no end, trainer.max_steps ends a run), "
-                f"got {trainer.limit_train_batches}"
-            )
+        refuse_limit(trainer)
         mixture = Mixture(self.training_sources(), self.seed)
-        if self._counts not in ([], mixture.counts):
-            raise ValueError(
-                f"data: expected sources that give {self._counts} documents an epoch, as in the checkpoint, got "
-                f"{mixture.counts}; an export (init) can be trained on with others"
-            )
+        refuse_other(mixture, self._counts)
         stream = PackStream(
             mixture, self._packing(), self._resumed, rank=trainer.global_rank, ranks=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches, workers=self.workers, broken_share=self.broken_share,
@@ -155,7 +147,7 @@ class DocumentData(LightningDataModule):
         """Where every lane of every rank stands, which all ranks ask at once: plain lists, so that checkpoints load
         without code.
         """
-        lanes = self._resumed if self.position is None else _of_all_ranks(self.position)
+        lanes = self._resumed if self.position is None else of_all_ranks(self.position)
         return {"lanes": [list(lane) for lane in lanes], "counts": self._counts, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -170,7 +162,25 @@ class DocumentData(LightningDataModule):
         return Packing(model.sequencer, model.backbone.config.experts, model.generator.reads, self.batch_tokens)
 
 
-def _of_all_ranks(own: Lanes) -> Lanes:
+def refuse_limit(trainer: Trainer) -> None:
+    """ValueError where a trainer would begin data anew that has no end."""
+    if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ValueError(
+            "trainer.limit_train_batches: expected 1.0 (the data has no end, trainer.max_steps ends a run), "
+            f"got {trainer.limit_train_batches}"
+        )
+
+
+def refuse_other(mixture: Mixture, counts: Sequence[int]) -> None:
+    """ValueError where the epochs of the run that is continued were made of other documents."""
+    if list(counts) not in ([], mixture.counts):
+        raise ValueError(
+            f"data: expected sources that give {list(counts)} documents an epoch, as in the checkpoint, got "
+            f"{mixture.counts}; an export (init) can be trained on with others"
+        )
+
+
+def of_all_ranks(own: Lanes) -> Lanes:
     """Lanes of every rank in their order: lane a * ranks + r is number a of rank r."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return own
