@@ -275,7 +275,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(folder: Path) -> dict[str, Any]:
     sources = {
-        "tokens": {"source": {"class_path": "unimodal.data.TokenSource", "init_args": {"root": str(folder / "tokens")}}},
+        "tokens": {
+            "source": {"class_path": "unimodal.data.TokenSource", "init_args": {"root": str(folder / "tokens")}}
+        },
         "pairs": {"source": {"class_path": "unimodal.data.TarSource", "init_args": {"paths": str(folder / "pairs")}}},
     }
     settings = {"batch_tokens": 192, "sources": sources, "validation_documents": 4, "prompts": 1, "broken_share": 0.5}
@@ -325,7 +327,9 @@ def test_a_mixture_says_which_part_is_tokens(tmp_path: Path) -> None:
     assert [document.kind for document in TokenData(tmp_path, 192).prompts()] == []  # nothing was held out
 
 
-def test_a_check_of_data_asks_for_what_the_tokens_were_made_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_of_data_asks_for_what_the_tokens_were_made_of(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from unimodal.data.check import examine
 
     with pytest.raises(ValueError, match="mine: expected documents with pixels, got token files"):

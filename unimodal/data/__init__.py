@@ -31,8 +31,8 @@ _ROOMS = {
 }
 __all__ = [
     "Conversation", "DigitImageData", "DigitsData", "DocumentData", "Edit", "FolderData", "FolderImageData",
-    "FolderSource", "HuggingFaceSource", "ImageData", "Interleaved", "JsonlSource", "MixtureData", "MixtureImageData", "Mmc4", "Pairs",
-    "ParquetSource", "Parts", "ShapesData", "ShapesImageData", "TarSource", "Text", "TokenData",
+    "FolderSource", "HuggingFaceSource", "ImageData", "Interleaved", "JsonlSource", "MixtureData", "MixtureImageData",
+    "Mmc4", "Pairs", "ParquetSource", "Parts", "ShapesData", "ShapesImageData", "TarSource", "Text", "TokenData",
     "TokenSource",
 ]  # fmt: skip
 

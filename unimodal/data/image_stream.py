@@ -1,7 +1,7 @@
-"""Plain images: those of the documents of a stream, texts left aside, in batches whose position is a few integers a lane.
+"""Plain images: all those of documents, texts left aside, in batches whose position is a few integers a lane.
 
-Documents are numbered and dealt out to lanes as in `unimodal.data.stream`; a lane gives the images of its documents one after
-another, so that a batch may end within a document.
+Documents are numbered and dealt out to lanes as in `unimodal.data.stream`; a lane gives the images of its documents one
+after another, so that a batch may end within a document.
 
 Letters: B images of a batch, H, W their pixels.
 """
@@ -28,7 +28,7 @@ BEHIND = 64
 
 
 class ImagePosition(NamedTuple):
-    """Where lanes stand: of each the next number and those that are not done with; and of the latter, images already given."""
+    """Where lanes stand: of each its next number and those that have images left, and how many the latter gave already."""
 
     lanes: Lanes = ()
     given: Lanes = ()
@@ -52,7 +52,7 @@ class ImageStream:
     """
 
     def __init__(
-        self, mixture: Mixture, image_size: tuple[int, int], batch: int, position: ImagePosition = ImagePosition(),
+        self, mixture: Mixture, image_size: tuple[int, int], batch: int, position: ImagePosition,
         *, rank: int = 0, ranks: int = 1, accumulate: int = 1, workers: int = 0, broken_share: float = 0.0,
     ) -> None:  # fmt: skip
         self.mixture, self.image_size, self.batch, self.workers = mixture, image_size, batch, workers
@@ -73,7 +73,9 @@ class ImageStream:
         ]
         while True:
             batches = [to_tensor(lane.cut(self.batch)) for lane in lanes]
-            self._behind.append(ImagePosition(tuple(lane.position for lane in lanes), tuple(lane.given for lane in lanes)))
+            self._behind.append(
+                ImagePosition(tuple(lane.position for lane in lanes), tuple(lane.given for lane in lanes))
+            )
             self._cut += 1
             yield from batches
 
@@ -115,7 +117,7 @@ class _Lane:
         return held
 
     def _fill(self) -> None:
-        without = 0
+        without: set[tuple[int, int]] = set()
         while not self._images:
             place, found = self.reader.take(self.lane)
             if self.unread:
@@ -130,9 +132,9 @@ class _Lane:
                 self.broken.read(source.kind)
             self._number, self._used = place.number, self._given.pop(place.number, 0)
             self._images = deque(found[self._used :])
-            without += 1
-            if without > len(self.reader.mixture):
-                raise ValueError("data: expected documents with images, got none in as many as an epoch has")
+            without.add((place.source, place.document % len(source)))  # a stream's indices go on and on
+            if len(without) >= sum(len(one.source) for one in self.reader.mixture.sources) and not self._images:
+                raise ValueError("data: expected documents with images, got none")
 
 
 class _Images(Dataset[tuple[Place, list[Pixels] | BrokenDocument]]):

@@ -95,8 +95,8 @@ class DocumentData(LightningDataModule):
         for s, source in enumerate(self.validation_sources()):
             held = whole(source)
             if isinstance(held, Stored):
-                kept = held.prompts()[: self.prompt_count]
-                prompts += kept if held is source else [Document(one.parts, source.kind) for one in kept]
+                own = held.prompts()[: self.prompt_count]
+                prompts += own if held is source else [Document(one.parts, source.kind) for one in own]
                 continue
             for index in range(min(self.prompt_count, len(source))):
                 try:

@@ -146,7 +146,9 @@ class PackStream:
 
     def __iter__(self) -> Iterator[PackedSequence]:
         documents = _Documents(self.mixture, self.packing)
-        reader = Reader(self.mixture, documents, self.position, self._step, self.workers)
+        reader: Reader[SequencedDocument | str] = Reader(
+            self.mixture, documents, self.position, self._step, self.workers
+        )
         lanes = [
             _Lane(reader, self.packing, self.broken, i, position, self._step)
             for i, position in enumerate(self.position)

@@ -295,7 +295,9 @@ class Shard:
         except BrokenDocument:
             raise
         except (TypeError, KeyError, ValueError, IndexError) as error:
-            raise BrokenDocument(f"{self.path}: document {row}", f"expected one as written, got {_line(error)}") from None
+            raise BrokenDocument(
+                f"{self.path}: document {row}", f"expected one as written, got {_line(error)}"
+            ) from None
 
     def _image(self, number: int, learn: bool, role: str) -> StoredImage:
         if not 0 <= number < self.images:
