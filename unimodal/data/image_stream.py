@@ -72,7 +72,7 @@ class ImageStream:
             _Lane(reader, self.broken, i, position, self._given, self._step) for i, position in enumerate(positions)
         ]
         while True:
-            batches = [to_tensor(lane.cut(self.batch)) for lane in lanes]
+            batches = [to_tensor(lane.cut(self.batch)).contiguous() for lane in lanes]
             self._behind.append(
                 ImagePosition(tuple(lane.position for lane in lanes), tuple(lane.given for lane in lanes))
             )
@@ -181,14 +181,14 @@ class HeldOutImages:
                 except BrokenDocument as error:
                     broken.append(str(error))
                 while len(held) >= self.batch:
-                    yield to_tensor(held[: self.batch])
+                    yield to_tensor(held[: self.batch]).contiguous()
                     held, none = held[self.batch :], False
             if broken and not self._named:
                 _log.warning(
                     "data: %s: %d held-out documents left out, such as %s", source.kind, len(broken), broken[0]
                 )
         if held:
-            yield to_tensor(held)
+            yield to_tensor(held).contiguous()
         elif none:
             raise ValueError("data: expected held-out documents with images, got none")
         self._named = True
