@@ -17,7 +17,7 @@ from data_formats import img2dataset, picture
 from safetensors.numpy import load_file, save
 
 from unimodal.cli import main
-from unimodal.data import MixtureData, TokenData, TokenSource
+from unimodal.data import MixtureData, TarSource, TokenData, TokenSource
 from unimodal.data.broken import BrokenItems
 from unimodal.data.mixture import Entry
 from unimodal.data.source import BrokenDocument, Stored, whole
@@ -30,6 +30,7 @@ from unimodal.model import UnifiedModel
 from unimodal.packing import SequencedDocument, SequenceRules, pack, to_tensor
 from unimodal.stored import StoredImage, tokenizer_fingerprint
 from unimodal.tokenize import tokenize
+from unimodal.training.scores import captioned_images
 from unimodal_tokenizers import PatchTokenizer
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
@@ -334,6 +335,18 @@ def test_a_check_of_data_asks_for_what_the_tokens_were_made_of(
 
     with pytest.raises(ValueError, match="mine: expected documents with pixels, got token files"):
         examine("mine", TokenSource(folder / "tokens"), None, None, 0)
+
+
+def test_metrics_of_images_compare_with_pixels_that_can_be_read(folder: Path, tmp_path: Path) -> None:
+    tokens, pairs = TokenSource(folder / "tokens"), TarSource(str(img2dataset(tmp_path / "pairs")))
+    (tmp_path / "pairs" / "00001.tar").unlink()
+    held = {"tokens": Entry(tokens), "pairs": Entry(pairs)}
+    found = captioned_images(MixtureData(192, {"tokens": Entry(tokens)}, held))
+    assert [document.text for _, document in found] == [f"shade {i}" for i in range(4)]
+    with pytest.raises(
+        ValueError, match=r"model\.image_metrics: expected held-out documents of a text and pixels, got none"
+    ):
+        captioned_images(MixtureData(192, {"tokens": Entry(tokens)}))
 
 
 def test_rules_are_asked_as_a_whole(folder: Path) -> None:

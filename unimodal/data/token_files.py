@@ -226,8 +226,8 @@ class _Array:
 
 def _arrays(path: Path) -> tuple[Mapping[str, str], dict[str, _Array]]:
     """Metadata and arrays of a safetensors file; ValueError for one that is not whole."""
-    size = path.stat().st_size
     length = int.from_bytes(read_span(path, 0, 8), "little")
+    size = path.stat().st_size
     if 8 + length > size:
         raise ValueError(f"a header of {length} bytes in a file of {size}")
     header = json.loads(read_span(path, 8, length))
