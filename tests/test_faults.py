@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forking import script
 
 from experiments.faults import items, processes, refused
-from experiments.faults.runs import ROOT, Ended
+from experiments.faults.runs import Ended
 from experiments.faults.table import PAGE, Row, page, read, write
 from unimodal.cli import main
 from unimodal.data import TarSource
@@ -175,12 +174,13 @@ def test_a_text_bomb_is_a_broken_image() -> None:
 # ---- runs, from a process that has not trained itself: autograd's threads do not survive a fork
 
 RUNS = """
-import json, os, signal, socket, sys
+import json, os, signal
 from dataclasses import asdict
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import unimodal.training.lightning_cli
+from forking import free_port
 from experiments.faults.processes import checkpointed, children, fit, jump, losses
 from experiments.faults.runs import Process
 
@@ -200,12 +200,9 @@ os.kill(worker, signal.SIGKILL)
 found["worker"] = asdict(run.end())
 
 def two_ranks(name):  # of a training without end, behind their third step
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     command = into(name, fit("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "2000"))
     shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [Process(command, Path(f"{name}{r}"), RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
     ranks[0].until(3)
     return ranks
@@ -228,13 +225,7 @@ print(json.dumps(found))
 def runs(out: Path) -> dict[str, Any]:
     """What became of a run whose clock jumps, of one whose worker is killed, and of one that loses a rank."""
     (out / "runs").mkdir()
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", RUNS], capture_output=True, text=True, cwd=out / "runs", timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(script(RUNS, folder=out / "runs").stdout.splitlines()[-1])
     return found
 
 

@@ -1,7 +1,6 @@
 """Commands that several processes run: the same files for any number of them, one line when something is wrong."""
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import accelerate  # noqa: F401  (once, before processes are forked)
 import pytest
+from forking import ended, fork_ranks
 
 from unimodal import commands, processes
 from unimodal.cli import main
@@ -42,34 +42,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def launch(count: int, folder: Path, work: Callable[[], int]) -> tuple[list[int], str]:
     """What `count` processes with the environment of torchrun end with, and all that they write to standard error."""
     folder.mkdir(parents=True, exist_ok=True)
-    meet, pids = port(), []
-    for rank in range(count):
-        pid = os.fork()
-        if pid:
-            pids.append(pid)
-            continue
-        code = 99
-        try:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=meet)  # fmt: skip
-            with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
-                sys.stdout, sys.stderr = out, err
-                try:
-                    code = work()
-                except SystemExit as end:
-                    code = int(end.code or 0)
-        finally:
-            os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+    def told_apart() -> int:
+        rank = os.environ["RANK"]
+        sys.stdout, sys.stderr = (folder / f"{rank}.out").open("w"), (folder / f"{rank}.err").open("w")
+        return work()
+
+    codes = ended(fork_ranks(told_apart, count))
     return codes, "".join((folder / f"{rank}.err").read_text() for rank in range(count))
 
 

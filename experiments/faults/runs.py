@@ -138,11 +138,11 @@ class Process:
 
 @dataclass(frozen=True)
 class Step:
-    """A micro-batch that was trained on: its step, its loss bit for bit, and which documents of the first source."""
+    """A micro-batch that was trained on: its step, its loss bit for bit, and its documents, as (epoch, number)."""
 
     step: int
     loss: str
-    documents: tuple[int, ...]
+    documents: tuple[tuple[int, int], ...]
 
 
 def watch(path: Path) -> None:
@@ -152,7 +152,7 @@ def watch(path: Path) -> None:
     def step(self: UnifiedTraining, batch: Any, batch_idx: int) -> Any:
         loss = original(self, batch, batch_idx)
         place = self.trainer.train_dataloader.mixture.place  # type: ignore[union-attr]
-        documents = [place(n).document for n in batch.numbers if place(n).epoch == 0]
+        documents = [(place(n).epoch, place(n).document) for n in batch.numbers]
         time.sleep(0.05)  # so that a step can be aimed at
         with path.open("a") as file:
             file.write(json.dumps([self.trainer.global_step, float(loss.detach()).hex(), documents]) + "\n")
@@ -164,12 +164,12 @@ def watch(path: Path) -> None:
 def steps(path: Path) -> list[Step]:
     """What was trained on, in order."""
     lines = path.read_text().splitlines() if path.is_file() else []
-    return [Step(step, loss, tuple(documents)) for step, loss, documents in map(json.loads, lines)]
+    return [Step(step, loss, tuple(map(tuple, documents))) for step, loss, documents in map(json.loads, lines)]
 
 
 def trained(path: Path) -> set[int]:
     """Documents of the first epoch that were trained on."""
-    return {document for step in steps(path) for document in step.documents}
+    return {document for step in steps(path) for epoch, document in step.documents if epoch == 0}
 
 
 def arguments(folder: Path, data: Path, source: str = "TarSource", *options: str) -> list[str]:

@@ -236,7 +236,7 @@ def test_published_scores_come_with_their_source(capsys: pytest.CaptureFixture[s
 def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     out = tmp_path / "out"
     shapes = ["geneval-shapes", "--out", out]
-    refused("geneval-shape", names="got geneval-shape")
+    refused("geneval-shape", names="expected one of digits, statistics, compare, published, geneval, ")
     refused(*shapes, names="--run or --images: expected one of them, got neither")
     refused(*shapes, "--run", run, "--images", tmp_path, names="got both")
     refused("geneval-shapes", "--run", run, names="--out: expected")
@@ -254,7 +254,8 @@ def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, refused: Callab
     refused(*shapes, "--run", run, "--per-tusk", "3", names="per_tusk")
     refused(*shapes, "--run", run, "--samples", "many", names="samples")
     refused("geneval-shapes", "--self-test", names="--self-test: geneval-shapes has none")
-    refused("geneval", "--run", run, "--out", out, names="metadata")
+    refused("geneval", "--run", run, "--out", out, names="unimodal: --metadata: expected a value, got none")
+    refused("compare", names="unimodal: a, b: expected a value, got none")
     refused("images", "--images", tmp_path, "--out", out, names="inception_weights: expected a file of weights")
     refused("compare", tmp_path, tmp_path, names="expected a folder with summary.json")
     refused("published", "fid", names="fid")

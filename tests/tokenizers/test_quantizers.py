@@ -1,10 +1,7 @@
 """What every quantizer keeps, of whatever kind. A new one joins by a line of QUANTIZERS, and one of LARGE if it searches."""
 
 import copy
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forking import together
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -273,24 +271,11 @@ def train_on_some_of(rank: int, folder: str, ranks: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-FORKED = """
-import importlib.util, sys
-import torch
-spec = importlib.util.spec_from_file_location("forked", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-for ranks in (1, 2):
-    torch.multiprocessing.start_processes(module.train_on_some_of, (sys.argv[2], ranks), nprocs=ranks, start_method="fork")
-"""
-"""Forked of a process that imports once; not of this one, where other tests may have begun threads of autograd."""
-
-
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes and one make of the same batches."""
     folder = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    subprocess.run([sys.executable, "-c", FORKED, __file__, str(folder)], check=True, env=environment)
+    together(train_on_some_of, *((ranks, (str(folder), ranks)) for ranks in (1, 2)))
     return folder
 
 

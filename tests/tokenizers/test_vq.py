@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forking import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -171,7 +172,8 @@ def test_every_step_draws_other_vectors() -> None:
 def quantize_on_one_of_two(rank: int, folder: str) -> None:
     """A process that quantizes batches of its own, of its own sizes, and writes its state down."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    quantizer = VectorQuantizer(32, 3, revive_after=2)  # the same on both: the parent set the seed
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(32, 3, revive_after=2)
     for step in range(4):
         quantizer(sphere(2 * step + rank, 10 + 5 * rank, 3))
     torch.save(quantizer.state_dict(), f"{folder}/{rank}.pt")
@@ -179,10 +181,7 @@ def quantize_on_one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    torch.multiprocessing.start_processes(
-        quantize_on_one_of_two, (str(tmp_path),), nprocs=2, start_method="fork"
-    )  # forked: a fresh interpreter would import everything again
+    together(quantize_on_one_of_two, (2, (str(tmp_path),)))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

@@ -5,9 +5,6 @@ import os
 import random
 import resource
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from forking import script
 from lightning import LightningModule, Trainer
 from PIL import Image
 
@@ -272,6 +270,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import unimodal.training.lightning_cli
+from forking import ended, fork_ranks
 from unimodal.cli import main
 from unimodal.training import UnifiedTraining, checkpoints
 
@@ -286,32 +285,21 @@ def step(self, batch, batch_idx):
     return loss
 UnifiedTraining.training_step = step
 
-def start(arguments, rank=0, ranks=1, port="0", **environment):  # a fork imports nothing again
-    pid = os.fork()
-    if pid:
-        return pid
-    os.setpgid(0, 0)
-    folder = arguments[arguments.index("--trainer.default_root_dir") + 1]
-    os.environ.update(environment, LOG=f"{folder}.log.{rank}")
-    with open(os.environ["LOG"], "a") as log:
-        log.write("begin\\n")
-    if ranks > 1:  # as torchrun sets them
-        os.environ.update(TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
-                          LOCAL_WORLD_SIZE=str(ranks), GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    code = 99
-    try:
-        code = main(arguments)
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-def end(*pids):
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+def start(arguments, ranks=1, **environment):
+    def work():
+        rank = os.environ.get("RANK", "0")
+        os.setpgid(0, 0)
+        folder = arguments[arguments.index("--trainer.default_root_dir") + 1]
+        os.environ.update(environment, LOG=f"{folder}.log.{rank}")
+        with open(os.environ["LOG"], "a") as log:
+            log.write("begin\\n")
+        return main(arguments)
+    return fork_ranks(work, ranks)
 
 plan = json.loads(sys.argv[1])
 """
 KILLED = """
-assert end(start(plan["whole"])) == [0]
+assert ended(start(plan["whole"])) == [0]
 write, rng = checkpoints.Writer.write, random.Random(0)
 def slowly(self, data):  # so that many a kill comes while a checkpoint is written
     time.sleep(1e-3)
@@ -324,43 +312,38 @@ def go_on():
     return start([*plan["killed"], "--data.workers", str(rng.choice([0, 1, 3])), *going_on])
 found = {"killed": 0, "writing": 0}
 for kill in range(10):
-    lines, size, pid = rng.randrange(2), log.stat().st_size, go_on()
+    lines, size, (pid,) = rng.randrange(2), log.stat().st_size, go_on()
     if kill == 3:
         time.sleep(0.1 + rng.random())  # before there is any step
     else:
-        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        while log.read_bytes()[size:].count(b"\\n") <= lines + 1 and os.waitid(os.P_PID, pid, ended) is None:
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while log.read_bytes()[size:].count(b"\\n") <= lines + 1 and os.waitid(os.P_PID, pid, options) is None:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.2)
     os.killpg(pid, signal.SIGKILL)
-    found["killed"] += end(pid) == [-9]
+    found["killed"] += ended([pid]) == [-9]
     found["writing"] += bool(list((folder / "checkpoints").glob(".step*.tmp")))
-found["code"] = end(go_on())
+found["code"] = ended(go_on())
 print(json.dumps(found))
 """
 RANKS = """
 import shutil
-def pair(name, port, *more, **environment):
-    return end(*[start([*plan[name], *more], rank, 2, port, **environment) for rank in range(2)])
-found = {"whole": pair("whole", plan["ports"][0]), "killed": pair("killed", plan["ports"][1], KILL_AT="3")}
+def pair(name, *more, **environment):
+    return ended(start([*plan[name], *more], 2, **environment))
+found = {"whole": pair("whole"), "killed": pair("killed", KILL_AT="3")}
 for name in ("one", "other"):
     shutil.copytree(f"{plan['folder']}/killed/checkpoints", f"{plan['folder']}/{name}/checkpoints", symlinks=True)
-found["resumed"] = pair("killed", plan["ports"][2], "--ckpt_path", "last")
-found["one"] = end(start([*plan["one"], "--ckpt_path", "last"]))
-found["other"] = end(start([*plan["other"], "--ckpt_path", "last"]))
+found["resumed"] = pair("killed", "--ckpt_path", "last")
+found["one"] = ended(start([*plan["one"], "--ckpt_path", "last"]))
+found["other"] = ended(start([*plan["other"], "--ckpt_path", "last"]))
 print(json.dumps(found))
 """
 
 
-def drive(script: str, folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """What the script found, in a process of its own."""
-    file = folder / "script.py"
-    file.write_text(DRIVER + script)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(file), json.dumps(plan)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def drive(code: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """What the code found, in a process of its own."""
+    done = script(DRIVER + code, json.dumps(plan))
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     found["said"] = done.stderr
     return found
 
@@ -421,7 +404,7 @@ def test_killed_ten_times_at_random_moments_and_nothing_differs(pictures: Path, 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     plan = {"folder": str(killed), "whole": arguments(whole, pictures, *options),
             "killed": arguments(killed, pictures, *options)}  # fmt: skip
-    found = drive(KILLED, tmp_path, plan)
+    found = drive(KILLED, plan)
     assert (found["killed"], found["code"]) == (10, [0]), found["said"][-3000:]
     assert "Traceback" not in found["said"]
     assert found["writing"] >= 1
@@ -440,12 +423,11 @@ def test_two_ranks_go_on_as_two_as_one_and_as_one_with_other_accumulation(pictur
     whole, killed, one, other = (tmp_path / name for name in ("whole", "killed", "one", "other"))
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     plan = {
-        "folder": str(tmp_path), "ports": [str(free_port()) for _ in range(3)],
-        "whole": arguments(whole, pictures, *two), "killed": arguments(killed, pictures, *two),
+        "folder": str(tmp_path), "whole": arguments(whole, pictures, *two), "killed": arguments(killed, pictures, *two),
         "one": arguments(one, pictures, "--trainer.accumulate_grad_batches", "2"),
         "other": arguments(other, pictures, "--trainer.accumulate_grad_batches", "3"),
     }  # fmt: skip
-    found = drive(RANKS, tmp_path, plan)
+    found = drive(RANKS, plan)
     assert found["whole"] == found["resumed"] == [0, 0], found["said"][-3000:]
     assert all(found["killed"]) and -9 in found["killed"]  # noqa: PT018
     assert found["one"] == found["other"] == [0], found["said"][-3000:]
@@ -463,13 +445,6 @@ def test_two_ranks_go_on_as_two_as_one_and_as_one_with_other_accumulation(pictur
         assert each_once(seen, end_of(folder)["FolderData"]["lanes"]) > 34
     for name, value in end_of(whole)["state_dict"].items():
         torch.testing.assert_close(end_of(one)["state_dict"][name], value, rtol=1e-4, atol=1e-5)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(

@@ -4,8 +4,6 @@ import copy
 import csv
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from forking import script
 from lightning import Callback, Trainer
 from PIL import Image
 from safetensors.torch import load_file
@@ -292,10 +291,11 @@ def test_a_run_of_them_ends_the_training_with_its_packs_and_goes_on_behind_them(
 
 
 RANKS = """
-import json, os, sys
+import json, sys
 import torch
 torch.set_num_threads(1)
 import unimodal.training.lightning_cli
+from forking import ended, fork_ranks
 from unimodal.cli import main
 from unimodal.training import UnifiedTraining
 
@@ -305,32 +305,15 @@ def step(self, batch, batch_idx):  # of rank 1, in steps 2 and 3; gradients stay
     return loss + float("nan") if batch_idx in (2, 4) and self.global_rank == 1 else loss
 UnifiedTraining.training_step = step
 
-def start(arguments, rank, port):  # as torchrun starts it
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 99
-    try:
-        os.environ.update(TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                          LOCAL_WORLD_SIZE="2", GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        code = main(arguments)
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-port, *commands = json.loads(sys.argv[1])
-for number, arguments in enumerate(commands):
-    pids = [start(arguments, rank, str(port + number)) for rank in range(2)]
-    print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], flush=True)
+for arguments in json.loads(sys.argv[1]):
+    print(ended(fork_ranks(lambda: main(arguments), 2)), flush=True)
     print("END", file=sys.stderr, flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """Runs of two ranks: the folder of each strategy's, and what both said. From a process that has not yet trained:
-    autograd's threads do not survive a fork.
-    """
+    """Runs of two ranks: the folder of each strategy's, and what both said."""
     root = tmp_path_factory.mktemp("ranks")
     (root / "tiny.yaml").write_text(TINY)
     commands = [
@@ -339,9 +322,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str
          "--nonfinite.max_skipped", "2"]
         for strategy in ("ddp", "sharded")
     ]  # fmt: skip
-    port = 20000 + os.getpid() % 20000
-    script = [sys.executable, "-c", RANKS, json.dumps([port, *commands])]
-    done = subprocess.run(script, capture_output=True, text=True, check=True, timeout=300)
+    done = script(RANKS, json.dumps(commands))
     assert [line for line in done.stdout.splitlines() if line.startswith("[")] == ["[2, 2]"] * 2, done.stderr
     said = done.stderr.split("END")
     return {strategy: (root / strategy, text) for strategy, text in zip(("ddp", "sharded"), said, strict=False)}

@@ -1,16 +1,14 @@
 """Sharded training: ranks that hold parts are one process that holds all; checkpoints of either are read by both."""
 
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forking import script
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -40,30 +38,15 @@ trainer:
 checkpoint: {every_n_train_steps: 2, keep_last: 4}
 """
 DRIVER = """
-import json, os, signal, sys, time
+import json, os, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
 import unimodal.training.lightning_cli
+from forking import fork_ranks
 from unimodal.cli import main
 
-def start(arguments, rank, ranks, port):  # a fork imports nothing again
-    pid = os.fork()
-    if pid:
-        return pid
-    if ranks > 1:  # as torchrun sets them
-        os.environ.update(TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
-                          LOCAL_WORLD_SIZE=str(ranks), GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    code = 99
-    try:
-        code = main([*arguments, "--trainer.devices", str(ranks)])
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-def run(arguments, ranks, port):
-    left = {start(arguments, rank, ranks, port) for rank in range(ranks)}
-    codes = []
+def run(arguments, ranks):
+    left, codes = set(fork_ranks(lambda: main([*arguments, "--trainer.devices", str(ranks)]), ranks)), []
     while left:
         pid, status = os.wait()
         left.discard(pid)
@@ -73,13 +56,12 @@ def run(arguments, ranks, port):
                 os.kill(other, signal.SIGKILL)
     return codes
 
-import shutil
 codes = {}
-for number, (name, ranks, arguments, copied) in enumerate(json.loads(sys.argv[1])):
+for name, ranks, arguments, copied in json.loads(sys.argv[1]):
     folder = arguments[arguments.index("--trainer.default_root_dir") + 1]
     if copied:
         shutil.copytree(copied, folder, symlinks=True, ignore=shutil.ignore_patterns("export", "samples"))
-    codes[name] = run(arguments, ranks, str(int(sys.argv[2]) + number))
+    codes[name] = run(arguments, ranks)
 print(json.dumps(codes))
 """
 
@@ -89,7 +71,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of short trainings: by one process, by two and four that hold parts, and going on with one another's."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "tiny.yaml").write_text(TINY)
-    (folder / "driver.py").write_text(DRIVER)
     plan: list[tuple[str, int, list[str], str]] = []
 
     def add(
@@ -113,15 +94,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--model.init_args.init", str(folder / "one_2" / "export")]  # fmt: skip
     add("muon_one", 1, "cpu", "--trainer.accumulate_grad_batches", "2", *muon, every=100)
     add("muon_fsdp", 2, "fsdp", *muon, every=100)
+    adapters = "{rank: 2, alpha: 4.0, parts: [mlp], experts: [image]}"
+    lora = ["--model.init_args.model.backbone.experts.mlp", "false",
+            "--model.init_args.model.backbone.experts.lora", adapters]  # fmt: skip
+    add("lora_one", 1, "cpu", "--trainer.accumulate_grad_batches", "4", *lora, every=8)
+    add("lora_fsdp", 4, "fsdp", *lora)
+    add("lora_goes_on", 4, "fsdp", *lora, after="lora_fsdp")
     mixed = ["--trainer.precision", "bf16-mixed", "--data.init_args.validation_documents", "20"]  # five packs
     add("mixed_one", 1, "cpu", "--trainer.accumulate_grad_batches", "2", *mixed, every=8)
     add("mixed_fsdp", 2, "fsdp", *mixed, every=4)
-    port = str(20000 + os.getpid() % 20000)
-    command = [sys.executable, str(folder / "driver.py"), json.dumps(plan), port]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = script(DRIVER, json.dumps(plan))
     codes = json.loads(done.stdout.splitlines()[-1])
     assert codes == {name: [0] * ranks for name, ranks, *_ in plan}, done.stderr[-3000:]
     (folder / "said").write_text(done.stdout + done.stderr)
@@ -141,7 +123,8 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 2e-6) -
 
 
 @pytest.mark.parametrize(("sharded", "whole"), [
-    ("fsdp", "one_2"), ("hsdp", "one_4"), ("fsdp_goes_on", "one_2"), ("one_goes_on", "one_2"), ("fsdp_after_one", "one_2")
+    ("fsdp", "one_2"), ("hsdp", "one_4"), ("fsdp_goes_on", "one_2"), ("one_goes_on", "one_2"), ("fsdp_after_one", "one_2"),
+    ("lora_fsdp", "lora_one"), ("lora_goes_on", "lora_one"),  # two rows for four ranks
 ])  # fmt: skip
 def test_parts_on_many_ranks_are_one_process(runs: Path, sharded: str, whole: str) -> None:
     """The average after four steps; so weights, moments and data were the same, from the start or from a checkpoint."""
@@ -354,8 +337,18 @@ def test_devices_are_the_processes_that_torchrun_started(
     assert main([*arguments, "--trainer.accelerator", "cpu"]) == 2
     assert "trainer.devices: expected the 2 processes that were started here, got 1" in capsys.readouterr().err
     assert lightning_cli._devices("auto", "cpu") == 2
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert lightning_cli._devices("auto", "gpu") == "auto"
     assert lightning_cli._devices(2, "cpu") == 2
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", "-c", str(RECIPE), "-c", str(TRAINER / "fsdp.yaml"), "--trainer.default_root_dir"]
+    assert main([*arguments, str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "unimodal: trainer.accelerator: expected cpu on a machine without a GPU, got gpu"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_is_not_sharded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

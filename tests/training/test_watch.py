@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import build, documents
+from forking import together
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -288,11 +289,18 @@ def one_of_two(rank: int, folder: str, sharded: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """What two processes log, without and with sharded weights."""
+    folders = {sharded: tmp_path_factory.mktemp("pair") for sharded in (False, True)}
+    together(one_of_two, *((2, (str(folder), sharded)) for sharded, folder in folders.items()))
+    return folders
+
+
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_log_what_both_did(tmp_path: Path, sharded: bool) -> None:
+def test_two_processes_log_what_both_did(pairs: dict[bool, Path], sharded: bool) -> None:
     """Also what only one of them could measure, and where the weights are sharded."""
-    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path), sharded), nprocs=2, start_method="fork")
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = (torch.load(pairs[sharded] / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert {k: v for k, v in first.items() if k != "watch/memory_gb"} == {
         k: v for k, v in second.items() if k != "watch/memory_gb"
     }

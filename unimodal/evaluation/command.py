@@ -92,7 +92,14 @@ class Options:
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise ValueError(one_line(message)) from ex
+        said, missing, names = one_line(message).partition("the following arguments are required: ")
+        if missing:  # options are named as keys there, not as they are typed
+            options = (
+                f"--{name.replace('_', '-')}" if f"--{name}" in self.format_usage() else name
+                for name in names.split(", ")
+            )
+            raise ValueError(f"{', '.join(options)}: expected a value, got none") from ex
+        raise ValueError(said) from ex
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -260,6 +260,8 @@ def _lock(root: Path) -> TextIOWrapper | None:
 
 def _devices(asked: Any, accelerator: Any) -> Any:
     """As many as processes were started on this machine by torchrun, which a CPU's `auto` does not know of."""
+    if accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise ValueError(f"trainer.accelerator: expected cpu on a machine without a GPU, got {accelerator}")
     started = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if asked in ("auto", -1, "-1") and accelerator == "cpu":
         return started
