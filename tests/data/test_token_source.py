@@ -242,16 +242,16 @@ def test_above_the_share_the_run_stops(tmp_path: Path, caplog: pytest.LogCapture
             try:
                 source.document(index, RNG)
             except BrokenDocument as error:
-                broken.add("tokens", source, index, error)
+                broken.add("tokens", index, error)
 
-    kept = BrokenItems(0.1)
+    kept = BrokenItems(0.1, {"tokens": len(source)})
     with caplog.at_level(logging.WARNING):
         read(kept)
     assert kept.skipped == {"tokens": 8}
     assert caplog.text.count("skipped") == 1
     assert "train-00003.safetensors" in caplog.text
     with pytest.raises(ValueError, match=r"data: tokens: .* more than data\.broken_share 0\.09; .*train-00003"):
-        read(BrokenItems(0.09))
+        read(BrokenItems(0.09, {"tokens": len(source)}))
 
 
 # ---- beside other sources
