@@ -21,7 +21,10 @@ from unimodal.training import TokenizerTraining, UnifiedTraining
 ROOMS = (unimodal.data, unimodal.training, unimodal.vision, unimodal_generators, unimodal_tokenizers)
 FREE = ("options", "settings")
 """Names of what is handed on as it is to timm, diffusers and transformers, which refuse what they do not take."""
-NAMED = {"MixtureData.sources", "MixtureData.validation", "TokenData.weights", "TokenizerTraining.weights"}
+NAMED = {
+    "MixtureData.sources", "MixtureData.validation", "MixtureImageData.sources", "MixtureImageData.validation",
+    "TokenData.weights", "TokenizerTraining.weights",
+}  # fmt: skip
 """Values by a name, which is the user's own or which the class refuses where it knows none of that name."""
 
 

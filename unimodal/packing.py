@@ -27,7 +27,7 @@ from unimodal.backbone import Experts, PositionScheme
 from unimodal.backbone.positions import Placed
 from unimodal.documents import Document, to_rgb
 from unimodal.image_sizes import NativeSizes
-from unimodal.stored import StoredImage
+from unimodal.stored import StoredImage, check_stored
 from unimodal.text import TextTokenizer
 from unimodal.vision import VisionEncoder
 from unimodal_generators.base import Block, ImageGenerator, TokenKind, TokenLayout
@@ -156,7 +156,7 @@ class Sequencer:
                     draft.add_text(self.text.encode(part.text), part.learn)
                 continue
             if isinstance(part, StoredImage):
-                part.check(self.rules.context, self.rules.native is not None, self.rules.image_sizes)
+                check_stored([part.size], self.rules)
             image = part if isinstance(part, StoredImage) else self.fit(part.image)
             size, grid = self.measure(image)
             draft.add_text([self.text.special.boi, *self.size(*size)], learn=part.learn and not dropped)

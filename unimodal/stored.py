@@ -6,7 +6,8 @@ Letters: N tokens of the image.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from unimodal.documents import Part
 from unimodal_tokenizers.base import ImageTokenizer, ImageTokens
+
+if TYPE_CHECKING:
+    from unimodal.packing import SequenceRules
 
 
 class StoredImage(Part):
@@ -34,17 +38,6 @@ class StoredImage(Part):
             raise ValueError(f"tokens: expected those of one image, got {len(tokens)}")
         for name, value in (("tokens", tokens), ("size", size), ("learn", learn), ("role", role)):
             object.__setattr__(self, name, value)  # as the frozen class it is
-
-    def check(self, context: str, native: bool, sizes: Sequence[tuple[int, int]]) -> None:
-        """ValueError where a recipe has no use for tokens without pixels, or for images of that size."""
-        if context != "clean":
-            raise ValueError(f"sequence.context: expected clean with images stored as tokens, got {context}")
-        if native:
-            raise ValueError("sequence.native: expected none with images stored as tokens, which have their sizes")
-        if self.size not in {tuple(size) for size in sizes}:
-            raise ValueError(
-                f"sequence.image_sizes: expected {list(self.size)}, which images are stored of, among them"
-            )
 
     @property
     def content(self) -> str | Image.Image:
@@ -77,6 +70,17 @@ class StoredImage(Part):
 
     def _key(self) -> tuple[object, ...]:
         return self.tokens.grids, tuple(self.tokens.values.flatten().tolist()), self.size, self.learn, self.role
+
+
+def check_stored(sizes: Iterable[Sequence[int]], rules: SequenceRules) -> None:
+    """ValueError where a recipe has no use for tokens without pixels, or for images of one of these (height, width)."""
+    if rules.context != "clean":
+        raise ValueError(f"sequence.context: expected clean with images stored as tokens, got {rules.context}")
+    if rules.native is not None:
+        raise ValueError("sequence.native: expected none with images stored as tokens, which have their sizes")
+    for size in sizes:
+        if tuple(size) not in {tuple(one) for one in rules.image_sizes}:
+            raise ValueError(f"sequence.image_sizes: expected {list(size)}, which images are stored of, among them")
 
 
 def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:

@@ -14,6 +14,7 @@ import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,7 @@ def build_data(config: Mapping[str, Any]) -> DocumentData:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DocumentData, "data", required=True)
     try:
-        return parser.instantiate(parser.parse_object({"data": dict(config)})).data
+        return parser.instantiate(parser.parse_object({"data": deepcopy(dict(config))})).data
     except ArgumentError as error:
         raise ValueError(f"--data: {one_line(str(error))}") from error
 
@@ -240,14 +241,14 @@ def finish(out: Path, plan: Plan, module: DocumentData) -> dict[str, Any]:
             file.write(json.dumps(text, ensure_ascii=False) + "\n")
     module.prompt_count, module.seed = KEPT_PROMPTS, plan.seed
     write_jsonl(out / PROMPTS, module.prompts())
-    shards = {shard_name(*shard): Shard(out / shard_name(*shard), plan.layout) for shard in plan.shards()}
-    index = {
-        "counts": {name: shard.counts for name, shard in shards.items()},
-        "documents": sum(sum(shard.counts) for shard in shards.values()),
-        "images": sum(shard.images for shard in shards.values()),
-        "tokens": sum(shard.tokens for shard in shards.values()),
-        "broken": [what for shard in shards.values() for what in shard.broken],
-    }
+    index: dict[str, Any] = {"counts": {}, "documents": 0, "images": 0, "tokens": 0, "broken": []}
+    for name in (shard_name(*shard) for shard in plan.shards()):
+        shard = Shard(out / name, plan.layout)
+        index["counts"][name] = shard.counts
+        index["documents"] += sum(shard.counts)
+        index["images"] += shard.images
+        index["tokens"] += shard.tokens
+        index["broken"] += shard.broken
     write_atomically(out / INDEX, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
     for left in out.glob(".*.tmp"):  # of processes that were killed while they wrote
         left.unlink(missing_ok=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from unimodal.data.images import ImageData
-from unimodal.packing import to_tensor
+from unimodal.data.images import ImageData, Pictures
+from unimodal.data.source import Source
+from unimodal.data.stream import Weighted
 
 SIDE = 64
 """Pixels of a crop's and of a tile's side."""
@@ -54,7 +54,7 @@ def tiles(pixels: UInt8[np.ndarray, "H W 3"], side: int = SIDE) -> UInt8[np.ndar
     return np.ascontiguousarray(cut.swapaxes(1, 2).reshape(-1, side, side, 3))
 
 
-class Crops(Dataset[Tensor]):
+class Crops:
     """Crop i of a fixed set: drawn from every pixel of the photographs alike, mirrored or not, by i alone."""
 
     def __init__(self, photos: list[UInt8[np.ndarray, "H W 3"]], count: int) -> None:
@@ -65,23 +65,12 @@ class Crops(Dataset[Tensor]):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Float[Tensor, "3 s s"]:
+    def __getitem__(self, index: int) -> Image.Image:
         rng = np.random.default_rng((17, index))
         photo = self.photos[int(rng.choice(len(self.photos), p=self.share))]
         y, x = (int(rng.integers(n - SIDE + 1)) for n in photo.shape[:2])
         crop = photo[y : y + SIDE, x : x + SIDE]
-        return to_tensor([crop[:, ::-1] if rng.integers(2) else crop])[0]
-
-
-class _Tiles(Dataset[Tensor]):
-    def __init__(self, pixels: UInt8[np.ndarray, "n s s 3"]) -> None:
-        self.pixels = pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return to_tensor([self.pixels[index]])[0]
+        return Image.fromarray(np.ascontiguousarray(crop[:, ::-1] if rng.integers(2) else crop))
 
 
 class PhotographData(ImageData):
@@ -94,16 +83,19 @@ class PhotographData(ImageData):
     """
 
     def __init__(self, held_out: str, batch_size: int = 16, seed: int = 0) -> None:
-        super().__init__(batch_size, seed)
+        super().__init__((SIDE, SIDE), batch_size, seed)
         if held_out not in photographs():
             raise ValueError(f"held_out: expected one of {', '.join(sorted(photographs()))}, got {held_out}")
         self.held_out = held_out
 
-    def images(self, split: str) -> Dataset[Tensor]:
-        """Crops to train on, or tiles that no training sees."""
-        if split == "train":
-            return Crops(training(self.held_out), CROPS)
-        return _Tiles(tiles(photographs()[self.held_out]))
+    def training_sources(self) -> list[Weighted]:
+        """Crops to train on."""
+        return [Weighted(Pictures(CROPS, Crops(training(self.held_out), CROPS).__getitem__, self.seed), 1.0)]
+
+    def validation_sources(self) -> list[Source]:
+        """Tiles that no training sees."""
+        pixels = tiles(photographs()[self.held_out])
+        return [Pictures(len(pixels), lambda index: Image.fromarray(pixels[index]), self.seed)]
 
 
 def held_out_tiles(name: str) -> list[UInt8[Tensor, "3 s s"]]:

@@ -22,11 +22,16 @@ from data_formats import (
 from jsonargparse import ArgumentParser
 
 from unimodal.cli import main
-from unimodal.data import MixtureData
+from unimodal.data import MixtureData, MixtureImageData
+from unimodal.export import ExportInfo, save_export
+from unimodal.tokenize import tokenize
+from unimodal_tokenizers import PatchTokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+EXAMPLES = [block for block in BLOCKS if "MixtureImageData" not in block]
+IMAGES = [block for block in BLOCKS if "MixtureImageData" in block]
 RECIPE = ROOT / "lightning_configs" / "models" / "digits_mot_flow.yaml"
 
 
@@ -55,6 +60,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("saved", "held_out"):
         made = datasets.Dataset.from_list(caption_rows(9)).cast_column("image", datasets.Image())
         made.save_to_disk(str(data / name))
+    setting = yaml.safe_load(RECIPE.read_text())["model"]["init_args"]["model"]["tokenizer"]
+    saved = ExportInfo("tokenizer", "raw", "patch", "unknown")
+    save_export(folder / "patch", PatchTokenizer(**setting["init_args"]), setting, saved)
+    tokenize(folder / "patch", data / "pictures", data / "tokens", [(8, 8)], device="cpu")
     return folder
 
 
@@ -73,10 +82,29 @@ def test_an_example_reads_its_data(number: int, folder: Path, monkeypatch: pytes
 
 
 def test_every_container_and_layout_has_an_example() -> None:
-    assert len(EXAMPLES) == 8
-    for name in ("TarSource", "JsonlSource", "ParquetSource", "HuggingFaceSource", "FolderSource", "Pairs", "Mmc4"):
+    assert (len(EXAMPLES), len(IMAGES)) == (9, 1)
+    for name in (
+        "TokenSource",
+        "TarSource",
+        "JsonlSource",
+        "ParquetSource",
+        "HuggingFaceSource",
+        "FolderSource",
+        "Pairs",
+        "Mmc4",
+    ):
         assert any(f"unimodal.data.{name}" in example for example in EXAMPLES)
-    assert all(len(example.splitlines()) <= 14 for example in EXAMPLES)
+    assert all(len(example.splitlines()) <= 14 for example in BLOCKS)
+
+
+def test_the_example_of_images_gives_those_of_its_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(MixtureImageData, "data")
+    data = parser.instantiate(parser.parse_object(yaml.safe_load(IMAGES[0]))).data
+    sources = [*(weighted.source for weighted in data.training_sources()), *data.validation_sources()]
+    found = [image for s in sources for i in range(len(s)) for image in s.document(i, np.random.default_rng(0)).images]
+    assert len(found) == 8 + 2 * 6
 
 
 def test_all_of_them_train_together(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from unimodal.cli import main
 from unimodal.data.folder import FolderSource
-from unimodal.data.token_files import Shard, TokenFiles, TokenSource
+from unimodal.data.token_files import Shard, TokenFiles
 from unimodal.documents import Part
 from unimodal.export import ExportInfo, build, load_tokenizer, save_export
 from unimodal.packing import fit_image, to_tensor
@@ -350,18 +350,6 @@ def test_broken_images_are_left_out_counted_and_named(
         for split in ("train", "val") for source in files.sources(split) for i in range(len(source))
     ]  # fmt: skip
     assert sorted(texts) == sorted(2 * [f"picture {i}" for i in range(11) if i != 3])
-
-
-def test_a_damaged_shard_is_named(exports: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
-    assert tokenize(exports["vq"], pictures, tmp_path / "out") == 0
-    path = tmp_path / "out" / "train-00000.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"train-00000\.safetensors: expected a shard"):
-        TokenSource(tmp_path / "out", "train", 0).document(0, np.random.default_rng(0))
-    with pytest.raises(IndexError, match="index: expected 0 to"):
-        TokenSource(tmp_path / "out", "train", 0).document(99, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="expected a folder that `unimodal tokenize` wrote"):
-        TokenFiles(tmp_path)
 
 
 # ---- the parts

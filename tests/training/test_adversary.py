@@ -220,12 +220,18 @@ sys.path[:0] = [str(Path(sys.argv[1]).parent)]
 import lightning as L
 import torch
 from safetensors.torch import save_file
-from unimodal.data.images import ImageData
+from unimodal.data.images import ImageData, Pictures
+from unimodal.data.stream import Weighted
+from torchvision.transforms.functional import to_pil_image
 from test_adversary import Watch, images, training
 
 class Data(ImageData):
-    def images(self, split):
-        return images(16)
+    def training_sources(self):
+        pixels = images(16)
+        return [Weighted(Pictures(16, lambda i: to_pil_image((pixels[i] + 1) / 2), 0), 1.0)]
+
+    def validation_sources(self):
+        return []
 
 ranks, out = int(sys.argv[2]), Path(sys.argv[3])
 module = training(against={"start_step": 1})
@@ -236,7 +242,7 @@ L.Trainer(
     accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", default_root_dir=out, max_steps=3,
     logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
     limit_val_batches=0, callbacks=[watch], use_distributed_sampler=False, gradient_clip_val=0.5,
-).fit(module, Data(batch_size=4 // ranks))
+).fit(module, Data((8, 8), batch_size=4 // ranks))
 found = {f"{i}.{n}": g for i, step in enumerate(watch.gradients) for n, g in step.items() if g is not None}
 found |= {f"logged.{i}.{n}": torch.tensor(v) for i, step in enumerate(watch.logged) for n, v in step.items()}
 save_file(found, out / f"{module.global_rank}.safetensors")

@@ -20,7 +20,7 @@ from unimodal.data.hub import HuggingFaceSource, is_image_folder
 from unimodal.data.jsonl import JsonlSource
 from unimodal.data.parquet import ParquetSource
 from unimodal.data.records import spread
-from unimodal.data.source import BrokenDocument, Source
+from unimodal.data.source import BrokenDocument, Source, Stored
 from unimodal.data.tar import TarSource
 from unimodal.documents import Document
 from unimodal.export import one_line
@@ -202,7 +202,12 @@ def examine(
         drawn: documents that are kept to be drawn.
         seed: of the recipe's draws.
         broken: where everything that is broken is written, a line a name.
+
+    Raises:
+        ValueError: its images are stored as tokens.
     """
+    if isinstance(source, Stored):
+        raise ValueError(f"{name}: expected documents with pixels, got token files; check what they were made of")
     layout = getattr(source, "layout", None)
     form = type(source).__name__ + ("" if layout is None else f", {type(layout).__name__}")
     found = Findings(name, form, len(source))

@@ -1,104 +1,141 @@
 """LightningDataModules of plain images, for training tokenizers. Batches are float32 (B, 3, H, W) in [-1, 1]."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from functools import cache, partial
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from jaxtyping import Int
 from lightning import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from PIL import Image
 
+from unimodal.data.broken import BrokenItems
 from unimodal.data.digits import digit_images
 from unimodal.data.folder import FolderSource
+from unimodal.data.image_stream import HeldOutImages, ImagePosition, ImageStream
+from unimodal.data.mixture import Entry, MixtureData
+from unimodal.data.module import of_all_ranks, refuse_limit, refuse_other
 from unimodal.data.shapes import ShapesSource
-from unimodal.packing import fit_image, to_tensor
+from unimodal.data.source import Source, Stored, whole
+from unimodal.data.stream import Mixture, Weighted
+from unimodal.documents import Document, Part
 
 
 class ImageData(LightningDataModule):
-    """Endless batches in an order that is a function of (seed, epoch); held-out images in their own order.
+    """Endless batches of all images of documents, whose order is a function of (seed, epoch); held-out ones in their order.
 
     Args:
+        image_size: (height, width) in pixels that images are scaled and cropped to.
         batch_size: images of a batch on one device.
-        seed: of the order; linked to `seed_everything`.
+        seed: of every draw; linked to `seed_everything`.
+        workers: processes that read documents beside the training process; what is trained on is the same for any number.
+        broken_share: of a source's documents, how many may be broken; those are skipped and named, more stop the run.
     """
 
-    def __init__(self, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, image_size: tuple[int, int], batch_size: int, seed: int = 0, workers: int = 0, broken_share: float = 0.01
+    ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size: expected at least 1, got {batch_size}")
-        self.batch_size, self.seed = batch_size, seed
-        self.first = 0  # batch that the run goes on with
+        BrokenItems(broken_share)  # refuses what is no share, where it enters
+        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+            if value < least:
+                raise ValueError(f"data.{name}: expected at least {least}, got {value}")
+        if min(image_size) < 1:
+            raise ValueError(f"data.image_size: expected (height, width) of at least 1, got {list(image_size)}")
+        self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
+        self.workers, self.broken_share = workers, broken_share
+        self._resumed = ImagePosition()  # of all lanes of the run that is continued ...
+        self._counts: list[int] = []  # ... and what its epochs were made of
+        self._stream: ImageStream | None = None
+        self._first = 0  # optimizer step that the stream began with
 
     @abstractmethod
-    def images(self, split: str) -> Dataset[Tensor]:
-        """Map-style images of "train" or "val"."""
+    def training_sources(self) -> list[Weighted]:
+        """Sources of documents to train on, and their weights."""
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        """From where the run stands; `max_steps` ends it."""
+    @abstractmethod
+    def validation_sources(self) -> list[Source]:
+        """Sources of held-out documents."""
+
+    def train_dataloader(self) -> ImageStream:
+        """The stream of this rank, from where the run stands; `max_steps` ends it."""
         trainer = self.trainer
         assert trainer is not None
-        images = self.images("train")
-        stream = _Batches(images, self.batch_size, self.seed, self.first, trainer.global_rank, trainer.world_size)
-        # A generator of its own: the loader's draw must not move the random state of the run.
-        return DataLoader(stream, batch_size=None, generator=torch.Generator())
+        refuse_limit(trainer)
+        mixture = Mixture(self.training_sources(), self.seed)
+        refuse_other(mixture, self._counts)
+        _refuse_tokens([weighted.source for weighted in mixture.sources])
+        self._stream = ImageStream(
+            mixture, self.image_size, self.batch_size, self._resumed, rank=trainer.global_rank,
+            ranks=trainer.world_size, accumulate=trainer.accumulate_grad_batches, workers=self.workers,
+            broken_share=self.broken_share,
+        )  # fmt: skip
+        self._counts, self._first = mixture.counts, trainer.global_step
+        return self._stream
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        """Every held-out image once."""
-        return DataLoader(self.images("val"), batch_size=self.batch_size, generator=torch.Generator())
+    def val_dataloader(self) -> HeldOutImages:
+        """Every held-out image once, on every rank."""
+        sources = self.validation_sources()
+        _refuse_tokens(sources)
+        return HeldOutImages(sources, self.image_size, self.batch_size, self.seed)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches consumed by finished optimizer steps."""
-        trainer = self.trainer
-        assert trainer is not None
-        return {"batches": trainer.global_step * trainer.accumulate_grad_batches, "seed": self.seed}
+        """Where every lane of every rank stands behind the last finished optimizer step, which all ranks ask at once."""
+        lanes, given = self._resumed
+        if self._stream is not None:
+            assert self.trainer is not None
+            position = self._stream.behind(self.trainer.global_step - self._first)
+            lanes, given = of_all_ranks(position.lanes), of_all_ranks(position.given)
+        plain = {"lanes": [list(lane) for lane in lanes], "given": [list(lane) for lane in given]}
+        return {**plain, "counts": self._counts, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there, with any number of ranks, batches a step, images a batch and workers."""
         if state_dict["seed"] != self.seed:
             raise ValueError(f"seed_everything: the checkpoint was trained with {state_dict['seed']}, got {self.seed}")
-        self.first = state_dict["batches"]
+        lanes, given = (tuple(tuple(lane) for lane in state_dict[name]) for name in ("lanes", "given"))
+        self._resumed, self._counts = ImagePosition(lanes, given), state_dict["counts"]
 
 
-class _Batches(IterableDataset):
-    """Batch b of rank r: places (b * ranks + r) * batch_size and on, in the concatenation of all epochs' permutations."""
-
-    def __init__(self, images: Dataset[Tensor], size: int, seed: int, first: int, rank: int, ranks: int) -> None:
-        self.images, self.size, self.seed = images, size, seed
-        self.first, self.rank, self.ranks = first, rank, ranks
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        batch = self.first
-        while True:
-            start = (batch * self.ranks + self.rank) * self.size
-            yield torch.stack([self.images[self._index(place)] for place in range(start, start + self.size)])
-            batch += 1
-
-    def _index(self, place: int) -> int:
-        epoch, number = divmod(place, len(self.images))  # type: ignore[arg-type]  # map-style: it has a length
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.images))  # type: ignore[arg-type]
-        return int(self._order[number])
+def _refuse_tokens(sources: Iterable[Source]) -> None:
+    for source in sources:
+        if isinstance(whole(source), Stored):
+            raise ValueError(f"data: {source.kind}: expected images as pixels, got token files")
 
 
-class _Pictures(Dataset):
-    def __init__(self, pictures: list[Any], size: tuple[int, int]) -> None:
-        self.pictures, self.size = pictures, size
+class Pictures:
+    """Images that are at hand, each a document of its own.
+
+    Args:
+        count: how many.
+        picture: the one of a number.
+        seed: of their order.
+    """
+
+    kind = "image"
+
+    def __init__(self, count: int, picture: Callable[[int], Image.Image], seed: int) -> None:
+        self.count, self.picture, self.seed = count, picture, seed
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return self.count
 
-    def __getitem__(self, index: int) -> Tensor:
-        picture = self.pictures[index]
-        return to_tensor([fit_image(picture() if callable(picture) else picture, [self.size])])[0]
+    def document(self, index: int, rng: np.random.Generator) -> Document:
+        """The image at `index`; nothing is drawn from `rng`."""
+        return Document((Part(self.picture(index)),), self.kind)
+
+    def order(self, epoch: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        """Any order; the one that the numbers in the recipes were measured with."""
+        return np.random.default_rng((self.seed, epoch)).permutation(self.count)
+
+    def corpus(self) -> Iterable[str]:
+        """Nothing is said."""
+        return ()
 
 
 class DigitImageData(ImageData):
@@ -109,9 +146,18 @@ class DigitImageData(ImageData):
         seed: of the order; linked to `seed_everything`.
     """
 
-    def images(self, split: str) -> Dataset[Tensor]:
-        """Training scans, or those no training ever sees."""
-        return _Pictures(list(digit_images("train" if split == "train" else "test").images()), (8, 8))
+    def __init__(self, batch_size: int, seed: int = 0) -> None:
+        super().__init__((8, 8), batch_size, seed)
+
+    def training_sources(self) -> list[Weighted]:
+        """Training scans."""
+        images = digit_images("train").images()
+        return [Weighted(Pictures(len(images), images.__getitem__, self.seed), 1.0)]
+
+    def validation_sources(self) -> list[Source]:
+        """Those no training ever sees."""
+        images = digit_images("test").images()
+        return [Pictures(len(images), images.__getitem__, self.seed)]
 
 
 class ShapesImageData(ImageData):
@@ -130,19 +176,24 @@ class ShapesImageData(ImageData):
     def __init__(
         self, batch_size: int, size: int = 32, scenes: int = 10_000, validation_scenes: int = 400, seed: int = 0
     ) -> None:
-        super().__init__(batch_size, seed)
+        super().__init__((size, size), batch_size, seed)
         self.training = ShapesSource("text_to_image", "train", size, scenes, seed=0)
         self.held_out = ShapesSource("text_to_image", "test", size, validation_scenes, seed=0)
 
-    def images(self, split: str) -> Dataset[Tensor]:
-        """The scenes of a split."""
-        source = self.training if split == "train" else self.held_out
+    def training_sources(self) -> list[Weighted]:
+        """Scenes without the pairs held out."""
+        return [Weighted(self._pictures(self.training), 1.0)]
 
+    def validation_sources(self) -> list[Source]:
+        """Scenes with them."""
+        return [self._pictures(self.held_out)]
+
+    def _pictures(self, scenes: ShapesSource) -> Pictures:
         @cache
-        def scene(index: int) -> Any:
-            return source.document(index, np.random.default_rng()).images[0]
+        def scene(index: int) -> Image.Image:
+            return scenes.document(index, np.random.default_rng()).images[0]
 
-        return _Pictures([partial(scene, index) for index in range(len(source))], (source.size, source.size))
+        return Pictures(len(scenes), scene, self.seed)
 
 
 class FolderImageData(ImageData):
@@ -152,21 +203,66 @@ class FolderImageData(ImageData):
         root: the folder.
         image_size: (height, width) in pixels that images are scaled and cropped to.
         batch_size: images of a batch on one device.
-        validation_share: share of the images that is held out.
-        seed: of the order; linked to `seed_everything`.
+        validation_share: share of the documents that is held out.
+        seed: of every draw; linked to `seed_everything`.
+        workers: processes that read documents beside the training process; what is trained on is the same for any number.
+        broken_share: of the documents, how many may be broken; those are skipped and named, more stop the run.
     """
 
     def __init__(
-        self, root: Path, image_size: tuple[int, int], batch_size: int, validation_share: float = 0.1, seed: int = 0
+        self,
+        root: Path,
+        image_size: tuple[int, int],
+        batch_size: int,
+        validation_share: float = 0.1,
+        seed: int = 0,
+        workers: int = 0,
+        broken_share: float = 0.01,
     ) -> None:
-        super().__init__(batch_size, seed)
-        self.root, self.image_size, self.validation_share = Path(root), image_size, validation_share
+        super().__init__(image_size, batch_size, seed, workers, broken_share)
+        self.root, self.validation_share = Path(root), validation_share
 
-    def images(self, split: str) -> Dataset[Tensor]:
-        """Every image of the split's documents."""
-        source = FolderSource(self.root, "train" if split == "train" else "val", "image_to_text", self.validation_share)
+    def training_sources(self) -> list[Weighted]:
+        """Every document that is not held out."""
+        return [Weighted(FolderSource(self.root, "train", "image_to_text", self.validation_share), 1.0)]
 
-        def loader(index: int) -> Any:
-            return lambda: source.document(index, np.random.default_rng(0)).images[0]
+    def validation_sources(self) -> list[Source]:
+        """The others."""
+        return [FolderSource(self.root, "val", "image_to_text", self.validation_share)]
 
-        return _Pictures([loader(index) for index in range(len(source))], self.image_size)
+
+class MixtureImageData(ImageData):
+    """The images of any sources, mixed by weight as in `unimodal.data.MixtureData`; texts are left aside.
+
+    Args:
+        sources: by name.
+        image_size: (height, width) in pixels that images are scaled and cropped to.
+        batch_size: images of a batch on one device.
+        validation: held-out sources by name; none: a share of each training source is held out.
+        validation_share: that share; which documents these are depends on their numbers alone.
+        seed: of every draw; linked to `seed_everything`.
+        workers: processes that read documents beside the training process; what is trained on is the same for any number.
+        broken_share: of a source's documents, how many may be broken; those are skipped and named, more stop the run.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Entry],
+        image_size: tuple[int, int],
+        batch_size: int,
+        validation: dict[str, Entry] | None = None,
+        validation_share: float = 0.05,
+        seed: int = 0,
+        workers: int = 0,
+        broken_share: float = 0.01,
+    ) -> None:
+        super().__init__(image_size, batch_size, seed, workers, broken_share)
+        self.documents = MixtureData(1, sources, validation, validation_share)  # nothing is packed
+
+    def training_sources(self) -> list[Weighted]:
+        """What is not held out."""
+        return self.documents.training_sources()
+
+    def validation_sources(self) -> list[Source]:
+        """What is."""
+        return self.documents.validation_sources()

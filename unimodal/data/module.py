@@ -1,24 +1,25 @@
 """LightningDataModules of documents: where they come from, how they are mixed and packed, and where the run stands."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from unimodal.data.broken import BrokenItems, Exchange, Mark
 from unimodal.data.digits import DigitsSource
 from unimodal.data.folder import FolderSource, FolderSplit
 from unimodal.data.shapes import ShapesKind, ShapesSource, Split
-from unimodal.data.source import BrokenDocument, Source, identity
+from unimodal.data.source import BrokenDocument, Source, Stored, identity, whole
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, validation_packs
 from unimodal.documents import Document
 from unimodal.packing import FILLING, Lanes, PackedSequence
+from unimodal.stored import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from unimodal.model import UnifiedModel
@@ -69,6 +70,22 @@ class DocumentData(LightningDataModule):
     def validation_sources(self) -> list[Source]:
         """Sources of held-out documents, one a kind."""
 
+    def setup(self, stage: str) -> None:
+        """Refuse images stored as tokens that the model's tokenizer did not make, or its recipe has no use for."""
+        if self.trainer is not None:  # a plan has none
+            self.check(self.trainer.lightning_module.model)  # type: ignore[arg-type]
+
+    def check(self, model: "UnifiedModel") -> None:
+        """ValueError, naming the source, where one holds tokens that are not this model's."""
+        sources = [*(weighted.source for weighted in self.training_sources()), *self.validation_sources()]
+        stored = [(source.kind, held) for source in sources if isinstance(held := whole(source), Stored)]
+        fingerprint = tokenizer_fingerprint(model.tokenizer) if stored else ""
+        for kind, source in stored:
+            try:
+                source.check(fingerprint, model.sequence)
+            except ValueError as error:
+                raise ValueError(f"data: {kind}: {error}") from None
+
     def corpus(self) -> Iterable[str]:
         """Texts that the text tokenizer is trained on."""
         for weighted in self.training_sources():
@@ -81,6 +98,11 @@ class DocumentData(LightningDataModule):
 
         prompts = []
         for s, source in enumerate(self.validation_sources()):
+            held = whole(source)
+            if isinstance(held, Stored):
+                own = held.prompts()[: self.prompt_count]
+                prompts += own if held is source else [Document(one.parts, source.kind) for one in own]
+                continue
             for index in range(min(self.prompt_count, len(source))):
                 try:
                     document = source.document(index, np.random.default_rng((self.seed, s, index)))
@@ -94,19 +116,11 @@ class DocumentData(LightningDataModule):
         """The stream of this rank, from where the run stands. It has no end: `max_steps` has."""
         trainer = self.trainer
         assert trainer is not None
-        if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise ValueError(
-                "trainer.limit_train_batches: expected 1.0 (the data has no end, trainer.max_steps ends a run), "
-                f"got {trainer.limit_train_batches}"
-            )
+        refuse_limit(trainer)
         mixture = Mixture(self.training_sources(), self.seed)
         sources = {weighted.source.kind: identity(weighted.source) for weighted in mixture.sources}
         self._refuse_others(sources)
-        if self._counts not in ([], mixture.counts):
-            raise ValueError(
-                f"data: expected sources that give {self._counts} documents an epoch, as in the checkpoint, got "
-                f"{mixture.counts}; an export (init) can be trained on with others"
-            )
+        refuse_other(mixture, self._counts)
         stream = PackStream(
             mixture, self._packing(), self._resumed, rank=trainer.global_rank, ranks=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches, workers=self.workers, broken_share=self.broken_share,
@@ -151,7 +165,7 @@ class DocumentData(LightningDataModule):
         """Where every lane of every rank stands, which all ranks ask at once: plain lists, so that checkpoints load
         without code.
         """
-        lanes = self._resumed if self.position is None else _of_all_ranks(self.position)
+        lanes = self._resumed if self.position is None else of_all_ranks(self.position)
         left_out = self._left_out if self._stream is None else self._stream.broken.state(self.left_out)
         return {
             "lanes": [list(lane) for lane in lanes], "counts": self._counts, "seed": self.seed,
@@ -172,7 +186,25 @@ class DocumentData(LightningDataModule):
         return Packing(model.sequencer, model.backbone.config.experts, model.generator.reads, self.batch_tokens)
 
 
-def _of_all_ranks(own: Lanes) -> Lanes:
+def refuse_limit(trainer: Trainer) -> None:
+    """ValueError where a trainer would begin data anew that has no end."""
+    if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ValueError(
+            "trainer.limit_train_batches: expected 1.0 (the data has no end, trainer.max_steps ends a run), "
+            f"got {trainer.limit_train_batches}"
+        )
+
+
+def refuse_other(mixture: Mixture, counts: Sequence[int]) -> None:
+    """ValueError where the epochs of the run that is continued were made of other documents."""
+    if list(counts) not in ([], mixture.counts):
+        raise ValueError(
+            f"data: expected sources that give {list(counts)} documents an epoch, as in the checkpoint, got "
+            f"{mixture.counts}; an export (init) can be trained on with others"
+        )
+
+
+def of_all_ranks(own: Lanes) -> Lanes:
     """Lanes of every rank in their order: lane a * ranks + r is number a of rank r."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return own
@@ -329,6 +361,7 @@ class FolderData(DocumentData):
     ) -> None:
         super().__init__(batch_tokens, validation_documents, prompts, seed, workers, broken_share)
         self.root, self.weights, self.validation_share = Path(root), weights, validation_share
+        self._read: dict[FolderSplit, tuple[FolderSource, FolderSource]] = {}
 
     def training_sources(self) -> list[Weighted]:
         """Both directions; documents of a JSONL have their own."""
@@ -342,6 +375,8 @@ class FolderData(DocumentData):
         return [drawn] if drawn.kind == "document" else [drawn, read]
 
     def _sources(self, split: FolderSplit) -> tuple[FolderSource, FolderSource]:
-        share = self.validation_share
-        drawn = FolderSource(self.root, split, "text_to_image", share)
-        return drawn, FolderSource(self.root, split, "image_to_text", share)
+        if split not in self._read:
+            share = self.validation_share
+            drawn = FolderSource(self.root, split, "text_to_image", share)
+            self._read[split] = drawn, FolderSource(self.root, split, "image_to_text", share)
+        return self._read[split]

@@ -255,14 +255,8 @@ class RecordSource(ABC):
         return Document(tuple(parts), self.kind)
 
     def order(self, epoch: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
-        """Shards in random order; the documents of each `WINDOW` of them shuffled together."""
-        sizes = self.shards
-        starts = np.cumsum(sizes) - sizes
-        shards = rng.permutation(len(sizes))
-        windows = [shards[i : i + WINDOW] for i in range(0, len(shards), WINDOW)]
-        return np.concatenate(
-            [rng.permutation(np.concatenate([starts[s] + np.arange(sizes[s]) for s in window])) for window in windows]
-        )
+        """That of `shard_order`."""
+        return shard_order(self.shards, rng)
 
     def corpus(self) -> Iterable[str]:
         """The texts of up to `CORPUS_DOCUMENTS` documents, without what is broken."""
@@ -289,6 +283,16 @@ class Spans:
 
     def __len__(self) -> int:
         return len(self.start) + bool(self.damage)
+
+
+def shard_order(sizes: Int[np.ndarray, " s"], rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+    """Shards in random order; the documents of each `WINDOW` of them shuffled together."""
+    starts = np.cumsum(sizes) - sizes
+    shards = rng.permutation(len(sizes))
+    windows = [shards[i : i + WINDOW] for i in range(0, len(shards), WINDOW)]
+    return np.concatenate(
+        [rng.permutation(np.concatenate([starts[s] + np.arange(sizes[s]) for s in window])) for window in windows]
+    )
 
 
 def spread(n: int, most: int) -> Int[np.ndarray, " k"]:

@@ -6,12 +6,15 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
 from unimodal.documents import Document
+
+if TYPE_CHECKING:
+    from unimodal.packing import SequenceRules
 
 
 class BrokenDocument(ValueError):  # noqa: N818  # it is what a run skips, no failure of its own
@@ -110,6 +113,34 @@ def digest(words: Iterable[str]) -> str:
     for word in words:
         found.update(word.encode("utf-8", "surrogateescape") + b"\0")
     return found.hexdigest()[:8]
+
+
+@runtime_checkable
+class Stored(Source, Protocol):
+    """A source whose images are tokens already, made by the image tokenizer of one model for one set of rules."""
+
+    def check(self, fingerprint: str, rules: SequenceRules) -> None:
+        """ValueError, naming the setting, where a model's tokenizer (`tokenizer_fingerprint`) or its rules are others."""
+        ...
+
+    def prompts(self) -> list[Document]:
+        """Held-out documents with pixels, cut before their first target."""
+        ...
+
+
+@runtime_checkable
+class Partial(Source, Protocol):
+    """Some documents of another source."""
+
+    @property
+    def source(self) -> Source:
+        """The other."""
+        ...
+
+
+def whole(source: Source) -> Source:
+    """What a source is a part of, or itself."""
+    return whole(source.source) if isinstance(source, Partial) else source
 
 
 def epoch_order(source: Source, epoch: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -176,8 +176,14 @@ class PackStream:
         self._step = ranks * accumulate  # from one number of a lane to the next
 
     def __iter__(self) -> Iterator[PackedSequence]:
-        reader = _Reader(self.mixture, self.packing, self.position, self._step, self.workers)
-        lanes = [_Lane(reader, self.broken, i, position, self._step) for i, position in enumerate(self.position)]
+        documents = _Documents(self.mixture, self.packing)
+        reader: Reader[SequencedDocument | str] = Reader(
+            self.mixture, documents, self.position, self._step, self.workers
+        )
+        lanes = [
+            _Lane(reader, self.packing, self.broken, i, position, self._step)
+            for i, position in enumerate(self.position)
+        ]
         while True:
             packs: list[PackedSequence] = []
             failed: ValueError | None = None
@@ -205,9 +211,10 @@ class _Lane:
     """Documents that wait, and the packs that are cut from them."""
 
     def __init__(
-        self, reader: "_Reader", broken: BrokenItems, lane: int, position: tuple[int, ...], step: int
+        self, reader: "Reader[SequencedDocument | str]", packing: Packing, broken: BrokenItems, lane: int,
+        position: tuple[int, ...], step: int,
     ) -> None:  # fmt: skip
-        self.reader, self.broken, self.lane, self.step = reader, broken, lane, step
+        self.reader, self.packing, self.broken, self.lane, self.step = reader, packing, broken, lane, step
         self.next, self.unread = position[0], deque(position[1:])
         self.waiting: list[SequencedDocument] = []
 
@@ -218,7 +225,7 @@ class _Lane:
 
     def cut(self) -> list[SequencedDocument]:
         """The documents of the next pack: the oldest, so that none waits for ever, then the best fit of those that wait."""
-        held, room = [], self.reader.packing.tokens
+        held, room = [], self.packing.tokens
         chosen: int | None = 0
         while chosen is not None:
             self._fill()
@@ -231,7 +238,7 @@ class _Lane:
 
     def _fill(self) -> None:
         left_out = 0
-        while len(self.waiting) < self.reader.packing.waiting:
+        while len(self.waiting) < self.packing.waiting:
             place, document = self.reader.take(self.lane)
             if self.unread:
                 self.unread.popleft()
@@ -248,7 +255,7 @@ class _Lane:
                 self.broken.leave_out(self._kind(place))
             left_out += 1
             if left_out >= len(self.reader.mixture) and not self.waiting:
-                limit = self.reader.packing.sequencer.rules.context_length
+                limit = self.packing.sequencer.rules.context_length
                 raise ValueError(f"data: no document fits sequence.context_length {limit}")
 
     def _kind(self, place: Place) -> str:
@@ -264,31 +271,40 @@ def best_fit(waiting: Sequence[SequencedDocument], room: int, epoch: int) -> int
     return min(fitting, key=lambda i: (waiting[i].number // epoch, -waiting[i].length, i), default=None)
 
 
-Read = tuple[Place, SequencedDocument | str | BrokenDocument]
-"""A place, and its document or why there is none."""
+Found = TypeVar("Found")
 
 
-class _Reader:
+class Reader(Generic[Found]):
     """Reads the documents of a rank's lanes, ahead of time where there are workers.
 
     Which lane is read for next depends on what they have; what a lane gets, and in which order, does not.
+
+    Args:
+        mixture: of the documents.
+        documents: what is to be had of the document at a place, or why there is none; runs in the workers.
+        lanes: of this rank.
+        step: from one number of a lane to the next.
+        workers: processes; 0 reads in this one.
     """
 
-    def __init__(self, mixture: Mixture, packing: Packing, lanes: Lanes, step: int, workers: int) -> None:
-        self.mixture, self.packing = mixture, packing
+    def __init__(
+        self, mixture: Mixture, documents: "Dataset[tuple[Place, Found | BrokenDocument]]", lanes: Lanes, step: int,
+        workers: int,
+    ) -> None:  # fmt: skip
+        self.mixture = mixture
         self._numbers = [chain(lane[1:], count(lane[0], step)) for lane in lanes]
-        self._arrived: list[deque[Read]] = [deque() for _ in lanes]
+        self._arrived: list[deque[tuple[Place, Found | BrokenDocument]]] = [deque() for _ in lanes]
         self._ahead = [0] * len(lanes)  # documents that were asked for and not taken
         self._asked: deque[int] = deque()  # lanes of the requests that are under way
         self._chunk = CHUNK if workers else 1
         # A generator of its own: the loader's draw must not move the random state of the run.
         loader = DataLoader(
-            _Documents(mixture, packing), batch_sampler=self._requests(), collate_fn=list, num_workers=workers,
+            documents, batch_sampler=self._requests(), collate_fn=list, num_workers=workers,
             prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=_obey_parent,
         )  # fmt: skip
-        self._documents: Iterator[list[Read]] = iter(loader)
+        self._documents: Iterator[list[tuple[Place, Found | BrokenDocument]]] = iter(loader)
 
-    def take(self, lane: int) -> Read:
+    def take(self, lane: int) -> tuple[Place, Found | BrokenDocument]:
         """The next document of a lane."""
         while not self._arrived[lane]:
             found = next(self._documents)
@@ -325,13 +341,13 @@ def _obey_parent(worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class _Documents(Dataset[Read]):
+class _Documents(Dataset[tuple[Place, SequencedDocument | str | BrokenDocument]]):
     """Documents by their place; runs in the workers."""
 
     def __init__(self, mixture: Mixture, packing: Packing) -> None:
         self.sources, self.seed, self.sequencer = [s.source for s in mixture.sources], mixture.seed, packing.sequencer
 
-    def __getitem__(self, place: Place) -> Read:
+    def __getitem__(self, place: Place) -> tuple[Place, SequencedDocument | str | BrokenDocument]:
         key, source = (self.seed, place.epoch, place.slot), self.sources[place.source]
         try:
             read = source.document(place.document, np.random.default_rng(key))

@@ -6,34 +6,44 @@ corpus.jsonl  prompts.jsonl   texts for the text tokenizer; held-out documents c
 index.json                    what was written, shard by shard; appears last
 
 A shard holds `tokens`, those of all its images end to end (`token_starts` says where each begins), `sizes` in pixels and
-`grids` in tokens, and `documents`, a JSON record each, as bytes (`document_starts`): source by source, by index.
+`grids` in tokens, and `documents`, a JSON record each, as bytes (`document_starts`): source by source, by index. It is read
+span by span and never mapped into memory: a map of a file that is cut off meanwhile would end the process.
 
-Letters: T tokens and I images of a shard.
+Letters: T tokens of a shard, T' of an image.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Int
 from safetensors.numpy import save
-from torch import Tensor
 
-from unimodal.documents import Document, Part
+from unimodal.data.records import WINDOW, read_span, shard_order
+from unimodal.data.source import BrokenDocument, described, digest
+from unimodal.documents import Document, Part, read_jsonl
 from unimodal.files import write_atomically
-from unimodal.stored import StoredImage
+from unimodal.stored import StoredImage, check_stored
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+
+if TYPE_CHECKING:
+    from unimodal.packing import SequenceRules
 
 FORMAT_VERSION = 1
 PLAN, INDEX, CORPUS, PROMPTS = "plan.json", "index.json", "corpus.jsonl", "prompts.jsonl"
 Split = Literal["train", "val"]
-SPLITS: tuple[Split, ...] = ("train", "val")
+SPLITS: tuple[Split, ...] = get_args(Split)
+HELD = 2 * WINDOW
+"""Shards of which it is kept in memory where documents begin: lanes do not cross from one window to the next together."""
+_TYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64, "F32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -188,28 +198,73 @@ def _starts(lengths: Sequence[int]) -> np.ndarray:
 # ---- reading
 
 
+@dataclass(frozen=True)
+class _Array:
+    """An array in a file: where it begins, and what it is of."""
+
+    path: Path
+    start: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row."""
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """Rows `first` to `last`."""
+        if not 0 <= first <= last <= self.shape[0]:
+            raise ValueError(f"expected rows of {self.shape[0]}, got {first} to {last}")
+        data = read_span(self.path, self.start + first * self.row, (last - first) * self.row)
+        return np.frombuffer(data, self.dtype).reshape(last - first, *self.shape[1:])
+
+    def all(self) -> np.ndarray:
+        """Every row."""
+        return self.rows(0, self.shape[0])
+
+
+def _arrays(path: Path) -> tuple[Mapping[str, str], dict[str, _Array]]:
+    """Metadata and arrays of a safetensors file; ValueError for one that is not whole."""
+    length = int.from_bytes(read_span(path, 0, 8), "little")
+    size = path.stat().st_size
+    if 8 + length > size:
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    header = json.loads(read_span(path, 8, length))
+    metadata = header.pop("__metadata__")
+    found = {}
+    for name, one in header.items():
+        first, last = (8 + length + int(at) for at in one["data_offsets"])
+        found[name] = _Array(path, first, np.dtype(_TYPES[one["dtype"]]).newbyteorder("<"), tuple(one["shape"]))
+        if last - first != found[name].row * found[name].shape[0] or not 0 <= first <= last <= size:
+            raise ValueError(f"{name} at {first} to {last} in a file of {size} bytes")
+    return metadata, found
+
+
 class Shard:
-    """A shard on disk, read where it is asked.
+    """A shard on disk, of which documents are read as they are asked for; no file stays open.
 
     Args:
         path: the file.
         layout: of its tokens.
 
     Raises:
-        ValueError: no such file, or a damaged one.
+        BrokenDocument: no such file, or a damaged one.
     """
 
     def __init__(self, path: Path, layout: TokenLayout) -> None:
         self.path, self.layout = path, layout
         try:
-            self._file = safe_open(path, framework="np")
-            metadata = self._file.metadata()
+            metadata, arrays = _arrays(path)
             self.counts: list[int] = json.loads(metadata["counts"])
             self.broken: list[str] = json.loads(metadata["broken"])
+            self._tokens, self._text = arrays["tokens"], arrays["documents"]
             small = ("token_starts", "sizes", "grids", "document_starts")
-            self._starts, self._sizes, self._grids, self._documents = (self._file.get_tensor(name) for name in small)
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: expected a shard of token files, got {error}") from None
+            self._starts, self._sizes, self._grids, self._documents = (arrays[name].all() for name in small)
+        except BrokenDocument:
+            raise
+        except (OSError, TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+            raise BrokenDocument(str(path), f"expected a shard of token files, got {_line(error)}") from None
 
     @property
     def images(self) -> int:
@@ -222,29 +277,48 @@ class Shard:
         return int(self._starts[-1])
 
     def document(self, source: int, number: int) -> Document:
-        """The document that was written as so many-th of a source."""
+        """The document that was written as so many-th of a source.
+
+        Raises:
+            BrokenDocument: the file is gone or cut off, or this document is not what was written.
+        """
         row = sum(self.counts[:source]) + number
-        first, last = self._documents[row : row + 2]
-        record = json.loads(self._file.get_slice("documents")[int(first) : int(last)].tobytes())
-        parts = tuple(
-            Part(part["text"], part["learn"], part["role"]) if "text" in part
-            else self._image(part["image"], part["learn"], part["role"])
-            for part in record["parts"]
-        )  # fmt: skip
-        return Document(parts, record["kind"])
+        try:
+            first, last = self._documents[row : row + 2]
+            record = json.loads(self._text.rows(int(first), int(last)).tobytes())
+            parts = tuple(
+                Part(part["text"], part["learn"], part["role"]) if "text" in part
+                else self._image(int(part["image"]), part["learn"], part["role"])
+                for part in record["parts"]
+            )  # fmt: skip
+            return Document(parts, record["kind"])
+        except BrokenDocument:
+            raise
+        except (TypeError, KeyError, ValueError, IndexError) as error:
+            raise BrokenDocument(
+                f"{self.path}: document {row}", f"expected one as written, got {_line(error)}"
+            ) from None
 
     def _image(self, number: int, learn: bool, role: str) -> StoredImage:
+        if not 0 <= number < self.images:
+            raise ValueError(f"image {number} of {self.images}")
         first, last = self._starts[number : number + 2]
-        values: Tensor = torch.from_numpy(
-            self._file.get_slice("tokens")[int(first) : int(last)].astype(
-                np.int64 if self.layout.codebooks else np.float32
-            )
-        )
+        stored = self._tokens.rows(int(first), int(last))  # (T', *channels)
+        books = self.layout.codebooks
+        if books and ((stored < 0).any() or (stored >= np.array(books)).any()):
+            raise ValueError(f"ids up to {stored.max()} for codebooks of {list(books)}")
+        if not books and not np.isfinite(stored).all():
+            raise ValueError("tokens that are not finite")
+        values = torch.from_numpy(stored.astype(np.int64 if books else np.float32))
         height, width = (int(side) for side in self._sizes[number])
         rows, columns = (int(side) for side in self._grids[number])
         grid, usual = Grid(rows, columns), self.layout.grid(height, width)
         tokens = ImageTokens(values, (usual if (usual.h, usual.w) == (grid.h, grid.w) else grid,))
         return StoredImage(tokens, (height, width), learn, role)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__} {error}".split())[:200]
 
 
 class TokenFiles:
@@ -260,16 +334,16 @@ class TokenFiles:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
         if not (self.root / PLAN).is_file():
-            raise ValueError(f"data.root: expected a folder that `unimodal tokenize` wrote, got {root}")
+            raise ValueError(f"root: expected a folder that `unimodal tokenize` wrote, got {root}")
         if not (self.root / INDEX).is_file():
-            raise ValueError(f"data.root: {root} is not finished; run the same `unimodal tokenize` again")
+            raise ValueError(f"root: {root} is not finished; run the same `unimodal tokenize` again")
         self.plan = Plan.of_json(read_json(self.root / PLAN))
         self.counts: dict[str, list[int]] = read_json(self.root / INDEX)["counts"]
 
     def sources(self, split: Split) -> list[TokenSource]:
-        """The sources of a split, without those of which nothing could be read."""
-        found = [TokenSource(self.root, split, number) for number in range(len(self.plan.sources[split]))]
-        return [source for source in found if len(source)]
+        """The documents of a split, kind by kind, without kinds of which nothing could be read."""
+        kinds = dict.fromkeys(record.kind for record in self.plan.sources[split])
+        return [source for kind in kinds if len(source := TokenSource(self.root, split, kind))]
 
     def corpus(self) -> Iterable[str]:
         """Texts for the text tokenizer."""
@@ -278,44 +352,101 @@ class TokenFiles:
 
 
 class TokenSource:
-    """Documents of one source, of which the images are tokens; every choice in them was made when they were written.
+    """Documents that `unimodal tokenize` wrote: their images are tokens; every choice in them was made then.
 
     Args:
         root: folder of token files.
-        split: "train" or "val".
-        number: of the source.
+        split: "train", or what the tokenized data held out.
+        kind: of the documents, where there are several; None: all of them.
+
+    Raises:
+        ValueError: `root` holds no token files, or is not finished; no such `split` or `kind`.
     """
 
-    def __init__(self, root: Path, split: Split, number: int) -> None:
-        files = TokenFiles(root)
-        self.root, self.split, self.number, self._plan = Path(root), split, number, files.plan
-        record = files.plan.sources[split][number]
-        self.kind, self.weight = record.kind, record.weight
-        held = [files.counts[shard_name(one, k)][number] for one, k in files.plan.shards() if one == split]
-        self._ends = np.cumsum(np.array(held, np.int64))
-        self._open: dict[int, Shard] = {}
+    def __init__(self, root: str | Path, split: Split = "train", kind: str | None = None) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        files = TokenFiles(Path(root))
+        self.root, self.split, self._plan = Path(root), split, files.plan
+        kinds = [record.kind for record in files.plan.sources[split]]
+        if kind is not None and kind not in kinds:
+            raise ValueError(f"kind: expected one of {', '.join(dict.fromkeys(kinds))}, got {kind!r}")
+        self._one = kind or (kinds[0] if len(set(kinds)) == 1 else None)
+        self.kind = self._one or "document"
+        self._chosen = [i for i, one in enumerate(kinds) if self._one in (None, one)]
+        self._names = [shard_name(one, k) for one, k in files.plan.shards() if one == split]
+        held = [files.counts[name] for name in self._names]
+        self._held = np.array(held, np.int64).reshape(len(held), len(kinds))  # documents of each shard and source
+        self._sizes = self._held[:, self._chosen].sum(axis=1)
+        self._ends = np.cumsum(self._sizes)
+        self._shards: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         """Documents that were written."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._sizes.sum())
 
     def document(self, index: int, rng: np.random.Generator) -> Document:
         """The document at `index`; nothing is drawn from `rng`.
 
         Raises:
             IndexError: `index` is outside 0 <= index < len.
-            ValueError: the shard is damaged (named).
+            BrokenDocument: a shard is gone or damaged, or the document in it.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         k = int(np.searchsorted(self._ends, index, side="right"))
-        if k not in self._open:
-            self._open[k] = Shard(self.root / shard_name(self.split, k), self._plan.layout)
-        return self._open[k].document(self.number, index - (int(self._ends[k - 1]) if k else 0))
+        number = index - int(self._ends[k] - self._sizes[k])
+        for source in self._chosen:
+            if number < self._held[k, source]:
+                break
+            number -= int(self._held[k, source])
+        shard = self._shard(k)
+        document = shard.document(source, number)
+        for part in document.parts:
+            if isinstance(part, StoredImage) and list(part.size) not in self._plan.image_sizes:
+                expected = f"expected images of {self._plan.image_sizes}, got one of {list(part.size)}"
+                raise BrokenDocument(f"{shard.path}: {self.kind} {number}", expected)
+        return document
+
+    def order(self, epoch: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        """Shards in random order, so many shuffled together as for tars; where there are no more, all: as without shards."""
+        return shard_order(self._sizes, rng) if len(self._sizes) > WINDOW else rng.permutation(len(self))
+
+    def identity(self) -> str:
+        """With the plan that the files were written by, and how many documents there are in each."""
+        plan = json.dumps(self._plan.to_json(), sort_keys=True)
+        return described(self, self.split, f"plan {digest([plan])}", f"shards {digest(map(str, self._held.ravel()))}")
 
     def corpus(self) -> Iterable[str]:
-        """Texts of all sources of these files."""
+        """Texts of all documents of these files."""
         return TokenFiles(self.root).corpus()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # a file is opened in each process anew
+    def check(self, fingerprint: str, rules: SequenceRules) -> None:
+        """ValueError where a model's tokenizer did not make these tokens, or its recipe has no use for them."""
+        made = self._plan.tokenizer
+        if made["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"root: {self.root} holds tokens of another tokenizer than model.tokenizer (recipe "
+                f"{made['recipe']}, {made['fingerprint'][:12]}), expected {fingerprint[:12]}; is tokenizer_weights given?"
+            )
+        check_stored(self._plan.image_sizes, rules)
+
+    def prompts(self) -> list[Document]:
+        """Held-out documents with pixels, cut before their first target; of several kinds, in turn."""
+        kinds: dict[str, list[Document]] = {}
+        for document in read_jsonl(self.root / PROMPTS):
+            kinds.setdefault(document.kind, []).append(document)
+        if self._one in kinds:
+            return kinds[self._one]
+        return [document for some in zip_longest(*kinds.values()) for document in some if document is not None]
+
+    def _shard(self, k: int) -> Shard:
+        if k not in self._shards:
+            shard = Shard(self.root / self._names[k], self._plan.layout)
+            if shard.counts != self._held[k].tolist():
+                found = f"{shard.counts} documents of each source"
+                raise BrokenDocument(str(shard.path), f"expected {self._held[k].tolist()}, as in {INDEX}, got {found}")
+            while len(self._shards) >= HELD:
+                del self._shards[next(iter(self._shards))]
+            self._shards[k] = shard
+        return self._shards[k]

@@ -1,15 +1,12 @@
-"""Training from token files: the documents of another data module, whose images were encoded beforehand."""
+"""Training from token files alone: in the place of another data module, whose images were encoded beforehand."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from unimodal.data.module import DocumentData
 from unimodal.data.source import Source
 from unimodal.data.stream import Weighted
-from unimodal.data.token_files import PROMPTS, TokenFiles
-from unimodal.documents import Document, read_jsonl
-from unimodal.stored import tokenizer_fingerprint
+from unimodal.data.token_files import TokenFiles
 
 
 class TokenData(DocumentData):
@@ -22,7 +19,8 @@ class TokenData(DocumentData):
         validation_documents: most documents of each kind in validation.
         prompts: documents of each kind that are continued in validation, as many as were kept at the most.
         seed: of every draw; linked to `seed_everything`.
-        workers: 0 packs in the training process, 1 beside it.
+        workers: processes that read documents beside the training process; what is trained on is the same for any number.
+        broken_share: of a kind's documents, how many may be broken; those are skipped and named, more stop the run.
     """
 
     def __init__(
@@ -34,8 +32,9 @@ class TokenData(DocumentData):
         prompts: int = 20,
         seed: int = 0,
         workers: int = 0,
+        broken_share: float = 0.01,
     ) -> None:
-        super().__init__(batch_tokens, validation_documents, prompts, seed, workers)
+        super().__init__(batch_tokens, validation_documents, prompts, seed, workers, broken_share)
         self.files = TokenFiles(Path(root))
         self.weights = weights or {}
         kinds = [source.kind for source in self.files.plan.sources["train"]]
@@ -43,21 +42,13 @@ class TokenData(DocumentData):
             if kind not in kinds:
                 raise ValueError(f"data.weights: expected some of {', '.join(dict.fromkeys(kinds))}, got {kind}")
 
-    def setup(self, stage: str) -> None:
-        """Refuse tokens that the model's tokenizer did not make."""
-        assert self.trainer is not None
-        model: Any = self.trainer.lightning_module.model
-        made, own = self.files.plan.tokenizer, tokenizer_fingerprint(model.tokenizer)
-        if made["fingerprint"] != own:
-            raise ValueError(
-                f"data.root: {self.files.root} holds tokens of another tokenizer than model.tokenizer (recipe "
-                f"{made['recipe']}, {made['fingerprint'][:12]}), expected {own[:12]}; is tokenizer_weights given?"
-            )
-
     def training_sources(self) -> list[Weighted]:
         """As they were written."""
-        sources = self.files.sources("train")
-        return [Weighted(source, self.weights.get(source.kind, source.weight)) for source in sources]
+        written: dict[str, float | None] = {}
+        for record in self.files.plan.sources["train"]:
+            written[record.kind] = None if record.weight is None else (written.get(record.kind) or 0.0) + record.weight
+        weights = written | self.weights
+        return [Weighted(source, weights[source.kind]) for source in self.files.sources("train")]
 
     def validation_sources(self) -> list[Source]:
         """Likewise."""
@@ -66,11 +57,3 @@ class TokenData(DocumentData):
     def corpus(self) -> Iterable[str]:
         """The other data module's."""
         return self.files.corpus()
-
-    def prompts(self) -> list[Document]:
-        """Held-out documents cut before their first target, with their images as pixels."""
-        found: list[Document] = []
-        for document in read_jsonl(self.files.root / PROMPTS):
-            if sum(other.kind == document.kind for other in found) < self.prompt_count:
-                found.append(document)
-        return found

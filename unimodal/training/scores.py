@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
 
+from unimodal.data.source import BrokenDocument, Stored, whole
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document
 from unimodal.evaluation.benchmark import Answer, Benchmark
@@ -78,13 +79,24 @@ class ValidationScores(Callback):
 
 
 def captioned_images(data: DocumentData) -> list[tuple[str, Document]]:
-    """Number and content of the held-out documents of a text and a learned image, as many as are validated."""
+    """Number and content of the held-out documents of a text and a learned image, as many as are validated.
+
+    Raises:
+        ValueError: there is none, or of all of them only the tokens are held.
+    """
     found = []
     for s, source in enumerate(data.validation_sources()):
+        if isinstance(whole(source), Stored):  # no pixels to compare with
+            continue
         for i in range(min(data.validation_documents, len(source))):
-            document = source.document(i, np.random.default_rng((data.seed, s, i)))
+            try:
+                document = source.document(i, np.random.default_rng((data.seed, s, i)))
+            except BrokenDocument:  # named when it is validated on
+                continue
             if [part.is_image for part in document.parts] == [False, True]:
                 found.append((f"{s}/{i}", document))
+    if not found:
+        raise ValueError("model.image_metrics: expected held-out documents of a text and pixels, got none")
     return found
 
 

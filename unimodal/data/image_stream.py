@@ -1,0 +1,194 @@
+"""Plain images: all those of documents, texts left aside, in batches whose position is a few integers a lane.
+
+Documents are numbered and dealt out to lanes as in `unimodal.data.stream`; a lane gives the images of its documents one
+after another, so that a batch may end within a document.
+
+Letters: B images of a batch, H, W their pixels.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unimodal.data.broken import BrokenItems
+from unimodal.data.source import BrokenDocument, Source
+from unimodal.data.stream import Mixture, Place, Reader, deal
+from unimodal.packing import Lanes, Pixels, fit_image, to_tensor
+
+_log = logging.getLogger(__name__)
+
+BEHIND = 64
+"""Steps that a stream can be ahead of training, which says where it stands by counting steps."""
+
+
+class ImagePosition(NamedTuple):
+    """Where lanes stand: of each its next number and those that have images left, and how many the latter gave already."""
+
+    lanes: Lanes = ()
+    given: Lanes = ()
+
+
+class ImageStream:
+    """Batches for one rank, from a position on, for ever.
+
+    Batch a of rank r in an optimizer step is of lane a * ranks + r, as in `PackStream`.
+
+    Args:
+        mixture: of the documents.
+        image_size: (height, width) that images are scaled and cropped to.
+        batch: images of a batch.
+        position: of all lanes; any number of them, from batches of any size.
+        rank: whose batches these are.
+        ranks: how many there are.
+        accumulate: batches of a rank in a step.
+        workers: processes that read documents; the batches are the same for any number.
+        broken_share: of a source's documents, how many may be broken before reading stops.
+    """
+
+    def __init__(
+        self, mixture: Mixture, image_size: tuple[int, int], batch: int, position: ImagePosition,
+        *, rank: int = 0, ranks: int = 1, accumulate: int = 1, workers: int = 0, broken_share: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.mixture, self.image_size, self.batch, self.workers = mixture, image_size, batch, workers
+        self.broken = BrokenItems(broken_share, mixture.lengths)
+        pairs = zip(position.lanes, position.given, strict=True)
+        self._given = {n: i for lane, given in pairs for n, i in zip(lane[1:], given, strict=True)}
+        lanes = deal(position.lanes, ranks * accumulate)[rank::ranks]
+        begin = ImagePosition(lanes, tuple(tuple(self._given.get(n, 0) for n in lane[1:]) for lane in lanes))
+        self._behind = deque([begin], maxlen=BEHIND)
+        self._cut = 0  # steps whose batches were made
+        self._step = ranks * accumulate  # from one number of a lane to the next
+
+    def __iter__(self) -> Iterator[Float[Tensor, "B 3 H W"]]:
+        positions = self._behind[-1].lanes
+        reader = Reader(self.mixture, _Images(self.mixture, self.image_size), positions, self._step, self.workers)
+        lanes = [
+            _Lane(reader, self.broken, i, position, self._given, self._step) for i, position in enumerate(positions)
+        ]
+        while True:
+            batches = [to_tensor(lane.cut(self.batch)).contiguous() for lane in lanes]
+            self._behind.append(
+                ImagePosition(tuple(lane.position for lane in lanes), tuple(lane.given for lane in lanes))
+            )
+            self._cut += 1
+            yield from batches
+
+    def behind(self, steps: int) -> ImagePosition:
+        """Where this rank's lanes stand behind so many steps of this stream: what is held ahead of them does not count."""
+        return self._behind[steps - self._cut - 1]
+
+
+class _Lane:
+    """The document whose images are being given."""
+
+    def __init__(
+        self, reader: Reader[list[Pixels]], broken: BrokenItems, lane: int, position: tuple[int, ...],
+        given: dict[int, int], step: int,
+    ) -> None:  # fmt: skip
+        self.reader, self.broken, self.lane, self.step = reader, broken, lane, step
+        self.next, self.unread = position[0], deque(position[1:])
+        self._given = {number: given.get(number, 0) for number in self.unread}
+        self._number, self._used = -1, 0
+        self._images: deque[Pixels] = deque()
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """The next number, and the earlier ones that have images to give, in the order of reading."""
+        return self.next, *([self._number] if self._images else []), *self.unread
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """Of each of the latter, images that it gave."""
+        return *([self._used] if self._images else []), *(self._given[number] for number in self.unread)
+
+    def cut(self, count: int) -> list[Pixels]:
+        """The next images."""
+        held: list[Pixels] = []
+        while len(held) < count:
+            self._fill()
+            held.append(self._images.popleft())
+            self._used += 1
+        return held
+
+    def _fill(self) -> None:
+        without: set[tuple[int, int]] = set()
+        while not self._images:
+            place, found = self.reader.take(self.lane)
+            if self.unread:
+                self.unread.popleft()
+            else:
+                self.next = place.number + self.step
+            source = self.reader.mixture.sources[place.source].source
+            if isinstance(found, BrokenDocument):
+                self.broken.add(source.kind, place.document, found)
+                found = []
+            else:
+                self.broken.pack(source.kind)
+            self._number, self._used = place.number, self._given.pop(place.number, 0)
+            self._images = deque(found[self._used :])
+            without.add((place.source, place.document % len(source)))  # a stream's indices go on and on
+            if len(without) >= sum(len(one.source) for one in self.reader.mixture.sources) and not self._images:
+                raise ValueError("data: expected documents with images, got none")
+
+
+class _Images(Dataset[tuple[Place, list[Pixels] | BrokenDocument]]):
+    """The images of documents by their place; runs in the workers."""
+
+    def __init__(self, mixture: Mixture, size: tuple[int, int]) -> None:
+        self.sources, self.seed, self.size = [s.source for s in mixture.sources], mixture.seed, size
+
+    def __getitem__(self, place: Place) -> tuple[Place, list[Pixels] | BrokenDocument]:
+        key = (self.seed, place.epoch, place.slot)
+        try:
+            return place, images_of(self.sources[place.source], place.document, key, self.size)
+        except BrokenDocument as error:
+            return place, error
+
+
+def images_of(source: Source, index: int, key: Sequence[int], size: tuple[int, int]) -> list[Pixels]:
+    """All images of a document, scaled and cropped; BrokenDocument where one cannot be read."""
+    return [fit_image(image, [size]) for image in source.document(index, np.random.default_rng(key)).images]
+
+
+class HeldOutImages:
+    """Every image of some sources once, in their order, the last batch as large as it comes.
+
+    Args:
+        sources: of held-out documents; what is broken in them is left out, counted and named.
+        image_size: (height, width) that images are scaled and cropped to.
+        batch: images of a batch.
+        seed: of the documents' draws.
+    """
+
+    def __init__(self, sources: Sequence[Source], image_size: tuple[int, int], batch: int, seed: int) -> None:
+        self.sources, self.image_size, self.batch, self.seed = sources, image_size, batch, seed
+        self._named = False
+
+    def __iter__(self) -> Iterator[Float[Tensor, "B 3 H W"]]:
+        held: list[Pixels] = []
+        none = True
+        for s, source in enumerate(self.sources):
+            broken: list[str] = []
+            for index in range(len(source)):
+                try:
+                    held += images_of(source, index, (self.seed, s, index), self.image_size)
+                except BrokenDocument as error:
+                    broken.append(str(error))
+                while len(held) >= self.batch:
+                    yield to_tensor(held[: self.batch]).contiguous()
+                    held, none = held[self.batch :], False
+            if broken and not self._named:
+                _log.warning(
+                    "data: %s: %d held-out documents left out, such as %s", source.kind, len(broken), broken[0]
+                )
+        if held:
+            yield to_tensor(held).contiguous()
+        elif none:
+            raise ValueError("data: expected held-out documents with images, got none")
+        self._named = True
