@@ -194,6 +194,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:-10]),
     "empty": lambda path: path.write_bytes(b""),
     "another file": lambda path: path.write_bytes(b"\xff" * 4000),
+    "a header of terabytes": lambda path: path.write_bytes((2**44).to_bytes(8, "little") + b"{" * 4000),
     "a header that is no JSON": lambda path: path.write_bytes(path.read_bytes()[:8] + b"\x00" * 4000),
     "of other documents": lambda path: shutil.copy(path.parent / "one" / path.name, path),
     "an unknown id": lambda path: rewrite(path, tokens=one_value(16)),
