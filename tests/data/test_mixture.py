@@ -14,6 +14,7 @@ import pytest
 from data_formats import Plain, caption_rows, image_folder, img2dataset, parquet_rows, png, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning import Trainer
 
 from unimodal.data import FolderSource, HuggingFaceSource, JsonlSource, MixtureData, ParquetSource, TarSource
 from unimodal.data.mixture import Entry, Slice
@@ -150,9 +151,9 @@ def trained(sources: dict[str, Source], state: dict[str, Any] | None, model: Uni
     """The data of a run that begins, or goes on from a state."""
     data = MixtureData(64, {name: Entry(source) for name, source in sources.items()}, {"v": Entry(Plain(3))})
     data.trainer = Mock(
-        limit_train_batches=1.0, fast_dev_run=False, global_rank=0, world_size=1, accumulate_grad_batches=1
-    )
-    data.trainer.lightning_module.model = model  # type: ignore[union-attr]
+        spec=Trainer, limit_train_batches=1.0, fast_dev_run=False, global_rank=0, world_size=1,
+        accumulate_grad_batches=1, lightning_module=Mock(model=model),
+    )  # fmt: skip
     if state is not None:
         data.load_state_dict(state)
     data.train_dataloader()
