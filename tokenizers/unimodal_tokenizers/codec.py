@@ -1,4 +1,4 @@
-"""The bytes of a JPEG as tokens: nothing is learned (JPEG-LM, arXiv 2408.08459, section 3).
+"""The bytes of a JPEG as tokens: nothing is learned (JPEG-LM, arXiv 2408.08459).
 
 Quality and colour sampling are fixed, and so are Pillow's Huffman tables: all images of one size have the same header, which
 is left out. Of the scan itself the zero byte behind every 255 is left out, which only tells it from a marker. Any bytes then
