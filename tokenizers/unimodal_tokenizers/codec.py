@@ -26,6 +26,8 @@ START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 class CodecTokenizer(ImageTokenizer):
     """An image as the bytes of its JPEG, then `END` up to N ids. Any prefix decodes: what is missing of the scan is grey."""
 
+    end = END
+
     def __init__(self, image: tuple[int, int], length: int, quality: int = 25, colours: Literal[1, 3] = 3) -> None:
         """Args:
 

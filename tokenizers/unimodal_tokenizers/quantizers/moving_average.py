@@ -93,11 +93,10 @@ class MovingAverageQuantizer(Quantizer):
         if processes() > 1:
             torch.distributed.all_reduce(n)
             torch.distributed.all_reduce(total)
-        used = n > 0
         self.mass.mul_(self.decay).add_((1 - self.decay) * n)
         step = (1 - self.decay) * (total - n[:, None] * self.codes) / self.mass.clamp(min=1e-30)[:, None]
-        self.codes.add_(torch.where(used[:, None], step, 0))
-        self.idle.copy_(torch.where(used, 0, self.idle + 1))
+        self.codes.add_(step)  # 0 where no vector came
+        self.idle.copy_(torch.where(n > 0, 0, self.idle + 1))
         self._revive(z)
         self.steps.add_(1)
 
