@@ -26,6 +26,8 @@ class DynamicTokenizer(RowTokenizer):
     only. Terms of the loss: those of the quantizer, over the patches that are kept, and "sparsity".
     """
 
+    end: int
+
     def __init__(
         self,
         quantizer: Quantizer,
