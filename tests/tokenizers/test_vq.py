@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unimodal_tokenizers import Grid, GridTokenizer, ImageTokens
-from unimodal_tokenizers.quantizers import VectorQuantizer, codebook_perplexity, codebook_usage
+from unimodal_tokenizers.quantizers import MovingAverageQuantizer, VectorQuantizer, codebook_perplexity, codebook_usage
 from unimodal_tokenizers.quantizers.base import squared_distance, straight_through
 from unimodal_tokenizers.quantizers.search import nearest_code, nearest_code_of_any_length
 
@@ -244,6 +244,16 @@ def test_a_batch_gives_what_its_images_give_alone(tokenizer: GridTokenizer) -> N
     assert torch.equal(tokens.values, alone.values)
     for image, one in zip(tokenizer.decode_each(tokens), alone.split(), strict=True):
         torch.testing.assert_close(image, tokenizer.decode(one)[0])
+
+
+def test_a_codebook_that_learns_without_gradients_moves_after_a_step() -> None:
+    tokenizer = GridTokenizer(MovingAverageQuantizer(16, 4), channels=[8, 16], blocks=1).train()
+    codes = tokenizer.quantizer.codes
+    before = codes.clone()
+    tokenizer(some(0, 2, 3, 8, 8))
+    assert torch.equal(codes, before)
+    tokenizer.after_step()
+    assert not torch.equal(codes, before)
 
 
 @settings(max_examples=10, deadline=None)
