@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from published_cases import RECIPES
 
+from experiments.digits import words
 from unimodal.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
@@ -66,7 +67,7 @@ def test_there_is_something_to_test() -> None:
     assert {"digits_mot_flow", "digits_var_nextscale", "digits_vq_ar", "shapes_mot_flow"} <= {
         name(path) for path in MODELS
     }
-    digits = "bsq", "ema", "fsq", "ibq", "kl", "lfq", "multiscale", "rvq", "simvq", "subcodebooks", "vq"
+    digits = "bsq", "ema", "fsq", "ibq", "kl", "lfq", "multiscale", "rvq", "simvq", "subcodebooks", "text", "vq"
     assert {f"digits_{kind}" for kind in digits} <= {name(path) for path in TOKENIZERS}
     assert {"folder"} <= {name(path) for path in DATA}
 
@@ -88,8 +89,12 @@ def test_a_model_recipe_builds_and_takes_a_step(recipe: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("recipe", TOKENIZERS, ids=name)
 def test_a_tokenizer_recipe_builds_and_takes_a_step(recipe: Path, tmp_path: Path) -> None:
     options = ["--trainer.default_root_dir", str(tmp_path / "run"), "--data.init_args.batch_size", "4", *QUICK]
-    if "encoder_weights" in yaml.safe_load(recipe.read_text())["model"]["init_args"]:
+    settings = yaml.safe_load(recipe.read_text())["model"]["init_args"]
+    if "encoder_weights" in settings:
         options += ["--model.init_args.encoder_weights", "null"]
+    if "text_embeddings" in settings:  # counted in a second, as its command has it
+        assert words.main(["--out", str(tmp_path / "words")]) == 0
+        options += ["--model.init_args.text_embeddings", str(tmp_path / "words")]
     assert main(["fit", *files(recipe), *options, "--trainer.fast_dev_run", "true"]) == 0
 
 

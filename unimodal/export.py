@@ -28,6 +28,7 @@ from unimodal.model import UnifiedModel
 from unimodal.shards import write
 from unimodal.text import TextTokenizer
 from unimodal_tokenizers.base import ImageTokenizer
+from unimodal_tokenizers.quantizers import Quantizer
 
 FORMAT_VERSION = 1
 PACKAGES = ("unimodal.", "unimodal_tokenizers.", "unimodal_generators.")
@@ -149,9 +150,33 @@ def read_weights(folder: Path, key: str = "export") -> Weights:
         raise ValueError(f"{key}: {path} is truncated or no safetensors file ({error})") from error
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load every weight, or none and name every mismatch."""
-    check_weights(module, weights, source)
+def load_tokenizer_weights(tokenizer: ImageTokenizer, folder: Path, key: str) -> None:
+    """Weights of an export into a tokenizer of the same make; `key` is the setting that named the folder.
+
+    Raises:
+        ValueError: the folder, or a weight, is missing, damaged, or of another tokenizer. Names and shapes alone would not
+            tell: LFQ's and BSQ's are the same.
+    """
+    weights = read_weights(folder, key)
+    with torch.random.fork_rng(devices=[]):  # what is built here draws weights that nobody keeps
+        given = build(_read_json(folder, "config.json"), "tokenizer")
+    own, theirs = _makes(tokenizer), _makes(given)
+    if own != theirs:
+        name = next(name for name in {**own, **theirs} if own.get(name) != theirs.get(name))
+        expected, got = (makes.get(name, "none") for makes in (own, theirs))
+        raise ValueError(f"{key}: expected {name or 'a tokenizer'} to be {expected}, {folder} has {got}")
+    load_weights(tokenizer, weights, str(folder), key)
+
+
+def _makes(tokenizer: nn.Module) -> dict[str, str]:
+    """The classes of a tokenizer and of its quantizers, by where they are."""
+    kinds = (ImageTokenizer, Quantizer)
+    return {name: type(part).__name__ for name, part in tokenizer.named_modules() if isinstance(part, kinds)}
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, key: str = "weights") -> None:
+    """Load every weight, or none and name every mismatch; `key` is the setting that named them."""
+    check_weights(module, weights, source, key)
     own = module.state_dict()
     if any(isinstance(tensor, DTensor) for tensor in own.values()):
         for name, tensor in own.items():
@@ -160,7 +185,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
         module.load_state_dict(dict(weights))
 
 
-def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, key: str = "weights") -> None:
     """Refuse weights that do not fit, naming every mismatch."""
     own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in weights]
@@ -172,7 +197,7 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str)
     ]
     if problems:
         more = f", and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"weights: {source} does not fit this model: {'; '.join(problems[:20])}{more}")
+        raise ValueError(f"{key}: {source} does not fit this model: {'; '.join(problems[:20])}{more}")
 
 
 def read_checkpoint(

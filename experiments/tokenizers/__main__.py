@@ -23,9 +23,11 @@ from experiments.tokenizers.report import write_report
 from experiments.tokenizers.table import ENTRIES, Entry, chosen
 from unimodal.environment import describe_installation
 from unimodal.evaluation.reconstruction import Tally, peak_signal_to_noise, reconstruct, structural_similarity
+from unimodal.evaluation.run import machine
 from unimodal.files import write_atomically
 from unimodal.packing import to_tensor
 from unimodal.training import TokenizerTraining
+from unimodal_tokenizers import ImageTokenizer
 
 BATCH = 16
 SHOWN = 6
@@ -102,22 +104,32 @@ def train(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str,
     started = time.perf_counter()
     trainer.fit(module, datamodule=PhotographData(held_out, BATCH, seed))
     seconds = time.perf_counter() - started
-    tokenizer.eval()
-    tiles, tally, trained = held_out_tiles(held_out), Tally(tokenizer.layout), Tally(tokenizer.layout)
-    made, tokens = reconstruct(tokenizer, tiles)
-    tally.add(tokens, sum(tile[0].numel() for tile in tiles))
-    seen = training_tiles(held_out)
-    for start in range(0, len(seen), BATCH):  # of the photographs that were trained on: how much of a codebook is used
-        part = seen[start : start + BATCH]
-        trained.add(reconstruct(tokenizer, part)[1], sum(tile[0].numel() for tile in part))
+    place = trainer.strategy.root_device
+    tokenizer.eval().to(place)  # lightning brings it back to the host
+    tiles, seen = held_out_tiles(held_out), training_tiles(held_out)
+    made, tally = measured(tokenizer, tiles, place)
+    trained = measured(tokenizer, seen, place)[
+        1
+    ]  # of the photographs that were trained on: how much of a codebook is used
     usage = {f"training_{key}": value for key, value in trained.measures().items() if "codebook" in key}
     row = {
         "name": entry.name, "paper": entry.paper, "baseline": entry.baseline, "held_out": held_out, "seed": seed,
-        "steps": steps, "device": str(trainer.strategy.root_device), "train_seconds": seconds,
+        "steps": steps, "device": str(place), "machine": machine(), "train_seconds": seconds,
         "parameters": sum(p.numel() for p in tokenizer.parameters()), **quality(tiles, made), **tally.measures(), **usage,
-        **speed(tokenizer, seen[:_TIMED]),
+        **speed(tokenizer, seen[:_TIMED], place),
     }  # fmt: skip
     return row, made[:SHOWN]
+
+
+def measured(tokenizer: ImageTokenizer, tiles: list[Tensor], place: torch.device) -> tuple[list[Tensor], Tally]:
+    """What it makes of tiles, and what they come to in tokens."""
+    made, tally = [], Tally(tokenizer.layout, tokenizer.end)
+    for start in range(0, len(tiles), BATCH):
+        part = tiles[start : start + BATCH]
+        images, tokens = reconstruct(tokenizer, [tile.to(place) for tile in part])
+        made += [image.cpu() for image in images]
+        tally.add(tokens, sum(tile[0].numel() for tile in part))
+    return made, tally
 
 
 def quality(originals: list[Tensor], made: list[Tensor]) -> dict[str, float]:
@@ -130,16 +142,19 @@ def quality(originals: list[Tensor], made: list[Tensor]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def speed(tokenizer: Any, tiles: list[Tensor]) -> dict[str, float]:
+def speed(tokenizer: ImageTokenizer, tiles: list[Tensor], place: torch.device) -> dict[str, float]:
     """Images a second, best of three: encoding and decoding by themselves."""
-    images = torch.cat([to_tensor([tile.permute(1, 2, 0).numpy()]) for tile in tiles])  # (B, 3, s, s)
+    images = torch.cat([to_tensor([tile.permute(1, 2, 0).numpy()]) for tile in tiles]).to(place)  # (B, 3, s, s)
+    wait = torch.cuda.synchronize if place.type == "cuda" else lambda: None
     tokens = tokenizer.encode(images)
     found = {}
     for name, call in (("encode", lambda: tokenizer.encode(images)), ("decode", lambda: tokenizer.decode(tokens))):
         times = []
         for _ in range(3):
+            wait()
             started = time.perf_counter()
             call()
+            wait()
             times.append(time.perf_counter() - started)
         found[f"{name}_per_second"] = len(images) / min(times)
     return found

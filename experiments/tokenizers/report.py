@@ -27,7 +27,7 @@ def write_report(found: Sequence[tuple[Path, Row]], out: Path) -> None:
     """report.md, rows.json and reconstructions.png of all runs there are."""
     rows = [row for _, row in found]
     write_atomically(out / "rows.json", (json.dumps(rows, indent=2) + "\n").encode())
-    write_atomically(out / "report.md", (table(rows) + "\n" + aims(rows)).encode())
+    write_atomically(out / "report.md", (table(rows) + "\n" + aims(rows) + machines(rows)).encode())
     shown = sorted({row["held_out"] for row in rows})[:1]
     if shown:
         picture([(folder, row) for folder, row in found if row["held_out"] == shown[0]], shown[0]).save(
@@ -82,6 +82,12 @@ def table(rows: Sequence[Row]) -> str:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def machines(rows: Sequence[Row]) -> str:
+    """Where the runs were made."""
+    named = sorted({f"{row['machine']} ({row['device']})" for row in rows if "machine" in row})
+    return "".join(f"- measured on {one}\n" for one in named)
 
 
 def aims(rows: Sequence[Row]) -> str:

@@ -48,7 +48,7 @@ class Autoregressive(ImageGenerator):
             The rows of several codebooks are added up.
         token_noise: share of a learned image's ids that are replaced by random ones where they are read, never where
             they are predicted; small data sets are learned by heart without it.
-        vocabulary: "own" gives image ids an embedding and a head beside the text's (Janus, section 3.2); "shared" makes them
+        vocabulary: "own" gives image ids an embedding and a head beside the text's (Janus); "shared" makes them
             rows of the model's vocabulary, learned by one softmax over words and image ids (Chameleon, Liquid).
         depth: a small transformer that predicts a token's codes one after another (RQ-Transformer, VILA-U); None predicts
             them all at once, by a head each.

@@ -119,7 +119,7 @@ class SamplingSettings:
         guidance: of the text, u + guidance * (c - u): 1 is the conditional model, 0 the one without text.
         image_guidance: of the prompt's images; 1 leaves it out.
         combine: of two conditions, "nested" (BAGEL: text first, from the model that sees images alone; then images, from the
-            one that sees text alone) or "additive" (InstructPix2Pix, arXiv 2211.09800, eq. 3: both from the one that sees
+            one that sees text alone) or "additive" (InstructPix2Pix, arXiv 2211.09800: both from the one that sees
             neither, then the one that sees images alone).
         interval: where guidance acts (arXiv 2404.07724): between two times t, where a sampler has them, or shares of its
             steps.
@@ -207,7 +207,7 @@ class DenoisingSettings(SamplingSettings):
         renorm: shrinks what guidance made to the length it had without, never below `renorm_min` of itself: of every token
             ("channel") or of every image ("global"), as BAGEL does.
         renorm_min: the least share that is kept.
-        rescale: share of the output that is brought to the deviation it had without guidance (arXiv 2305.08891, eq. 15, 16).
+        rescale: share of the output that is brought to the deviation it had without guidance (2305.08891, section 3.4).
     """
 
     renorm: Literal["none", "channel", "global"] = "none"

@@ -1,6 +1,6 @@
 """The codes of one image token one after another: a small transformer over depth, not over positions.
 
-RQ-Transformer (arXiv 2203.01941, section 3.2), VILA-U (arXiv 2409.04429).
+RQ-Transformer (arXiv 2203.01941), VILA-U (arXiv 2409.04429).
 
 Letters: N tokens, Q codebooks, q of them given, V entries of one, C width of the backbone, W of this transformer, E channels
 of a head.

@@ -1,6 +1,6 @@
 """Denoising diffusion inside the transformer: what is read off a noised image is its noise (Transfusion as published).
 
-Transfusion (arXiv 2408.11039, section 2.2), DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502).
+Transfusion (arXiv 2408.11039), DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502).
 
 Letters: T tokens of all images, D channels of a token, G guidance branches; n steps of the schedule, 0 data to N noise;
 a, b the shares of data and noise, a^2 + b^2 = 1. Outside, time is t = 1 - n / N: 0 noise, 1 data, as everywhere.
@@ -80,8 +80,8 @@ class Diffusion(DenoisingGenerator):
         layout: of the image tokenizer.
         width: of the backbone.
         schedule: "cosine" (as Transfusion), "linear" (DDPM) or "scaled_linear" (latent diffusion).
-        predicts: what the network gives and what the loss is of: the noise (DDPM, eq. 14), "v" (arXiv 2202.00512, appendix
-            D), or the data.
+        predicts: what the network gives and what the loss is of: the noise (DDPM, eq. 14), "v" (arXiv 2202.00512), or
+            the data.
         time: how the network is told the time: "add", "token" or "adaln"; see `DenoisingGenerator`.
         coder: between token vectors and the backbone.
         bidirectional: whether an image's patches see each other, or only those before them.
@@ -107,7 +107,7 @@ class Diffusion(DenoisingGenerator):
         self.noisiest = int(np.flatnonzero(self.shares >= FAINTEST)[-1])
 
     def draw_time(self, grid: Grid, rng: np.random.Generator) -> float:
-        """n is uniform from 1 to N (DDPM, algorithm 1)."""
+        """n is uniform from 1 to N (DDPM)."""
         return 1 - int(rng.integers(1, STEPS + 1)) / STEPS
 
     def noised(

@@ -15,7 +15,7 @@ from unimodal_tokenizers.base import TokenLayout
 
 
 class Discrete(ImageGenerator):
-    """Ids of one codebook, with an input and a head of their own beside the text's (Janus, arXiv 2410.13848, section 3.2).
+    """Ids of one codebook, with an input and a head of their own beside the text's (Janus, arXiv 2410.13848).
 
     Args:
         layout: of the image tokenizer.

@@ -36,14 +36,14 @@ from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 class Masked(Discrete):
     """Learns the hidden ids of a block that sees all of itself; samples by keeping the surest of what it predicts.
 
-    The network is not told how many ids are hidden: it sees that (Show-o, section 3).
+    The network is not told how many ids are hidden: it sees that (Show-o).
 
     Args:
         layout: of the image tokenizer.
         width: of the backbone.
         inputs: what is read of an id: a learned row ("ids"), or its code vector through an MLP ("codes").
         schedule: how many ids are hidden, in training at r drawn uniformly, in sampling step by step: a name of `SCHEDULES`.
-        weighting: "hidden" counts every hidden id alike (MaskGIT, eq. 1; Show-o, eq. 3); "bound" divides each by the share
+        weighting: "hidden" counts every hidden id alike (MaskGIT, Show-o); "bound" divides each by the share
             hidden in its image and counts all ids, which with the linear schedule bounds the negative log-likelihood of
             an id (UniDisc, MMaDA: 1 / t).
         sampling: defaults of the sampler.

@@ -45,7 +45,7 @@ class MaskedText(nn.Module):
         schedule: how many ids are hidden, in training at r drawn uniformly for each block, in sampling step by step: a name
             of `SCHEDULES`; "linear" hides every share alike (UniDisc, MMaDA).
         weighting: "hidden" counts every hidden id alike; "bound" divides each by the share hidden in its block and counts
-            all ids, which with the linear schedule bounds the negative log-likelihood of a block (LLaDA, eq. 3; MMaDA).
+            all ids, which with the linear schedule bounds the negative log-likelihood of a block (LLaDA, MMaDA).
     """
 
     def __init__(

@@ -46,8 +46,8 @@ class NextScale(ImageGenerator):
         layout: of the image tokenizer.
         width: of the backbone.
         token_noise: share of a learned image's ids that are replaced by random ones where finer scales read them, never
-            where they are predicted: a sampler's mistakes are no surprise then (as Infinity, arXiv 2412.04431, section
-            3.3, whose finer scales are also taught to undo them; these are not).
+            where they are predicted: a sampler's mistakes are no surprise then (as Infinity's
+            bitwise self-correction, arXiv 2412.04431, whose finer scales are also taught to undo them; these are not).
         sampling: defaults of the sampler.
     """
 

@@ -68,9 +68,9 @@ class LinearCoder(PatchCoder):
 
 
 class UNetCoder(PatchCoder):
-    """The outermost level of a U-Net: residual blocks on squares finer than a token (Transfusion, section 3.2).
+    """The outermost level of a U-Net: residual blocks on squares finer than a token (Transfusion).
 
-    As there, norms are plain layer norms (of channels); time is added inside the blocks (DDPM, appendix B). Each block on
+    As there, norms are plain layer norms (of channels); time is added inside the blocks (DDPM). Each block on
     the way down is remembered for its counterpart on the way up.
 
     Args:
@@ -132,7 +132,7 @@ class UNetCoder(PatchCoder):
 
 
 class ConvNeXtCoder(PatchCoder):
-    """ConvNeXt blocks over the tokens, and one long skip (JanusFlow, section 3.2).
+    """ConvNeXt blocks over the tokens, and one long skip (JanusFlow).
 
     Args:
         layout: of the image tokenizer.
@@ -225,7 +225,7 @@ class _ChannelNorm(nn.LayerNorm):
 
 
 class _Residual(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + time))) (DDPM, appendix B)."""
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))) (DDPM)."""
 
     def __init__(self, channels: int, out: int, width: int) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class _Residual(nn.Module):
 
 
 class _ConvNeXt(nn.Module):
-    """Depthwise 7 x 7, norm, MLP (ConvNeXt, arXiv 2201.03545, section 2.6); time scales and shifts the norm's output."""
+    """Depthwise 7 x 7, norm, MLP (ConvNeXt, arXiv 2201.03545); time scales and shifts the norm's output."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()

@@ -112,7 +112,7 @@ class Regression(ImageGenerator):
         return out if self.metric == "mse" else unit_variance(out)
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
-        """A sum over tokens of the mean squared error (Emu, eq. 3), or of 1 - cosine (MetaMorph, section 3)."""
+        """A sum over tokens of the mean squared error (Emu), or of 1 - cosine (MetaMorph)."""
         assert corrupted.targets is not None
         out, targets = self.predict(hidden), corrupted.targets
         if self.metric == "mse":

@@ -83,7 +83,7 @@ class CorruptedTokens(Corrupted):
 
 
 class TokenDiffusion(ImageGenerator):
-    """Learns p(token | hidden state) by a small flow, the diffusion loss of MAR (section 3.1) as flow matching.
+    """Learns p(token | hidden state) by a small flow, the diffusion loss of MAR (section 3.2) as flow matching.
 
     In raster order an image is causal and its own context, and a token is drawn given those before it. In random order
     (MAR, section 3.4) an image is a private bidirectional block in which a random share of the tokens is replaced by a
@@ -96,11 +96,11 @@ class TokenDiffusion(ImageGenerator):
         order: of the tokens.
         head_width: of the head.
         head_depth: residual blocks of the head.
-        multiply: noise draws a token and step; the loss is their mean (MAR, section 4.2: four).
+        multiply: noise draws a token and step; the loss is their mean (MAR, section 3.2: four).
         time_mean: of the logit-normal the head's training times are drawn from.
         time_std: likewise.
         mask_min: least share of masked tokens; the share is drawn from a normal of mean 1 and deviation `mask_std`, cut to
-            [mask_min, 1] (MAR, section 3.4).
+            [mask_min, 1] (MAR, section 4.2).
         mask_std: see there.
         input_noise: raster order reads tokens of a learned image with that much noise added, never predicts it: in
             sampling, what is read is not data either.
@@ -358,7 +358,7 @@ def cosine_counts(tokens: int, length: int, steps: int | None) -> list[int]:
 
 
 class FlowHead(nn.Module):
-    """v(x_t, t | z): a residual MLP whose norms are modulated by z and t (MAR, section 4 and appendix).
+    """v(x_t, t | z): a residual MLP whose norms are modulated by z and t (MAR, section 4.1).
 
     Args:
         dim: channels D of a token.

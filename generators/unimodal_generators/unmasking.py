@@ -23,7 +23,7 @@ SCHEDULES: dict[str, Schedule] = {
     "cubic": lambda r: 1 - r**3,
     "root": lambda r: 1 - math.sqrt(r),
 }
-"""gamma(r), the share of ids that are hidden at r: from 1 down to 0 (MaskGIT, section 3.3)."""
+"""gamma(r), the share of ids that are hidden at r: from 1 down to 0 (MaskGIT, masking design)."""
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,8 @@ def test_broken_images_are_skipped_counted_and_named(
 ) -> None:
     (pictures / "2.png").write_bytes((pictures / "2.png").read_bytes()[:200])
     given = ["--tokenizer", vq, "--images", pictures]
-    refused(*given, "--out", tmp_path / "strict", names="2.png: expected a whole image")
-    assert not (tmp_path / "strict" / "summary.json").exists()
+    refused(*given, "--out", tmp_path / "out", "--batch", "1", names="2.png: expected a whole image")
+    assert not list((tmp_path / "out").rglob("*.*"))  # of the two that were written before it was met
     assert run(*given, "--out", tmp_path / "out", "--most-broken", "0.2") == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == ["000000", "000001", "000003", "000004"]
@@ -189,6 +189,14 @@ def test_wrong_arguments_are_one_line(vq: Path, pictures: Path, tmp_path: Path, 
     refused("--tokenizer", vq, "--images", pictures, "--out", out, *weights, names="vgg.pth")
     assert run("--tokenizer", vq, "--images", pictures, "--out", out) == 0
     refused("--tokenizer", vq, "--images", pictures, "--out", out, names="originals of another evaluation")
+
+
+def test_tokens_behind_the_end_of_an_image_are_none() -> None:
+    tally = Tally(TokenLayout("sequence", dim=4, stride=2, codebooks=(5,), length=3, image=(2, 6)), end=4)
+    tally.add(ImageTokens(torch.tensor([0, 4, 4, 1, 2, 0, 4, 3, 3]), (Grid(1, 3),) * 3), 36)
+    measures = tally.measures()
+    assert measures["bits_per_pixel"] == pytest.approx((2 + 3 + 1) * math.log2(5) / 36)
+    assert measures["codebook_usage"] == pytest.approx(4 / 5)  # 0, 1, 2 and the end; what stands behind it is not there
 
 
 def test_tokens_of_a_binary_codebook_too_large_to_count_still_have_a_rate() -> None:

@@ -1,6 +1,8 @@
 """The interface: grids, records of tokens, images of several sizes."""
 
+import inspect
 import math
+import re
 import subprocess
 import sys
 
@@ -87,6 +89,18 @@ def test_images_of_several_sizes_keep_their_order() -> None:
         assert torch.equal(image, again)
     with pytest.raises(ValueError, match="decode expects images of one grid"):
         tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 1, 4, 4), torch.zeros(3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)], ids=str
+)
+def test_what_is_no_batch_of_colour_images_is_refused(images: torch.Tensor) -> None:
+    said = re.escape(
+        f"images: expected colours (B, 3, H, W) in [-1, 1], got shape {tuple(images.shape)} of {images.dtype}"
+    )
+    encode = inspect.unwrap(PatchTokenizer.encode)  # without the checks of shapes, which only tests have
+    with pytest.raises(ValueError, match=said):
+        encode(PatchTokenizer(patch=2), images)
 
 
 def test_bits_of_a_token() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from unimodal_tokenizers import DynamicTokenizer, Grid
 from unimodal_tokenizers.quantizers import ResidualQuantizer, VectorQuantizer
+from unimodal_tokenizers.transformer import patches_to_images, places
 
 SHAPE: dict[str, Any] = {"image": (4, 8), "patch": 2, "keep": 0.5, "width": 16, "depth": 1, "heads": 2}
 END = 16
@@ -75,6 +76,16 @@ def test_what_follows_the_end_is_not_read() -> None:
     assert t.decode_batch(torch.full((1, 8), END), Grid(1, 8)).isfinite().all()  # an image of nothing
 
 
+@torch.no_grad()
+def test_an_image_is_drawn_from_its_codes_alone() -> None:
+    t, ids = made(), torch.tensor([3, 5, END, END, END, END, END, END])
+    codes = (t.codes_in(t.lookup(ids)) + t.ranks)[:2]
+    near = codes[[0, 0, 0, 0, 1, 1, 1, 1]]  # each half of the patches begins with the code of its share
+    row = torch.cat([codes, t.drawn + places(t.cells, t.drawn) + near])
+    slow = patches_to_images(t.pixels_out(t.decoder(row[None])[:, 2:]), t.cells, 2)
+    torch.testing.assert_close(t.decode_batch(ids[None], Grid(1, 8)), slow)
+
+
 def test_choices_are_chances_drawn_from_a_counter() -> None:
     t = made().train()
     logits = torch.tensor([[-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0]]).expand(500, -1)
@@ -105,6 +116,7 @@ def test_the_share_that_is_kept_is_learned() -> None:
         assert result.counts is not None
         assert result.counts.shape == (END + 1,)
         assert int(result.counts.sum()) == 48
+        assert abs(1 - int(result.counts[END]) / 48 - keep) < 0.2
         assert not [name for name, p in t.named_parameters() if p.grad is None or not p.grad.any()]
         assert set(result.terms) == set(t.weights)
 

@@ -15,6 +15,7 @@ from unimodal_tokenizers.quantizers import (
     LFQ,
     EuclideanQuantizer,
     MovingAverageQuantizer,
+    Quantizer,
     ResidualQuantizer,
     SimVQ,
     SubCodebooks,
@@ -124,6 +125,14 @@ def test_certain_bits_have_finite_gradients() -> None:
         quantizer(z).terms["entropy"].backward()
         assert z.grad is not None
         assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("quantizer", [LFQ(3), BSQ(3)], ids=["lfq", "bsq"])
+def test_a_channel_of_zero_is_a_bit_of_zero(quantizer: LFQ | BSQ) -> None:
+    result = quantizer(torch.tensor([[0.0, 1.0, -0.0]]))
+    assert result.ids.tolist() == [0b010]
+    assert torch.equal(result.quantized.sign(), torch.tensor([[-1.0, 1.0, -1.0]]))
+    assert torch.equal(quantizer.ids_to_vectors(result.ids), result.quantized)
 
 
 def test_bits_beyond_any_codebook_are_several_codebooks() -> None:
@@ -244,6 +253,32 @@ def test_the_first_step_fills_the_codebook_and_dead_entries_become_vectors() -> 
     assert (dead < 1e-5).sum() >= 4  # so many vectors, each once
 
 
+def test_a_vector_that_overflowed_does_not_stay_in_the_codebook() -> None:
+    whole, spoilt = (MovingAverageQuantizer(8, 3) for _ in range(2))
+    for step in range(3):
+        z = some(step, 40, 3, dtype=torch.float32)
+        whole(z)
+        bad = torch.tensor([[torch.inf, 0.0, 0.0], [torch.nan, 1.0, 0.0], [0.0, -torch.inf, 1.0]])
+        spoilt(torch.cat([z, bad]) if step else z)  # the first step draws the codebook from all there are
+        whole.after_step()
+        spoilt.after_step()
+    for name in ("codes", "mass"):
+        torch.testing.assert_close(getattr(spoilt, name), getattr(whole, name))
+
+
+def test_a_revived_entry_has_no_past() -> None:
+    quantizer = MovingAverageQuantizer(4, 2, revive_after=2)
+    quantizer.codes.copy_(torch.tensor([[9.0, 9.0], [-9.0, -9.0], [9.0, -9.0], [-9.0, 9.0]]))
+    quantizer.mass.fill_(5.0)
+    quantizer.idle.zero_()
+    for _ in range(2):
+        quantizer(torch.tensor([[8.0, 8.0], [7.0, 7.0], [8.0, 7.0]]))
+        quantizer.after_step()
+    assert quantizer.mass[0] > 4
+    assert torch.equal(quantizer.mass[1:], torch.zeros(3))
+    assert torch.equal(quantizer.idle, torch.zeros(4, dtype=torch.int64))
+
+
 # Several codebooks
 
 
@@ -286,3 +321,52 @@ def test_sub_codebooks_quantize_slices() -> None:
 def test_settings_that_cannot_be_are_refused(make: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_slices_that_learn_without_gradients_move_after_a_step() -> None:
+    both, z = SubCodebooks(MovingAverageQuantizer(8, 2), 2), some(0, 40, 4, dtype=torch.float32)
+    before = both.ids_to_vectors(torch.arange(8).repeat(2, 1).T)
+    both(z)
+    both.after_step()
+    after = both.ids_to_vectors(torch.arange(8).repeat(2, 1).T)
+    assert not torch.equal(before, after)
+    for one, part in zip(after.chunk(2, dim=1), z.chunk(2, dim=1), strict=True):
+        alone = MovingAverageQuantizer(8, 2)
+        alone(part)
+        alone.after_step()
+        assert torch.equal(alone.codes, one)
+
+
+# What a term may move
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        VectorQuantizer(16, 4), EuclideanQuantizer(16, 4), SimVQ(16, 4), MovingAverageQuantizer(16, 4), LFQ(4),
+        IBQ(16, 4, temperature=1.0), SubCodebooks(EuclideanQuantizer(16, 2), 2), ResidualQuantizer(16, 2, 4),
+    ],
+    ids=lambda quantizer: type(quantizer).__name__,
+)  # fmt: skip
+def test_commitment_moves_vectors_and_the_codebook_term_moves_codes(quantizer: Quantizer) -> None:
+    z = F.normalize(some(0, 30, 4), dim=-1).requires_grad_()
+    terms = quantizer.double().eval()(z).terms
+    learned = [parameter for parameter in quantizer.parameters() if parameter.requires_grad]
+    (moved,) = torch.autograd.grad(terms["commitment"], z, retain_graph=True)
+    assert moved.any()
+    if "codebook" in terms:
+        (still,) = torch.autograd.grad(terms["codebook"], z, retain_graph=True, allow_unused=True)
+        assert still is None or not still.any()
+        assert torch.cat(
+            [g.flatten() for g in torch.autograd.grad(terms["codebook"], learned, retain_graph=True)]
+        ).any()
+    for gradient in torch.autograd.grad(terms["commitment"], learned, allow_unused=True) if learned else []:
+        assert gradient is None or not gradient.any()
+
+
+def test_terms_weigh_what_their_papers_say() -> None:
+    for quantizer in (VectorQuantizer(16, 4), EuclideanQuantizer(16, 4), SimVQ(16, 4), ResidualQuantizer(16, 2, 4)):
+        assert quantizer.weights == {"codebook": 1.0, "commitment": 0.25}
+    assert MovingAverageQuantizer(16, 4).weights == {"commitment": 0.25}
+    assert SubCodebooks(VectorQuantizer(16, 4), 2).weights == {"codebook": 1.0, "commitment": 0.25}
+    assert IBQ(16, 4).weights == {"double": 1.0, "commitment": 1.0, "codebook": 0.25, "entropy": 0.05}

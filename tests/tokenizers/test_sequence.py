@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from unimodal_tokenizers import Grid, SequenceTokenizer
-from unimodal_tokenizers.quantizers import ResidualQuantizer, VectorQuantizer
+from unimodal_tokenizers.quantizers import MovingAverageQuantizer, ResidualQuantizer, VectorQuantizer
 from unimodal_tokenizers.transformer import Transformer, causal_queries, images_to_patches, patches_to_images, places
 
 SHAPE: dict[str, Any] = {"image": (8, 12), "patch": 4, "tokens": 5, "width": 16, "depth": 2, "heads": 2}
@@ -155,6 +155,16 @@ def test_every_parameter_learns_what_it_should() -> None:
     assert result.counts is not None
     assert int(result.counts.sum()) == 20
     assert t.last_layer is t.pixels_out.weight
+
+
+def test_a_codebook_that_learns_without_gradients_moves_after_a_step() -> None:
+    tokenizer = made(MovingAverageQuantizer(16, 4)).train()
+    codes = tokenizer.quantizer.codes
+    before = codes.clone()
+    tokenizer(images())
+    assert torch.equal(codes, before)
+    tokenizer.after_step()
+    assert not torch.equal(codes, before)
 
 
 @pytest.mark.parametrize(("options", "message"), [

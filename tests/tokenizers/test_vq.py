@@ -1,7 +1,7 @@
 """Vector quantization: the search, the codebook's life, ids there and back, and bad input."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unimodal_tokenizers import Grid, GridTokenizer, ImageTokens
-from unimodal_tokenizers.quantizers import VectorQuantizer, codebook_perplexity, codebook_usage
+from unimodal_tokenizers.quantizers import MovingAverageQuantizer, VectorQuantizer, codebook_perplexity, codebook_usage
 from unimodal_tokenizers.quantizers.base import squared_distance, straight_through
-from unimodal_tokenizers.quantizers.search import nearest_code
+from unimodal_tokenizers.quantizers.search import nearest_code, nearest_code_of_any_length
 
 
 def some(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,6 +57,14 @@ def test_the_chunked_search_finds_what_the_plain_one_finds(tokens: int, entries:
     z, codes = sphere(seed, tokens, 3, dtype=torch.float64), sphere(seed + 1, entries, 3, dtype=torch.float64)
     plain = torch.cdist(z, codes).argmin(-1)
     assert torch.equal(nearest_code(z, codes, max_bytes=rows * entries * 8), plain)
+
+
+@pytest.mark.parametrize("search", [nearest_code, nearest_code_of_any_length])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_of_equal_codes_the_first_is_found(search: Callable[..., Tensor], rows: int) -> None:
+    codes = torch.eye(3).repeat(2, 1)  # every code twice
+    z = torch.eye(3)[[2, 0, 1, 1, 0, 2, 2, 0]]
+    assert search(z, codes, rows * len(codes) * 4).tolist() == [2, 0, 1, 1, 0, 2, 2, 0]
 
 
 def test_the_search_never_holds_more_than_it_may() -> None:
@@ -236,6 +244,16 @@ def test_a_batch_gives_what_its_images_give_alone(tokenizer: GridTokenizer) -> N
     assert torch.equal(tokens.values, alone.values)
     for image, one in zip(tokenizer.decode_each(tokens), alone.split(), strict=True):
         torch.testing.assert_close(image, tokenizer.decode(one)[0])
+
+
+def test_a_codebook_that_learns_without_gradients_moves_after_a_step() -> None:
+    tokenizer = GridTokenizer(MovingAverageQuantizer(16, 4), channels=[8, 16], blocks=1).train()
+    codes = tokenizer.quantizer.codes
+    before = codes.clone()
+    tokenizer(some(0, 2, 3, 8, 8))
+    assert torch.equal(codes, before)
+    tokenizer.after_step()
+    assert not torch.equal(codes, before)
 
 
 @settings(max_examples=10, deadline=None)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from unimodal.training.tokenizer import CodebookCounts, TokenizerTraining, write_reconstructions
 from unimodal_tokenizers import GridTokenizer, MultiscaleVQ, PatchTokenizer
-from unimodal_tokenizers.quantizers import ResidualQuantizer, VectorQuantizer
+from unimodal_tokenizers.quantizers import MovingAverageQuantizer, ResidualQuantizer, VectorQuantizer
 
 CODES: dict[str, Any] = {"dim": 4, "revive_after": 2}
 SMALL: dict[str, Any] = {"channels": [8, 16], "blocks": 1}
@@ -119,6 +119,13 @@ def test_a_recipe_s_weights_replace_the_tokenizer_s_and_terms_are_logged_without
     logged = {name: float(value) for name, value in fit(tmp_path, model, 1).callback_metrics.items()}
     own = 0.5 * logged["train/l1"] + logged["train/l2"] + logged["train/codebook"] + 2 * logged["train/commitment"]
     assert logged["train/loss"] == pytest.approx(own)
+
+
+def test_a_codebook_that_learns_without_gradients_moves_once_an_optimizer_step(tmp_path: Path) -> None:
+    tokenizer = GridTokenizer(MovingAverageQuantizer(64, **CODES), **SMALL)
+    fit(tmp_path, TokenizerTraining(tokenizer, lr=1e-2, l1_weight=0.5, l2_weight=1.0), 3, accumulate_grad_batches=2)
+    assert int(tokenizer.quantizer.steps) == 3
+    assert float(tokenizer.quantizer.mass.sum()) > 0
 
 
 def test_a_schedule_without_an_end_is_refused(tmp_path: Path) -> None:

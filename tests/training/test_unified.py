@@ -336,6 +336,10 @@ def test_tokenizer_weights_are_loaded_frozen_and_checked(tmp_path: Path, capsys:
     assert len(said.splitlines()) == 1
     assert "codebook" in said
     assert "[16, 4], expected [32, 4]" in said
+    other = "--model.init_args.model.tokenizer.init_args.quantizer=unimodal_tokenizers.quantizers.EuclideanQuantizer"
+    assert fit(VQ, tmp_path / "wrong", *weights, other, *small) == 2  # whose weights have the same names and shapes
+    said = f"quantizer to be EuclideanQuantizer, {run / 'export'} has VectorQuantizer"
+    assert capsys.readouterr().err.strip().endswith(f"tokenizer_weights: expected {said}")
     nowhere = ["--model.init_args.tokenizer_weights", str(tmp_path / "nowhere")]
     assert fit(VQ, tmp_path / "missing", *nowhere) == 2
     assert f"tokenizer_weights: {tmp_path / 'nowhere' / 'model.safetensors'} is missing" in capsys.readouterr().err

@@ -151,6 +151,7 @@ class ImageTokenizer(nn.Module, ABC):
 
     layout: TokenLayout
     config: dict[str, Any] | None = None  # class_path and init_args, where something else than its class built it
+    end: int | None = None  # the id behind which an image's tokens say nothing, where it may have fewer than it holds
 
     @abstractmethod
     def encode_batch(
@@ -169,7 +170,14 @@ class ImageTokenizer(nn.Module, ABC):
         """Code vectors of tokens: ids -> rows of the codebook; continuous tokens are their own vectors."""
 
     def encode(self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator | None = None) -> ImageTokens:
-        """Tokens of images of one size."""
+        """Tokens of images of one size.
+
+        Raises:
+            ValueError: images of another shape or type, or of a size that the tokenizer cannot take.
+        """
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            got = f"shape {tuple(images.shape)} of {images.dtype}"
+            raise ValueError(f"images: expected colours (B, 3, H, W) in [-1, 1], got {got}")
         grid = self.layout.grid(*images.shape[-2:])
         return ImageTokens(self.encode_batch(images, rng).flatten(0, 1), (grid,) * len(images))  # (B*N, ...)
 

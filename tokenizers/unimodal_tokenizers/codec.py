@@ -1,4 +1,4 @@
-"""The bytes of a JPEG as tokens: nothing is learned (JPEG-LM, arXiv 2408.08459, section 3).
+"""The bytes of a JPEG as tokens: nothing is learned (JPEG-LM, arXiv 2408.08459).
 
 Quality and colour sampling are fixed, and so are Pillow's Huffman tables: all images of one size have the same header, which
 is left out. Of the scan itself the zero byte behind every 255 is left out, which only tells it from a marker. Any bytes then
@@ -25,6 +25,8 @@ START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
 class CodecTokenizer(ImageTokenizer):
     """An image as the bytes of its JPEG, then `END` up to N ids. Any prefix decodes: what is missing of the scan is grey."""
+
+    end = END
 
     def __init__(self, image: tuple[int, int], length: int, quality: int = 25, colours: Literal[1, 3] = 3) -> None:
         """Args:

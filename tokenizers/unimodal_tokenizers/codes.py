@@ -204,7 +204,7 @@ class ChameleonTokenizer(CodebookNetwork, TrainableTokenizer):
 
 
 class MagvitTokenizer(FrozenNetwork, CodeTokenizer):
-    """The tokenizer of Show-o (arXiv 2408.12528) and MMaDA: MAGVIT-v2's quantizer (arXiv 2310.05737, section 3.1).
+    """The tokenizer of Show-o (arXiv 2408.12528) and MMaDA: MAGVIT-v2's quantizer (arXiv 2310.05737).
 
     Nothing is looked up: a code is the signs of z, +1 or -1, and its id reads them as bits, the first channel highest.
     """
@@ -249,11 +249,11 @@ class MagvitTokenizer(FrozenNetwork, CodeTokenizer):
         return rearrange(encoder.quant_conv(encoder(images)), "B D h w -> (B h w) D")
 
     def vectors_to_ids(self, vectors: Float[Tensor, "P D"]) -> Int64[Tensor, " P"]:
-        """sum_i 2^(D - 1 - i) [z_i > 0] (MAGVIT-v2, eq. 3, with the bits the other way round)."""
+        """sum_i 2^(D - 1 - i) [z_i > 0] (MAGVIT-v2, with the bits the other way round)."""
         return ((vectors > 0) * self.places).sum(-1)
 
     def ids_to_vectors(self, ids: Int64[Tensor, "*T"]) -> Float[Tensor, "*T D"]:
-        """+1 for a bit that is set, -1 for one that is not (eq. 2)."""
+        """+1 for a bit that is set, -1 for one that is not."""
         weight = self.network["decoder"].post_quant_conv.weight
         return ((ids[..., None] & self.places) > 0).to(weight.dtype) * 2 - 1
 

@@ -84,7 +84,7 @@ def shift_of(shift: Shift, tokens: int) -> float:
 def interpolate(
     noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
 ) -> Float[Tensor, "T D"]:
-    """x_t = (1 - t) noise + t data (Flow Matching, arXiv 2210.02747, eq. 22 with sigma_min = 0)."""
+    """x_t = (1 - t) noise + t data (Flow Matching, arXiv 2210.02747, the optimal transport path with sigma_min = 0)."""
     return (1 - t) * noise + t * data
 
 
@@ -128,7 +128,7 @@ def euler(v: Velocity, x: Tensor, times: Sequence[float]) -> Iterator[Tensor]:
 
 
 def heun(v: Velocity, x: Tensor, times: Sequence[float]) -> Iterator[Tensor]:
-    """x += dt (v(x, t) + v(x + dt v(x, t), t + dt)) / 2, an Euler step at the end (EDM, arXiv 2206.00364, algorithm 1)."""
+    """x += dt (v(x, t) + v(x + dt v(x, t), t + dt)) / 2, an Euler step at the end (EDM, arXiv 2206.00364)."""
     for t, s in pairwise(times):
         slope = v(x, t)
         guess = x + (s - t) * slope
@@ -145,9 +145,9 @@ NoiseSchedule = Literal["linear", "scaled_linear", "cosine"]
 def alpha_bars(schedule: NoiseSchedule, steps: int = 1000) -> Float[np.ndarray, "{steps}+1"]:
     """abar_n = prod (1 - beta_i), i = 1 .. n; abar_0 = 1 is the data, and the last is nearly noise.
 
-    "linear": beta from 1e-4 to 0.02 (DDPM, section 4). "scaled_linear": squares of what is linear from sqrt(0.00085) to
+    "linear": beta from 1e-4 to 0.02 (DDPM). "scaled_linear": squares of what is linear from sqrt(0.00085) to
     sqrt(0.012) (latent diffusion, arXiv 2112.10752). "cosine": abar_n = f(n) / f(0), f = cos^2, each beta at most 0.999
-    (arXiv 2102.09672, eq. 17). The first two are of 1000 steps.
+    (Improved DDPM, arXiv 2102.09672). The first two are of 1000 steps.
     """
     if schedule == "linear":
         betas = np.linspace(1e-4, 0.02, steps)
@@ -171,7 +171,7 @@ def diffuse(
 def angular_velocity(
     noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], a: Float[Tensor, "#T 1"], b: Float[Tensor, "#T 1"]
 ) -> Float[Tensor, "T D"]:
-    """v = dx/dphi = a noise - b data, where a = cos phi and b = sin phi (arXiv 2202.00512, appendix D)."""
+    """v = dx/dphi = a noise - b data, where a = cos phi and b = sin phi (arXiv 2202.00512)."""
     return a * noise - b * data
 
 
@@ -181,7 +181,7 @@ def from_noise(x: Tensor, noise: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, 
 
 
 def from_angular_velocity(x: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Data and noise of x_n and its v: data = a x - b v, noise = b x + a v (arXiv 2202.00512, appendix D)."""
+    """Data and noise of x_n and its v: data = a x - b v, noise = b x + a v (arXiv 2202.00512)."""
     return a * x - b * v, b * x + a * v
 
 

@@ -1,6 +1,6 @@
 """As many ids as an image needs: patches that say enough are kept, and the others are merged into them.
 
-LaVIT (arXiv 2309.04669, section 3.1), whose decoder draws features; here it draws pixels.
+LaVIT (arXiv 2309.04669), whose decoder draws features; here it draws pixels.
 
 Letters: B images, H height, W width (pixels); h, w the grid of patches, N = h w of them, and ids of an image at most; S
 patches of all images that are kept; T ids of all images end to end; K entries of the codebook; C width, D channels of a
@@ -12,20 +12,21 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimodal_tokenizers.base import Grid, Reconstruction, TokenLayout, TrainableTokenizer
+from unimodal_tokenizers.base import Grid, Reconstruction
 from unimodal_tokenizers.quantizers import Quantizer
 from unimodal_tokenizers.semantic import SemanticHead
+from unimodal_tokenizers.sequence import RowTokenizer
 from unimodal_tokenizers.transformer import Transformer, images_to_patches, patches_to_images, places
 
 
-class DynamicTokenizer(TrainableTokenizer):
+class DynamicTokenizer(RowTokenizer):
     """The ids of the patches that are kept, row by row, then the id K up to N of them: it ends the image and is no code.
 
     Which are kept is decided patch by patch, in training by a drawn sample; the draws depend on a counter among the buffers
     only. Terms of the loss: those of the quantizer, over the patches that are kept, and "sparsity".
     """
 
-    steps: Int64[Tensor, ""]
+    end: int
 
     def __init__(
         self,
@@ -51,47 +52,18 @@ class DynamicTokenizer(TrainableTokenizer):
         semantic: what the codes are to mean.
         seed: of the draws.
         """
-        super().__init__()
-        if patch < 1 or any(side < 1 or side % patch for side in image):
-            raise ValueError(f"image: expected multiples of patch = {patch}, got {list(image)}")
         if not 0 < keep <= 1:
             raise ValueError(f"keep: expected a share above 0 and up to 1, got {keep}")
         if len(quantizer.codebooks) != 1:
             raise ValueError(f"quantizer: expected one codebook, got {len(quantizer.codebooks)}")
-        h, w = image
-        self.cells = Grid(h // patch, w // patch)
-        self.end = quantizer.codebooks[0]
-        self.layout = TokenLayout(
-            "sequence", quantizer.dim, patch, codebooks=(self.end + 1,), length=self.cells.length, image=(h, w)
-        )
-        self.keep, self.seed = keep, seed
+        end = quantizer.codebooks[0]
+        super().__init__(image, patch, quantizer.dim, (end + 1,), seed=seed)
+        self.end, self.keep = end, keep
         self.patches_in = nn.Linear(3 * patch * patch, width)
         self.encoder = Transformer(width, depth, heads)
         self.selector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
         self.merger = Transformer(width, depth, heads)
-        self.codes_out = nn.Linear(width, quantizer.dim)
-        self.quantizer = quantizer
-        self.codes_in = nn.Linear(quantizer.dim, width)
-        self.ranks = nn.Parameter(0.02 * torch.randn(self.cells.length, width))  # which of the codes one is
-        self.drawn = nn.Parameter(0.02 * torch.randn(width))  # what is read where a patch is drawn
-        self.decoder = Transformer(width, depth, heads)
-        self.pixels_out = nn.Linear(width, 3 * patch * patch)
-        self.semantic = semantic
-        if semantic is not None:
-            semantic.check(quantizer.dim)
-        self.weights = {**quantizer.weights, "sparsity": 1.0, **({} if semantic is None else semantic.weights)}
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training batches seen
-
-    no_weight_decay = ("ranks", "drawn")
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The decoder's last weight."""
-        return self.pixels_out.get_parameter("weight")
-
-    def after_step(self) -> None:
-        """A codebook that learns without gradients moves."""
-        self.quantizer.after_step()
+        self._build_drawer(quantizer, width, depth, heads, semantic, {"sparsity": 1.0})
 
     def forward(self, images: Float[Tensor, "B 3 H W"], texts: Float[Tensor, "B E"] | None = None) -> Reconstruction:
         """Images `(B, 3, H, W)` in [-1, 1] through their ids and back, with the terms of the loss.
@@ -110,7 +82,7 @@ class DynamicTokenizer(TrainableTokenizer):
         # The value of what is kept, and a gradient to the choice that kept it: hard ahead, soft behind.
         chance = logits.sigmoid()[kept][:, None]  # (S, 1)
         vectors, valid = self._in_front(quantized.quantized * (1 + chance - chance.detach()), kept)
-        terms = {**quantized.terms, "sparsity": (self.keep - logits.sigmoid().mean()).square()}  # section 3.1
+        terms = {**quantized.terms, "sparsity": (self.keep - logits.sigmoid().mean()).square()}
         if self.semantic is not None:
             terms |= self.semantic(vectors, Grid(1, self.layout.length), images, texts)
         counts = torch.cat([quantized.counts, (~kept).sum()[None]])
@@ -164,14 +136,11 @@ class DynamicTokenizer(TrainableTokenizer):
         return x, self.selector(x)[..., 0].float()
 
     def _choose(self, logits: Float[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
-        """Which patches are kept: in training a sample of their chances (section 3.1: Gumbel-softmax of two classes)."""
+        """Which patches are kept: in training a sample of their chances (LaVIT: Gumbel-softmax of two classes)."""
         if not self.training:
             return _at_least_one(logits > 0, logits)
-        rng = torch.Generator().manual_seed(1_000_003 * self.seed + int(self.steps))
-        self.steps.add_(1)
-        noise = (
-            torch.rand(logits.shape, generator=rng).to(logits).logit(eps=1e-6)
-        )  # logistic: of two Gumbels the difference
+        chance = torch.rand(logits.shape, generator=self._rng()).to(logits)
+        noise = chance.logit(eps=1e-6)  # logistic: of two Gumbels the difference
         return _at_least_one(logits.detach() + noise > 0, logits)
 
     def _merge(self, x: Float[Tensor, "B N C"], kept: Bool[Tensor, "B N"]) -> Float[Tensor, "B N D"]:

@@ -22,8 +22,8 @@ from unimodal_tokenizers.semantic import SemanticHead
 class CodebookTokenizer(TrainableTokenizer):
     """Quantization between the convolutional encoder and decoder of latent diffusion.
 
-    The networks are those of diffusers' AutoencoderKL, without the distribution; LlamaGen (arXiv 2406.06525, section
-    3.1) uses the same kind. Subclasses say how encoder outputs become ids and back.
+    The networks are those of diffusers' AutoencoderKL, without the distribution; LlamaGen (arXiv 2406.06525)
+    uses the same kind. Subclasses say how encoder outputs become ids and back.
     """
 
     def __init__(

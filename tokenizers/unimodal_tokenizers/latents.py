@@ -20,7 +20,7 @@ from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
 class LatentTokenizer(ImageTokenizer):
     """An image as a grid of vectors (z - shift) * scale, so that each channel has about mean 0 and deviation 1.
 
-    Latent diffusion (arXiv 2112.10752, section D.1) with a scale; Stable Diffusion 3 and FLUX with a shift as well.
+    Latent diffusion (arXiv 2112.10752) with a scale; Stable Diffusion 3 and FLUX with a shift as well.
     """
 
     scale: Float[Tensor, "#D 1 1"]

@@ -60,7 +60,7 @@ class MultiscaleVQ(CodebookTokenizer, MultiscaleTokenizer):
         self.phi = nn.ModuleList(Phi(dim) for _ in scales)
 
     def quantize(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Quantized:
-        """Both terms of the loss are means over scales of |f - f_hat_k|^2 (VAR, eq. 5), f_hat_k after k scales."""
+        """Both terms of the loss are means over scales of |f - f_hat_k|^2, f_hat_k after k scales (VAR, eq. 5, of k = S)."""
         with torch.autocast(vectors.device.type, enabled=False):
             f = precise(vectors)
             ids, sums = self._residual(_maps(f.detach(), grid), grid, lambda z: self.quantizer.assign(z)[0])

@@ -15,7 +15,7 @@ from unimodal_tokenizers.base import Grid, ImageTokenizer, TokenLayout
 
 
 class PatchTokenizer(ImageTokenizer):
-    """Cuts an image into p x p patches and lays each out as a vector (ViT, arXiv 2010.11929, section 3.1).
+    """Cuts an image into p x p patches and lays each out as a vector (ViT, arXiv 2010.11929).
 
     The vector's order is (row in the patch, column in the patch, channel); patches are row-major over the image.
     Decoding gives the very same pixels back; with one colour, those of a grey image.

@@ -18,7 +18,7 @@ from unimodal_tokenizers.base import Grid
 from unimodal_tokenizers.frozen import FrozenEncoder
 from unimodal_tokenizers.transformer import Transformer, places, spread
 
-TEMPERATURE = 0.07  # of the contrast at first; it is learned (CLIP, section 2.5)
+TEMPERATURE = 0.07  # of the contrast at first; it is learned (CLIP)
 
 
 class SemanticHead(nn.Module):
@@ -119,14 +119,14 @@ class SemanticHead(nn.Module):
 
 
 def cosine_distance(x: Float[Tensor, "B P E"], y: Float[Tensor, "B P E"]) -> Float[Tensor, ""]:
-    """mean of 1 - cos(x, y), from 0 to 2 (MUSE-VL, section 3.2; TA-Tok, section 3.1)."""
+    """mean of 1 - cos(x, y), from 0 to 2 (MUSE-VL; TA-Tok)."""
     return (1 - F.cosine_similarity(x.float(), y.float(), dim=-1)).mean()
 
 
 def contrastive_loss(
     images: Float[Tensor, "B E"], texts: Float[Tensor, "B E"], scale: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
-    """The mean of both directions of InfoNCE (CLIP, section 2.3, figure 3), of batches that may say one text twice.
+    """The mean of both directions of InfoNCE (CLIP), of batches that may say one text twice.
 
     With U different texts and s_iu = scale cos(x_i, t_u): an image is to find its text among the U, and a text each of its
     images among the B. Where all texts differ this is CLIP's loss.

@@ -1,11 +1,14 @@
 """An image as a row of ids: learned queries read what the image says, and a decoder draws it from their codes alone.
 
-TiTok (arXiv 2406.07550, section 3.2); causal queries as SEED's (arXiv 2307.08041, section 3.1); prefixes that decode by
-nested dropout (arXiv 1402.0915, section 3; FlexTok, arXiv 2502.13967; One-D-Piece, arXiv 2501.10064).
+TiTok (arXiv 2406.07550); causal queries as SEED's (arXiv 2307.08041); prefixes that decode by nested dropout (arXiv
+1402.0915; FlexTok, arXiv 2502.13967; One-D-Piece, arXiv 2501.10064).
 
 Letters: B images, H height, W width (pixels); h, w the grid of patches, P = h w; N tokens of an image, n those of a prefix,
 T of all images end to end; Q codebooks; C width, D channels of a code, E of a text's embedding.
 """
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -25,10 +28,82 @@ from unimodal_tokenizers.transformer import (
 )
 
 
-class SequenceTokenizer(TrainableTokenizer):
+class RowTokenizer(TrainableTokenizer):
+    """What tokenizers share whose codes lie in a row, at no place of the image: one size, and a transformer that draws."""
+
+    steps: Int64[Tensor, ""]
+    no_weight_decay: ClassVar[tuple[str, ...]] = ("ranks", "drawn")
+
+    def __init__(
+        self,
+        image: tuple[int, int],
+        patch: int,
+        dim: int,
+        codebooks: tuple[int, ...],
+        tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Subclasses then build what reads, and `_build_drawer`.
+
+        image: (height, width) in pixels of every image.
+        patch: side of a patch in pixels.
+        dim: channels D of a code.
+        codebooks: entries of each.
+        tokens: ids of an image, N; None: one a patch.
+        seed: of what is drawn in training.
+        """
+        super().__init__()
+        if patch < 1 or any(side < 1 or side % patch for side in image):
+            raise ValueError(f"image: expected multiples of patch = {patch}, got {list(image)}")
+        h, w = image
+        self.cells = Grid(h // patch, w // patch)
+        n = self.cells.length if tokens is None else tokens
+        self.layout = TokenLayout("sequence", dim, stride=patch, codebooks=codebooks, length=n, image=(h, w))
+        self.seed = seed
+
+    def _build_drawer(
+        self,
+        quantizer: Quantizer,
+        width: int,
+        depth: int,
+        heads: int,
+        semantic: SemanticHead | None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """From what was read to codes and to pixels; `weights` are of the terms that are neither's."""
+        self.codes_out = nn.Linear(width, quantizer.dim)
+        self.quantizer = quantizer
+        self.codes_in = nn.Linear(quantizer.dim, width)
+        self.ranks = nn.Parameter(0.02 * torch.randn(self.layout.length, width))  # which of the codes one is
+        self.drawn = nn.Parameter(0.02 * torch.randn(width))  # M: what is read where a patch is drawn
+        self.decoder = Transformer(width, depth, heads)
+        self.pixels_out = nn.Linear(width, 3 * self.layout.stride**2)
+        self.semantic = semantic
+        if semantic is not None:
+            semantic.check(quantizer.dim)
+        self.weights = {**quantizer.weights, **(weights or {}), **({} if semantic is None else semantic.weights)}
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training batches that drew something
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight."""
+        return self.pixels_out.get_parameter("weight")
+
+    def after_step(self) -> None:
+        """A codebook that learns without gradients moves."""
+        self.quantizer.after_step()
+
+    def _rng(self) -> torch.Generator:
+        """Of this training batch: of a counter among the buffers only, the same on every process."""
+        rng = torch.Generator().manual_seed(1_000_003 * self.seed + int(self.steps))
+        self.steps.add_(1)
+        return rng
+
+
+class SequenceTokenizer(RowTokenizer):
     """N ids an image, which lie at no place of it; images of one size.
 
-    With P the patches, L the learned queries and M the learned token of a pixel patch (TiTok, section 3.2):
+    With P the patches, L the learned queries and M the learned token of a pixel patch (TiTok):
 
         z = Enc(P + L)[L],   image = Dec(Quant(z) + M)[M]
 
@@ -37,8 +112,6 @@ class SequenceTokenizer(TrainableTokenizer):
     the decoder is shown in training depends on a counter among the buffers only: training that was stopped and resumed
     makes the same choices, and so does every process.
     """
-
-    steps: Int64[Tensor, ""]
 
     def __init__(
         self,
@@ -68,45 +141,18 @@ class SequenceTokenizer(TrainableTokenizer):
         semantic: what its codes are to mean.
         seed: of the prefixes' lengths.
         """
-        super().__init__()
-        if patch < 1 or any(side < 1 or side % patch for side in image):
-            raise ValueError(f"image: expected multiples of patch = {patch}, got {list(image)}")
         if tokens < 1:
             raise ValueError(f"tokens: expected at least 1, got {tokens}")
         if shortest is not None and not 1 <= shortest <= tokens:
             raise ValueError(f"shortest: expected from 1 to tokens = {tokens}, got {shortest}")
-        h, w = image
-        self.layout = TokenLayout(
-            "sequence", quantizer.dim, stride=patch, codebooks=quantizer.codebooks, length=tokens, image=(h, w)
-        )
-        self.cells = Grid(h // patch, w // patch)
-        self.causal, self.shortest, self.seed = causal, shortest, seed
+        super().__init__(image, patch, quantizer.dim, quantizer.codebooks, tokens, seed)
+        self.causal, self.shortest = causal, shortest
         self.patches_in = nn.Linear(3 * patch * patch, width)
         self.queries = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.encoder = Transformer(width, depth, heads)
-        self.codes_out = nn.Linear(width, quantizer.dim)
-        self.quantizer = quantizer
-        self.codes_in = nn.Linear(quantizer.dim, width)
-        self.ranks = nn.Parameter(0.02 * torch.randn(tokens, width))  # which of the codes one is
-        self.drawn = nn.Parameter(0.02 * torch.randn(width))  # M: what is read where a patch is drawn
-        self.decoder = Transformer(width, depth, heads)
-        self.pixels_out = nn.Linear(width, 3 * patch * patch)
-        self.semantic = semantic
-        self.weights = {**quantizer.weights, **(semantic.weights if semantic is not None else {})}
-        if semantic is not None:
-            semantic.check(quantizer.dim)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training batches seen
+        self._build_drawer(quantizer, width, depth, heads, semantic)
 
-    no_weight_decay = ("queries", "ranks", "drawn")
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The decoder's last weight."""
-        return self.pixels_out.get_parameter("weight")
-
-    def after_step(self) -> None:
-        """A codebook that learns without gradients moves."""
-        self.quantizer.after_step()
+    no_weight_decay = (*RowTokenizer.no_weight_decay, "queries")
 
     def forward(self, images: Float[Tensor, "B 3 H W"], texts: Float[Tensor, "B E"] | None = None) -> Reconstruction:
         """Images `(B, 3, H, W)` in [-1, 1] through their ids and back, with the terms of the loss.
@@ -131,9 +177,7 @@ class SequenceTokenizer(TrainableTokenizer):
         n = self.layout.length
         if not self.training or self.shortest is None:
             return n
-        rng = torch.Generator().manual_seed(1_000_003 * self.seed + int(self.steps))
-        self.steps.add_(1)
-        return int(torch.randint(self.shortest, n + 1, (), generator=rng))
+        return int(torch.randint(self.shortest, n + 1, (), generator=self._rng()))
 
     def encode_batch(
         self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator | None = None

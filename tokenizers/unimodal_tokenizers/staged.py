@@ -1,4 +1,4 @@
-"""Few channels a patch that unfold into meaning, and from there into pixels (MingTok, arXiv 2510.06590, section 2).
+"""Few channels a patch that unfold into meaning, and from there into pixels (MingTok, arXiv 2510.06590).
 
 Generators learn the compact tokens; what understands reads the features they unfold into.
 

@@ -14,7 +14,7 @@ from unimodal_tokenizers.base import Grid
 
 
 class Transformer(nn.Module):
-    """Layers of a vision transformer (ViT, arXiv 2010.11929, eq. 2 and 3) and the norm behind them (eq. 4)."""
+    """Layers of a vision transformer and the norm behind them (ViT, arXiv 2010.11929)."""
 
     def __init__(self, width: int, depth: int, heads: int) -> None:
         """Args:
@@ -62,7 +62,7 @@ def causal_queries(patches: int, queries: int, device: torch.device | None = Non
 
 
 def places(grid: Grid, like: Float[Tensor, "*_ C"]) -> Float[Tensor, "P C"]:
-    """Sine-cosine of row and column (MAE, arXiv 2111.06377, appendix A.1), row-major, in the type and place of `like`."""
+    """Sine-cosine of row and column (MAE, arXiv 2111.06377), row-major, in the type and place of `like`."""
     from timm.layers import build_sincos2d_pos_embed
 
     return build_sincos2d_pos_embed([grid.h, grid.w], dim=like.shape[-1], device=like.device).to(like.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -39,6 +40,8 @@ from unimodal.packing import fit_image, to_tensor
 from unimodal_tokenizers.base import ImageTokenizer, ImageTokens, TokenLayout, bits_per_token
 from unimodal_tokenizers.quantizers import codebook_perplexity, codebook_usage
 
+PICTURES = ("originals", "reconstructions")
+"""Folders of the results."""
 BEST_PSNR = 100.0
 """dB that stand for two images which are the same."""
 SMALLEST = 6
@@ -122,23 +125,29 @@ class ImageReconstruction(Benchmark):
         Raises:
             ValueError: no image, too many broken ones, images too small for what is measured.
         """
-        if (out / "originals").exists():
-            raise ValueError(f"--out: {out} holds the originals of another evaluation; take another folder")
+        for folder in PICTURES:
+            if (out / folder).exists():
+                raise ValueError(f"--out: {out} holds the {folder} of another evaluation; take another folder")
         place = self.loading.place
         tokenizer = load_tokenizer(self.folder, weights).to(place)
         if self.size is None and tokenizer.layout.kind == "sequence":  # it has one size
             self.size = tokenizer.layout.image
         paths = image_paths(images)
         self.images_sha256 = listing_sha256(paths, images)
-        rows, tally = [], Tally(tokenizer.layout)
-        with tqdm(total=len(paths), desc="images", unit="image", leave=False, disable=None) as bar:
-            for numbers, group in self._read(paths, images, tokenizer.layout.stride, batch):
-                originals = [pixels.to(place) for pixels in group]
-                made, tokens = reconstruct(tokenizer, originals)
-                tally.add(tokens, sum(pixels[0].numel() for pixels in group))
-                for number, x, y in zip(numbers, originals, made, strict=True):
-                    rows.append(self._row(number, paths[number].relative_to(images).as_posix(), x, y, out))
-                bar.update(len(group))
+        rows, tally = [], Tally(tokenizer.layout, tokenizer.end)
+        try:
+            with tqdm(total=len(paths), desc="images", unit="image", leave=False, disable=None) as bar:
+                for numbers, group in self._read(paths, images, tokenizer.layout.stride, batch):
+                    originals = [pixels.to(place) for pixels in group]
+                    made, tokens = reconstruct(tokenizer, originals)
+                    tally.add(tokens, sum(pixels[0].numel() for pixels in group))
+                    for number, x, y in zip(numbers, originals, made, strict=True):
+                        rows.append(self._row(number, paths[number].relative_to(images).as_posix(), x, y, out))
+                    bar.update(len(group))
+        except ValueError:  # so that the same command can be given again once the images are mended
+            for folder in PICTURES:
+                shutil.rmtree(out / folder, ignore_errors=True)
+            raise
         self._items = [Item(row["id"], "images", Document(())) for row in rows]
         measures: dict[str, float] = {name: _mean(rows, name) for name in ("psnr", "ssim", "lpips") if name in rows[0]}
         measures |= {**self._rfid(out), **tally.measures(), "broken": float(len(self.broken))}
@@ -171,7 +180,7 @@ class ImageReconstruction(Benchmark):
                 yield [number for number, _ in whole], [one for _, one in whole]
 
     def _row(self, number: int, name: str, x: UInt8[Tensor, "3 H W"], y: UInt8[Tensor, "3 H W"], out: Path) -> Row:
-        files = [f"{folder}/{number:06d}.png" for folder in ("originals", "reconstructions")]
+        files = [f"{folder}/{number:06d}.png" for folder in PICTURES]
         for file, image in zip(files, (x, y), strict=True):
             array = image.permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
             write_atomically(out / file, png_bytes(Image.fromarray(array)))
@@ -255,23 +264,33 @@ def structural_similarity(x: UInt8[Tensor, "3 H W"], y: UInt8[Tensor, "3 H W"]) 
     return float(found)
 
 
+def up_to(end: int, ids: Int64[Tensor, " N"]) -> Int64[Tensor, " n"]:
+    """An image's ids up to the first `end`, which is one of them; all where there is none."""
+    ends = (ids == end).nonzero()
+    return ids[: int(ends[0]) + 1] if len(ends) else ids
+
+
 @dataclass
 class Tally:
     """What a set of images came to in tokens."""
 
     layout: TokenLayout
+    end: int | None = None  # the tokenizer's: what stands behind it is not counted
     tokens: int = 0
     pixels: int = 0
     counts: list[Tensor] = field(default_factory=list)  # of each codebook, (K,)
 
     def add(self, tokens: ImageTokens, pixels: int) -> None:
         """The tokens of images of so many pixels."""
-        self.tokens, self.pixels = self.tokens + len(tokens.values), self.pixels + pixels
+        values = tokens.values.cpu()
+        if self.end is not None:
+            values = torch.cat([up_to(self.end, ids) for ids in values.split(tokens.lengths)])
+        self.tokens, self.pixels = self.tokens + len(values), self.pixels + pixels
         books = self.layout.codebooks
         if not books or max(books) > MOST_COUNTED:
             return
         self.counts = self.counts or [torch.zeros(entries, dtype=torch.int64) for entries in books]
-        for count, ids in zip(self.counts, tokens.values.cpu().view(-1, len(books)).unbind(1), strict=True):
+        for count, ids in zip(self.counts, values.view(-1, len(books)).unbind(1), strict=True):
             count += torch.bincount(ids, minlength=len(count))
 
     def measures(self) -> Mapping[str, float]:

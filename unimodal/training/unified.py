@@ -13,7 +13,7 @@ from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document
 from unimodal.environment import can_compile
 from unimodal.evaluation.benchmark import Benchmark
-from unimodal.export import load_weights, read_info, read_weights
+from unimodal.export import load_tokenizer_weights, load_weights, read_info, read_weights
 from unimodal.importers import load_text
 from unimodal.model import UnifiedModel
 from unimodal.packing import FILLING, Lanes, PackedSequence
@@ -100,8 +100,7 @@ class UnifiedTraining(LightningModule):
         self._sums: dict[str, tuple[float, int]] = {}
         self.predicted: list[Document] = []
         if tokenizer_weights is not None:
-            trained = read_weights(Path(tokenizer_weights), "tokenizer_weights")
-            load_weights(model.tokenizer, trained, str(tokenizer_weights))
+            load_tokenizer_weights(model.tokenizer, Path(tokenizer_weights), "tokenizer_weights")
         if vision_weights is not None:
             if model.vision is None:
                 raise ValueError(f"vision_weights: expected model.vision to load them into, got {vision_weights} alone")

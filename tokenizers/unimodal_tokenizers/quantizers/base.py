@@ -146,7 +146,7 @@ def entropy(p: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
 
 
 def straight_through(z: Float[Tensor, "P D"], e: Float[Tensor, "P D"]) -> Float[Tensor, "P D"]:
-    """z + sg[e - z]: the value of e, the gradient of z (VQ-VAE, arXiv 1711.00937, section 3.2)."""
+    """z + sg[e - z]: the value of e, the gradient of z (the straight-through estimator of VQ-VAE, 1711.00937)."""
     return z + (e - z).detach()
 
 

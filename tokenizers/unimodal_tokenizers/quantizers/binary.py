@@ -28,7 +28,7 @@ class BinaryQuantizer(Quantizer):
     """One bit a channel, the first of a codebook's the most significant. Subclasses say where vectors lie and what they pay.
 
     The entropy term is E[H(p(c | z))] - diversity H(E[p(c | z)]): each vector decides, all together use every code
-    (MAGVIT-v2, eq. 5). p(c | z) is the softmax of -|z - c|^2 / temperature over all codes, which is a product over bits:
+    (MAGVIT-v2). p(c | z) is the softmax of -|z - c|^2 / temperature over all codes, which is a product over bits:
     the bit of channel i is 1 with probability sigmoid(4 s z_i / temperature), where codes are -s and s.
     """
 
@@ -63,7 +63,7 @@ class BinaryQuantizer(Quantizer):
         """Of the loss: z as projected, c its code."""
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
-        """c = scale sign(z) (MAGVIT-v2, eq. 3; BSQ, section 3)."""
+        """c = scale sign(z) (MAGVIT-v2; BSQ); a channel of 0 says -scale."""
         z = self.project(z)
         c = torch.where(z.detach() > 0, self.scale, -self.scale)
         ids = self.find(z.detach())
@@ -92,7 +92,7 @@ class BinaryQuantizer(Quantizer):
 
 
 class LFQ(BinaryQuantizer):
-    """Lookup-free quantization: codes are the corners of [-1, 1]^D (MAGVIT-v2, section 3.1; Show-o).
+    """Lookup-free quantization: codes are the corners of [-1, 1]^D (MAGVIT-v2; Show-o).
 
     The entropy of all vectors' codes is exact. Over several processes it is that of all their vectors.
     """
@@ -101,7 +101,7 @@ class LFQ(BinaryQuantizer):
         """Args:
 
         bits: channels D, one bit each.
-        codebooks: ids a position, Q, which share the bits equally (as ELM's, arXiv 2410.16257, section 3).
+        codebooks: ids a position, Q, which share the bits equally (as ELM's, arXiv 2410.16257).
         temperature: of the entropy's soft choice.
         diversity: weight of the entropy of all vectors' codes within the entropy term.
         """
@@ -113,7 +113,7 @@ class LFQ(BinaryQuantizer):
         return z
 
     def terms(self, z: Float[Tensor, "P D"], c: Float[Tensor, "P D"]) -> dict[str, Float[Tensor, ""]]:
-        """Entropy, a mean over codebooks, and |z - c|^2 (MAGVIT-v2, section 3.1)."""
+        """Entropy, a mean over codebooks, and |z - c|^2 (MAGVIT-v2)."""
         logits = self.logits(z).unflatten(-1, (-1, self.bits))  # (P, Q, b)
         each = bit_entropy(logits).sum(-1).mean()
         together = []
@@ -124,10 +124,10 @@ class LFQ(BinaryQuantizer):
 
 
 class BSQ(BinaryQuantizer):
-    """Binary spherical quantization: vectors of length 1, codes the corners of a cube in the unit sphere (BSQ, section 3.1).
+    """Binary spherical quantization: vectors of length 1, codes the corners of a cube in the unit sphere.
 
     The distance to a code is bounded, so nothing is paid for it. The entropy of all vectors' codes is taken bit by bit
-    (BSQ, eq. 11), an upper bound of the exact one that knows no codebooks: any number of bits costs the same a bit.
+    (as the paper does), an upper bound of the exact one that knows no codebooks: any number of bits costs the same a bit.
     """
 
     def __init__(self, bits: int, codebooks: int = 1, temperature: float = 0.01, diversity: float = 1.0) -> None:

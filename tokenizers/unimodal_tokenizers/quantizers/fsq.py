@@ -25,7 +25,7 @@ class FSQ(Quantizer):
     def __init__(self, levels: Sequence[int]) -> None:
         """Args:
 
-        levels: of each channel, at least 3; as many as there are channels. The paper's section 4.1 has none below 5: 8 6 5
+        levels: of each channel, at least 3; as many as there are channels. The paper's table 1 has none below 5: 8 6 5
             are 240 entries, 8 5 5 5 are 1000, 8 8 8 6 5 are 15360.
         """
         super().__init__()

@@ -53,7 +53,7 @@ class IBQ(Quantizer):
         self.codebook = nn.Embedding.from_pretrained(start, freeze=False)  # an embedding: weight decay leaves it alone
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
-        """z_q = (onehot + p - sg[p]) E with p = softmax(z E^T) (IBQ, eq. 4-5), and twice the quantization loss (eq. 6).
+        """z_q = (onehot + p - sg[p]) E with p = softmax(z E^T), and twice the quantization loss (IBQ).
 
         `double` is |z_q - z|^2, whose gradient goes through the choice; the other two are those of VQ-VAE.
         """

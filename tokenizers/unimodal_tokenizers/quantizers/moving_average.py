@@ -23,7 +23,7 @@ from unimodal_tokenizers.quantizers.search import nearest_code_of_any_length
 
 
 class MovingAverageQuantizer(Quantizer):
-    """The codebook of VQ-VAE-2 (arXiv 1906.00446, section 2.1; VQ-VAE, arXiv 1711.00937, appendix A.1).
+    """The codebook of VQ-VAE-2 (arXiv 1906.00446; VQ-VAE, arXiv 1711.00937, appendix A.1).
 
     It moves in `after_step`, once an optimizer step, by all vectors that the training passes since the last one have seen on
     all processes: batches that are accumulated or shared out give what one large batch gives. An entry that no vector chose
@@ -60,7 +60,7 @@ class MovingAverageQuantizer(Quantizer):
         self._seen: list[tuple[Tensor, Tensor]] = []  # vectors and their ids since the last step
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
-        """The loss of VQ-VAE without the codebook's term: beta |z - sg[e]|^2 (VQ-VAE-2, eq. 2)."""
+        """The loss of VQ-VAE without the codebook's term: beta |z - sg[e]|^2 (VQ-VAE-2)."""
         ids = self.find(z.detach())
         e = self.say(ids).to(z.dtype)
         if self.training:
@@ -78,7 +78,7 @@ class MovingAverageQuantizer(Quantizer):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """N' = gamma N + (1 - gamma) n and N' e' = gamma N e + (1 - gamma) sum z (VQ-VAE, eq. 6-8); dead entries revive."""
+        """N' = gamma N + (1 - gamma) n and N' e' = gamma N e + (1 - gamma) sum z (VQ-VAE); dead entries revive."""
         if not self._seen:
             return
         z = torch.cat([vectors for vectors, _ in self._seen]).to(self.codes.dtype)
@@ -93,11 +93,10 @@ class MovingAverageQuantizer(Quantizer):
         if processes() > 1:
             torch.distributed.all_reduce(n)
             torch.distributed.all_reduce(total)
-        used = n > 0
         self.mass.mul_(self.decay).add_((1 - self.decay) * n)
         step = (1 - self.decay) * (total - n[:, None] * self.codes) / self.mass.clamp(min=1e-30)[:, None]
-        self.codes.add_(torch.where(used[:, None], step, 0))
-        self.idle.copy_(torch.where(used, 0, self.idle + 1))
+        self.codes.add_(step)  # 0 where no vector came
+        self.idle.copy_(torch.where(n > 0, 0, self.idle + 1))
         self._revive(z)
         self.steps.add_(1)
 

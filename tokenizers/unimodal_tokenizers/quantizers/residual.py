@@ -1,4 +1,4 @@
-"""Quantizing what is left over, codebook by codebook (RQ-VAE, arXiv 2203.01941, section 3.1; VILA-U).
+"""Quantizing what is left over, codebook by codebook (RQ-VAE, arXiv 2203.01941; VILA-U).
 
 Letters: P vectors, Q codebooks of K entries, D channels. f a vector, e_q its code of codebook q, r_q what is left after it;
 sg[.] stops the gradient.
@@ -32,7 +32,7 @@ class ResidualQuantizer(Quantizer):
         self.weights = self._quantizers[0].weights
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
-        """r_q = r_(q-1) - e_q (RQ-VAE, eq. 4); commitment: sum over q of |f - sg[e_1 + ... + e_q]|^2 (eq. 7)."""
+        """r_q = r_(q-1) - e_q; commitment: sum over q of |f - sg[e_1 + ... + e_q]|^2 (RQ-VAE, eq. 7)."""
         f = r = z
         steps = []
         for quantizer in self._quantizers:

@@ -20,7 +20,7 @@ def rows_at_once(entries: int, like: Tensor, max_bytes: int | None = None) -> in
 def nearest_code(
     z: Float[Tensor, "T D"], codes: Float[Tensor, "K D"], max_bytes: int | None = None
 ) -> Int64[Tensor, " T"]:
-    """ids = argmin_k |z - e_k|^2 = argmax_k <z, e_k>, for vectors of equal length (ViT-VQGAN, section 3.2).
+    """ids = argmin_k |z - e_k|^2 = argmax_k <z, e_k>, for vectors of equal length (ViT-VQGAN, arXiv 2110.04627).
 
     Searches as many vectors at a time as keep the similarity matrix within `max_bytes` (one vector at the least).
     """

@@ -40,7 +40,7 @@ class SimVQ(Quantizer):
         self.map = nn.Linear(dim, dim, bias=False)  # W
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
-        """|sg[z] - W q|^2 + beta |z - sg[W q]|^2 (SimVQ, section 3.2)."""
+        """|sg[z] - W q|^2 + beta |z - sg[W q]|^2 (the loss of VQ-VAE, of codes W q: SimVQ)."""
         ids = self.find(z.detach())
         e = self.say(ids).to(z.dtype)
         terms = {"codebook": squared_distance(z.detach(), e), "commitment": squared_distance(z, e.detach())}

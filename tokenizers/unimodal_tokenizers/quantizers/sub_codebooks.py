@@ -13,7 +13,7 @@ from unimodal_tokenizers.quantizers.base import Quantized, Quantizer
 
 
 class SubCodebooks(Quantizer):
-    """A position has Q ids: the channels are cut into Q slices, each quantized by itself (UniTok, arXiv 2502.20321, eq. 3).
+    """A position has Q ids: the channels are cut into Q slices, each quantized by itself (UniTok, arXiv 2502.20321).
 
     Terms of the loss are sums over the slices.
     """

@@ -12,7 +12,7 @@ from unimodal_tokenizers.quantizers.simvq import SimVQ
 
 
 class TextCodebook(SimVQ):
-    """Each vector to the nearest of the codes W t_k, t_k the frozen embedding of text k (TA-Tok, section 3.1).
+    """Each vector to the nearest of the codes W t_k, t_k the frozen embedding of text k (TA-Tok).
 
     It is SimVQ whose entries mean something. They begin as random rows: `load` gives the embeddings, and an export carries
     them.

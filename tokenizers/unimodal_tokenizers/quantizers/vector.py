@@ -2,8 +2,8 @@
 
 Letters: P vectors, K entries, D channels. z a vector and e its code; sg[.] stops the gradient.
 
-`VectorQuantizer` has z and e on the unit sphere of R^D: its codebook is the one of ViT-VQGAN (arXiv 2110.04627, section 3.2)
-and LlamaGen (arXiv 2406.06525, section 3.1): few channels, everything l2-normalised. `EuclideanQuantizer` has them anywhere.
+`VectorQuantizer` has z and e on the unit sphere of R^D: its codebook is the one of ViT-VQGAN (arXiv 2110.04627)
+and LlamaGen (arXiv 2406.06525): few channels, everything l2-normalised. `EuclideanQuantizer` has them anywhere.
 """
 
 import torch
@@ -73,7 +73,7 @@ class VectorQuantizer(Quantizer):
         return nearest_code(z, codes)
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
-        """The loss of VQ-VAE (arXiv 1711.00937, eq. 3): reconstruction + |sg[z] - e|^2 + beta |z - sg[e]|^2."""
+        """The loss of VQ-VAE (arXiv 1711.00937): reconstruction + |sg[z] - e|^2 + beta |z - sg[e]|^2."""
         z = self.project(z)
         ids, counts = self.assign(z.detach())
         e = F.embedding(ids, self.codes.to(z.dtype))  # (P, D)
