@@ -1,14 +1,17 @@
-"""Small streams of packs: documents that say who they are, and what a pack holds of them."""
+"""Small streams of packs: documents that say who they are, what a pack holds of them, and ranks that are threads."""
 
 import itertools
+import threading
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from unimodal.attention import SegmentTable
+from unimodal.data.broken import Exchange
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
@@ -59,6 +62,30 @@ def order(mixture: Mixture, epoch: int) -> list[tuple[int, int, int]]:
 
 def take(packs: Iterable[PackedSequence], n: int) -> list[PackedSequence]:
     return list(itertools.islice(packs, n))
+
+
+class Room:
+    """Where ranks meet that are threads of one process."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier, self.given = threading.Barrier(ranks, timeout=60), [None] * ranks
+
+
+class Thread(Exchange):
+    def __init__(self, room: Room, rank: int) -> None:
+        super().__init__()
+        self.room, self.rank = room, rank
+
+    def gather(self, mine: Any) -> list[Any]:
+        self.room.given[self.rank] = mine
+        self.room.barrier.wait()
+        found = list(self.room.given)
+        self.room.barrier.wait()
+        return found
+
+    def total(self, counts: dict[str, int]) -> dict[str, int]:
+        every = self.gather(counts)
+        return {name: sum(one[name] for one in every) for name in counts}
 
 
 def texts(model: UnifiedModel, p: PackedSequence) -> list[str]:

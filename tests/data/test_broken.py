@@ -3,7 +3,6 @@
 import itertools
 import logging
 import pickle
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from data_formats import Plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream_cases import Numbered, assert_same, packing
+from stream_cases import Numbered, Room, Thread, assert_same, packing
 
 from unimodal.data.broken import ENOUGH, BrokenItems, Exchange
 from unimodal.data.source import BrokenDocument
@@ -214,30 +213,6 @@ class Faulty(Numbered):
 
 
 FAULTY = (Weighted(Faulty("a", 7, bad=(2, 5), long=(3,))), Weighted(Faulty("b", 5, bad=(1,))))
-
-
-class Room:
-    """Where ranks meet that are threads of one process."""
-
-    def __init__(self, ranks: int) -> None:
-        self.barrier, self.given = threading.Barrier(ranks, timeout=60), [None] * ranks
-
-
-class Thread(Exchange):
-    def __init__(self, room: Room, rank: int) -> None:
-        super().__init__()
-        self.room, self.rank = room, rank
-
-    def gather(self, mine: Any) -> list[Any]:
-        self.room.given[self.rank] = mine
-        self.room.barrier.wait()
-        found = list(self.room.given)
-        self.room.barrier.wait()
-        return found
-
-    def total(self, counts: dict[str, int]) -> dict[str, int]:
-        every = self.gather(counts)
-        return {name: sum(one[name] for one in every) for name in counts}
 
 
 Ended = tuple[list[PackedSequence], dict[str, Any], str]

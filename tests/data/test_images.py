@@ -1,12 +1,15 @@
 """Plain images for tokenizers: all of a document, each once an epoch wherever a run stops, and what is broken skipped."""
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +18,9 @@ import yaml
 from data_formats import img2dataset, obelics_tar, png, shade
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning import Trainer
 from PIL import Image
+from stream_cases import Room, Thread
 from torch import Tensor
 
 from unimodal.cli import main
@@ -25,7 +30,7 @@ from unimodal.data.image_stream import BEHIND, HeldOutImages, ImagePosition, Ima
 from unimodal.data.images import Pictures
 from unimodal.data.mixture import Entry
 from unimodal.data.shapes import HELD_OUT, Scene, ShapesSource, render
-from unimodal.data.source import BrokenDocument
+from unimodal.data.source import BrokenDocument, Source, identity
 from unimodal.data.stream import Mixture, Weighted
 from unimodal.documents import Document, Part
 from unimodal.packing import to_tensor
@@ -65,23 +70,35 @@ def stream(source: Any, batch: int, position: ImagePosition = START, seed: int =
     return ImageStream(Mixture([Weighted(source, 1.0)], seed), (4, 4), batch, position, **options)
 
 
-def run(source: Albums, batch: int, ranks: int, accumulate: int, steps: int, position: ImagePosition = START) -> Any:
-    """The images of some steps on all ranks, and where they end, though all ranks are ahead of it."""
-    used: list[tuple[int, int]] = []
-    lanes: list[list[Any]] = [[] for _ in range(2)]
-    for rank in range(ranks):
-        one = stream(source, batch, position, rank=rank, ranks=ranks, accumulate=accumulate, broken_share=1.0)
+State = tuple[ImagePosition, dict[str, Any]]
+BEGIN: State = START, {}
+
+
+def run(source: Albums, batch: int, ranks: int, accumulate: int, steps: int, state: State = BEGIN) -> Any:
+    """The images of some steps on all ranks, and what a checkpoint has behind them, though more was read ahead."""
+    room = Room(ranks)
+
+    def of(rank: int) -> tuple[list[tuple[int, int]], ImagePosition, dict[str, Any]]:
+        one = stream(
+            source, batch, state[0], rank=rank, ranks=ranks, accumulate=accumulate, broken_share=1.0,
+            left_out=state[1], exchange=Thread(room, rank),
+        )  # fmt: skip
         batches = iter(one)
-        used += [name for b in islice(batches, steps * accumulate) for name in seen(b)]
-        list(islice(batches, accumulate + rank))  # what a loader holds ahead
-        lanes[0].append(one.behind(steps).lanes)
-        lanes[1].append(one.behind(steps).given)
-    dealt = [tuple(lane for some in zip(*kind, strict=True) for lane in some) for kind in lanes]
-    return used, ImagePosition(*dealt)
+        used = [name for b in islice(batches, steps * accumulate) for name in seen(b)]
+        list(islice(batches, accumulate + 1))  # what a loader holds ahead
+        return used, one.behind(steps), one.left_out(steps)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        used, positions, known = zip(*pool.map(of, range(ranks)), strict=True)
+    assert all(one == known[0] for one in known)
+    dealt = [
+        tuple(lane for lanes in zip(*some, strict=True) for lane in lanes) for some in zip(*positions, strict=True)
+    ]
+    return [name for some in used for name in some], (ImagePosition(*dealt), known[0])
 
 
-def given_until(source: Albums, position: ImagePosition, seed: int = 3) -> Counter[tuple[int, int]]:
-    """The slow way: every image of every document that is done with, and those that the others gave."""
+def given_until(source: Albums, position: ImagePosition, seed: int = 3) -> tuple[Counter[tuple[int, int]], list[int]]:
+    """The slow way: every image of every document that is done with, and those that the others gave; these documents."""
     mixture, count = Mixture([Weighted(source, 1.0)], seed), len(position.lanes)
     unread = {
         n: g
@@ -89,12 +106,14 @@ def given_until(source: Albums, position: ImagePosition, seed: int = 3) -> Count
         for n, g in zip(lane[1:], some, strict=True)
     }
     found: Counter[tuple[int, int]] = Counter()
+    documents: list[int] = []
     for number in range(max(lane[0] for lane in position.lanes)):
         document = mixture.place(number).document
         begun = number < position.lanes[number % count][0]
         pages = unread.get(number, max(source.images[document], 0) if begun else 0)
         found.update((document, page) for page in range(pages))
-    return found
+        documents += [document] * (unread.get(number, int(begun)) > 0)
+    return found, documents
 
 
 ALBUMS = st.lists(st.integers(-1, 4), min_size=1, max_size=9).filter(lambda images: max(images) > 0)
@@ -108,12 +127,31 @@ PHASES = st.lists(
 def test_no_image_is_lost_or_doubled_whatever_a_run_goes_on_with(
     images: list[int], phases: list[tuple[int, int, int, int]]
 ) -> None:
-    """Other batches, ranks and accumulations, again and again; texts and broken documents between them."""
-    source, position, used = Albums(images), START, Counter[tuple[int, int]]()
+    """Other batches, ranks and accumulations, again and again; texts and broken documents, counted once, between them."""
+    source, state, used = Albums(images), BEGIN, Counter[tuple[int, int]]()
     for batch, ranks, accumulate, steps in phases:
-        new, position = run(source, batch, ranks, accumulate, steps, position)
+        new, state = run(source, batch, ranks, accumulate, steps, state)
         used.update(new)
-        assert used == given_until(source, position)
+        given_, documents = given_until(source, state[0])
+        assert used == given_
+        kept, broken = state[1]["albums"], [document for document in documents if images[document] < 0]
+        assert (kept["packed"], kept["broken"]) == (len(documents) - len(broken), len(broken))
+        assert kept["items"] == sorted(set(broken))
+
+
+def test_two_ranks_that_go_on_as_one_see_each_image_once_an_epoch() -> None:
+    """Stopped within albums, and on with other batches."""
+    source = Albums([1, 3, 0, 2, 5, -1, 1, 4, 2])
+    everything = {(d, page) for d, pages in enumerate(source.images) for page in range(max(pages, 0))}
+    assert len(everything) == 18
+    began, state = run(source, 2, ranks=2, accumulate=1, steps=3)
+    assert any(some for some in state[0].given), "no album was left open"
+    rest, (_, known) = run(source, 3, ranks=1, accumulate=1, steps=8, state=state)
+    taken = began + rest
+    assert [Counter(taken[:18]), Counter(taken[18:])] == [Counter(everything)] * 2
+    assert {key: known["albums"][key] for key in ("packed", "broken", "items")} == {
+        "packed": 16, "broken": 2, "items": [5]
+    }  # fmt: skip
 
 
 def test_an_epoch_has_every_image_of_every_document_once() -> None:
@@ -170,6 +208,45 @@ def test_what_is_broken_is_skipped_counted_and_named_and_too_much_stops(caplog: 
         list(islice(iter(stream(source, 4, broken_share=0.2)), 10))
 
 
+def stopped(source: Source, share: float) -> tuple[set[tuple[int, str]], dict[str, Any]]:
+    """Of two ranks: how many batches of one image each of them gave, and what stopped it; and what they know then."""
+    room, known = Room(2), []
+
+    def of(rank: int) -> tuple[int, str]:
+        one = stream(source, 1, rank=rank, ranks=2, broken_share=share, exchange=Thread(room, rank))
+        known.append(one.broken)
+        got: list[Tensor] = []
+        try:
+            for batch in islice(one, 30):
+                got.append(batch)  # noqa: PERF402  # what came before it stopped counts
+        except ValueError as error:
+            return len(got), str(error)
+        return len(got), ""
+
+    with ThreadPoolExecutor(2) as pool:
+        return set(pool.map(of, range(2))), known[0].state(known[0].mark())
+
+
+def test_all_ranks_stop_with_one_rank_and_its_line() -> None:
+    """Rank 0 of two reads the even numbers: it alone meets what is broken."""
+    order = Mixture([Weighted(Albums([1] * 60), 1.0)], 3)
+
+    def broken_at(*numbers: int) -> Albums:
+        bad = [order.place(number).document for number in numbers]
+        return Albums([-1 if document in bad else 1 for document in range(60)])
+
+    ((steps, said),), _ = stopped(broken_at(30, 36, 42), share=0.04)
+    assert 0 < steps < 30
+    assert said.startswith(
+        "data: albums: 3 of 60 documents cannot be read, more than data.broken_share 0.04; the last: "
+    )
+    assert stopped(broken_at(30, 36, 42), share=0.05)[0] == {(30, "")}
+    # One each: together they are too many, and none by itself.
+    ((steps, said),), known = stopped(broken_at(4, 5), share=0.02)
+    assert (steps, len(known["albums"]["items"])) == (2, 2)
+    assert "2 of 60 documents cannot be read" in said
+
+
 def test_held_out_images_come_once_and_what_is_broken_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     sources = [Albums([2, -1, 0, 3]), Albums([1, 1])]
     loader = HeldOutImages(sources, (4, 4), 3, seed=0)
@@ -202,6 +279,50 @@ def test_any_source_of_documents_has_images(tmp_path: Path) -> None:
     assert sorted(shades) == sorted([*range(8), *range(6), *range(100, 106)])
     held = [round(float((image[0, 0, 0] + 1) * 127.5)) for batch in data.val_dataloader() for image in batch]
     assert 0 < len(held) < len(shades)
+
+
+def trained(sources: dict[str, Source], state: dict[str, Any] | None, steps: int = 0) -> MixtureImageData:
+    """The data of a run that begins, or goes on from a state, behind so many steps of one batch; one more was read."""
+    data = MixtureImageData({name: Entry(source) for name, source in sources.items()}, (4, 4), 2,
+                            {"v": Entry(Albums([1]))}, broken_share=1.0)  # fmt: skip
+    data.trainer = Mock(
+        spec=Trainer, limit_train_batches=1.0, fast_dev_run=False, global_rank=0, world_size=1,
+        accumulate_grad_batches=1, global_step=100,
+    )  # fmt: skip
+    if state is not None:
+        data.load_state_dict(state)
+    list(islice(data.train_dataloader(), steps + 1))
+    data.trainer.global_step += steps  # type: ignore[misc]
+    return data
+
+
+def test_a_run_goes_on_with_its_own_sources_only(tmp_path: Path) -> None:
+    one, other = (TarSource(str(img2dataset(tmp_path / name))) for name in ("one", "other"))
+    albums = Albums([1, 2, -1])
+    state = trained({"a": albums, "b": one}, None, 5).state_dict()
+    assert state["sources"]["b"] == identity(one)
+    assert trained({"a": albums, "b": other}, state).state_dict() == state  # copied to another place
+    os.truncate(tmp_path / "other" / "00001.tar", (tmp_path / "other" / "00001.tar").stat().st_size - 512)
+    changed = TarSource(str(tmp_path / "other"))
+    assert len(changed) == len(one)
+    expected = re.escape(f"expected, as in the checkpoint, {state['sources']['b']}; got ")
+    with pytest.raises(
+        ValueError, match=f"^data: b: {expected}TarSource, .*; an export .* can be trained on with others$"
+    ):
+        trained({"a": albums, "b": changed}, state)
+    with pytest.raises(ValueError, match=f"^data: b: {expected}no such source; "):
+        trained({"a": albums, "c": one}, state)
+    old = {key: state[key] for key in ("lanes", "given", "counts", "seed")}  # of before such things were kept
+    assert trained({"a": albums, "b": changed}, old).state_dict()["left_out"]["b"]["packed"] == 0
+
+
+def test_what_was_left_out_is_counted_on_as_if_never_stopped() -> None:
+    sources: dict[str, Source] = {"a": Albums([1, 2, -1]), "b": Albums([3, 1, -1, 1, -1])}
+    whole = trained(sources, None, 9).state_dict()
+    assert min(kept["broken"] for kept in whole["left_out"].values()) > 0
+    for stop in range(9):
+        state = trained(sources, None, stop).state_dict()
+        assert trained(sources, state, 9 - stop).state_dict() == whole
 
 
 def test_scenes_are_those_of_the_world_and_held_out_ones_are_apart() -> None:
@@ -303,6 +424,10 @@ def test_a_run_goes_on_with_another_batch_size_and_accumulation(
     assert code == 0
     assert len(rest) == 24
     taken = began + rest
+    kept = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["FolderImageData"]
+    assert kept["sources"] == {source.kind: identity(source)}
+    assert kept["left_out"]["image_to_text"]["packed"] == len(taken)
+    assert len(kept["left_out"]["image_to_text"]["items"]) == 1
     assert set(taken[: len(epoch)]) == epoch
     assert len(set(taken[len(epoch) :])) == len(taken) - len(epoch)
 

@@ -153,6 +153,27 @@ class BrokenItems:
             self._learn(self._new[-1])
         self._judge(name, str(error))
 
+    def settle(self, exchange: Exchange, counts: Mapping[str, int], failed: ValueError | None) -> dict[str, int]:
+        """What ranks do behind the reading of each step, all of them: what stops one of them stops all.
+
+        Args:
+            exchange: between them.
+            counts: of this rank in the step, the same names on all; they are summed on the way.
+            failed: what stopped this rank.
+
+        Returns:
+            `counts`, of all ranks.
+
+        Raises:
+            ValueError: a rank was stopped, or these are too many; in the same words on every rank.
+        """
+        told = exchange.total({**counts, **self.news(), "failed": int(failed is not None)})
+        if told["failed"]:
+            said = exchange.gather("" if failed is None else str(failed))
+            raise ValueError(next(filter(None, said))) from failed
+        self.agree(told, exchange.gather)
+        return {name: told[name] for name in counts}
+
     def news(self) -> dict[str, int]:
         """Numbers for the ranks to sum: of what this one met since they last agreed."""
         tallies = {f"{what} {name}": self._own[f"{what} {name}"] for name in self._counts for what in _TALLIES}

@@ -8,15 +8,15 @@ Letters: B images of a batch, H, W their pixels.
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unimodal.data.broken import BrokenItems
+from unimodal.data.broken import BrokenItems, Exchange, Mark
 from unimodal.data.source import BrokenDocument, Source
 from unimodal.data.stream import Mixture, Place, Reader, deal
 from unimodal.packing import Lanes, Pixels, fit_image, to_tensor
@@ -37,7 +37,8 @@ class ImagePosition(NamedTuple):
 class ImageStream:
     """Batches for one rank, from a position on, for ever.
 
-    Batch a of rank r in an optimizer step is of lane a * ranks + r, as in `PackStream`.
+    Batch a of rank r in an optimizer step is of lane a * ranks + r, as in `PackStream`, and as there ranks talk once a step,
+    when its batches are made and before any of them is given: all know then what each has met, and stop together.
 
     Args:
         mixture: of the documents.
@@ -49,39 +50,52 @@ class ImageStream:
         accumulate: batches of a rank in a step.
         workers: processes that read documents; the batches are the same for any number.
         broken_share: of a source's documents, how many may be broken before reading stops.
+        left_out: `BrokenItems.state` of the run that is continued.
+        exchange: between the ranks, once a step. What stops one of them there stops all, with its message.
     """
 
     def __init__(
         self, mixture: Mixture, image_size: tuple[int, int], batch: int, position: ImagePosition,
         *, rank: int = 0, ranks: int = 1, accumulate: int = 1, workers: int = 0, broken_share: float = 0.0,
+        left_out: Mapping[str, Any] | None = None, exchange: Exchange | None = None,
     ) -> None:  # fmt: skip
         self.mixture, self.image_size, self.batch, self.workers = mixture, image_size, batch, workers
-        self.broken = BrokenItems(broken_share, mixture.lengths)
+        self.exchange = Exchange() if exchange is None else exchange
+        self.broken = BrokenItems(broken_share, mixture.lengths, left_out)
         pairs = zip(position.lanes, position.given, strict=True)
         self._given = {n: i for lane, given in pairs for n, i in zip(lane[1:], given, strict=True)}
         lanes = deal(position.lanes, ranks * accumulate)[rank::ranks]
         begin = ImagePosition(lanes, tuple(tuple(self._given.get(n, 0) for n in lane[1:]) for lane in lanes))
-        self._behind = deque([begin], maxlen=BEHIND)
+        self._behind: deque[tuple[ImagePosition, Mark]] = deque([(begin, self.broken.mark())], maxlen=BEHIND)
         self._cut = 0  # steps whose batches were made
         self._step = ranks * accumulate  # from one number of a lane to the next
 
     def __iter__(self) -> Iterator[Float[Tensor, "B 3 H W"]]:
-        positions = self._behind[-1].lanes
+        positions = self._behind[-1][0].lanes
         reader = Reader(self.mixture, _Images(self.mixture, self.image_size), positions, self._step, self.workers)
         lanes = [
             _Lane(reader, self.broken, i, position, self._given, self._step) for i, position in enumerate(positions)
         ]
         while True:
-            batches = [to_tensor(lane.cut(self.batch)).contiguous() for lane in lanes]
-            self._behind.append(
-                ImagePosition(tuple(lane.position for lane in lanes), tuple(lane.given for lane in lanes))
-            )
+            batches: list[Tensor] = []
+            failed: ValueError | None = None
+            try:
+                batches = [to_tensor(lane.cut(self.batch)).contiguous() for lane in lanes]
+            except ValueError as error:
+                failed = error  # the others would wait for this rank
+            self.broken.settle(self.exchange, {}, failed)
+            position = ImagePosition(tuple(lane.position for lane in lanes), tuple(lane.given for lane in lanes))
+            self._behind.append((position, self.broken.mark()))
             self._cut += 1
             yield from batches
 
     def behind(self, steps: int) -> ImagePosition:
         """Where this rank's lanes stand behind so many steps of this stream: what is held ahead of them does not count."""
-        return self._behind[steps - self._cut - 1]
+        return self._behind[steps - self._cut - 1][0]
+
+    def left_out(self, steps: int) -> dict[str, Any]:
+        """`BrokenItems.state` there, alike on every rank."""
+        return self.broken.state(self._behind[steps - self._cut - 1][1])
 
 
 class _Lane:
@@ -125,12 +139,12 @@ class _Lane:
             else:
                 self.next = place.number + self.step
             source = self.reader.mixture.sources[place.source].source
+            self._number, self._used = place.number, self._given.pop(place.number, 0)
             if isinstance(found, BrokenDocument):
                 self.broken.add(source.kind, place.document, found)
                 found = []
-            else:
+            elif not self._used:  # of another, some images were given before the run was stopped: it is counted
                 self.broken.pack(source.kind)
-            self._number, self._used = place.number, self._given.pop(place.number, 0)
             self._images = deque(found[self._used :])
             without.add((place.source, place.document % len(source)))  # a stream's indices go on and on
             if len(without) >= sum(len(one.source) for one in self.reader.mixture.sources) and not self._images:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from lightning import LightningDataModule
 from PIL import Image
 
-from unimodal.data.broken import BrokenItems
+from unimodal.data.broken import BrokenItems, Exchange
 from unimodal.data.digits import digit_images
 from unimodal.data.folder import FolderSource
 from unimodal.data.image_stream import HeldOutImages, ImagePosition, ImageStream
@@ -46,8 +46,11 @@ class ImageData(LightningDataModule):
             raise ValueError(f"data.image_size: expected (height, width) of at least 1, got {list(image_size)}")
         self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
         self.workers, self.broken_share = workers, broken_share
-        self._resumed = ImagePosition()  # of all lanes of the run that is continued ...
-        self._counts: list[int] = []  # ... and what its epochs were made of
+        # Of the run that is continued: where all its lanes stood, what its epochs were made of, what it left out.
+        self._resumed = ImagePosition()
+        self._counts: list[int] = []
+        self._identities: dict[str, str] = {}
+        self._left_out: dict[str, Any] = {}
         self._stream: ImageStream | None = None
         self._first = 0  # optimizer step that the stream began with
 
@@ -65,14 +68,14 @@ class ImageData(LightningDataModule):
         assert trainer is not None
         refuse_limit(trainer)
         mixture = Mixture(self.training_sources(), self.seed)
-        refuse_other(mixture, self._counts)
+        refuse_other(mixture, self._counts, self._identities)
         _refuse_tokens([weighted.source for weighted in mixture.sources])
         self._stream = ImageStream(
             mixture, self.image_size, self.batch_size, self._resumed, rank=trainer.global_rank,
             ranks=trainer.world_size, accumulate=trainer.accumulate_grad_batches, workers=self.workers,
-            broken_share=self.broken_share,
+            broken_share=self.broken_share, left_out=self._left_out, exchange=Exchange.over_ranks(),
         )  # fmt: skip
-        self._counts, self._first = mixture.counts, trainer.global_step
+        self._counts, self._identities, self._first = mixture.counts, mixture.identities, trainer.global_step
         return self._stream
 
     def val_dataloader(self) -> HeldOutImages:
@@ -86,13 +89,16 @@ class ImageData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where every lane of every rank stands behind the last finished optimizer step, which all ranks ask at once."""
-        lanes, given = self._resumed
+        (lanes, given), left_out = self._resumed, self._left_out
         if self._stream is not None:
             assert self.trainer is not None
-            position = self._stream.behind(self.trainer.global_step - self._first)
+            steps = self.trainer.global_step - self._first
+            position, left_out = self._stream.behind(steps), self._stream.left_out(steps)
             lanes, given = of_all_ranks(position.lanes), of_all_ranks(position.given)
-        plain = {"lanes": [list(lane) for lane in lanes], "given": [list(lane) for lane in given]}
-        return {**plain, "counts": self._counts, "seed": self.seed}
+        return {
+            "lanes": [list(lane) for lane in lanes], "given": [list(lane) for lane in given], "counts": self._counts,
+            "seed": self.seed, "sources": self._identities, "left_out": left_out,
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, with any number of ranks, batches a step, images a batch and workers."""
@@ -100,6 +106,8 @@ class ImageData(LightningDataModule):
             raise ValueError(f"seed_everything: the checkpoint was trained with {state_dict['seed']}, got {self.seed}")
         lanes, given = (tuple(tuple(lane) for lane in state_dict[name]) for name in ("lanes", "given"))
         self._resumed, self._counts = ImagePosition(lanes, given), state_dict["counts"]
+        # Not in checkpoints of before, as those of documents.
+        self._identities, self._left_out = state_dict.get("sources", {}), state_dict.get("left_out", {})
 
 
 def _refuse_tokens(sources: Iterable[Source]) -> None:

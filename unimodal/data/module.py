@@ -1,7 +1,7 @@
 """LightningDataModules of documents: where they come from, how they are mixed and packed, and where the run stands."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -15,7 +15,7 @@ from unimodal.data.broken import BrokenItems, Exchange, Mark
 from unimodal.data.digits import DigitsSource
 from unimodal.data.folder import FolderSource, FolderSplit
 from unimodal.data.shapes import ShapesKind, ShapesSource, Split
-from unimodal.data.source import BrokenDocument, Source, Stored, identity, whole
+from unimodal.data.source import BrokenDocument, Source, Stored, whole
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, validation_packs
 from unimodal.documents import Document
 from unimodal.packing import FILLING, Lanes, PackedSequence
@@ -118,27 +118,15 @@ class DocumentData(LightningDataModule):
         assert trainer is not None
         refuse_limit(trainer)
         mixture = Mixture(self.training_sources(), self.seed)
-        sources = {weighted.source.kind: identity(weighted.source) for weighted in mixture.sources}
-        self._refuse_others(sources)
-        refuse_other(mixture, self._counts)
+        refuse_other(mixture, self._counts, self._identities)
         stream = PackStream(
             mixture, self._packing(), self._resumed, rank=trainer.global_rank, ranks=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches, workers=self.workers, broken_share=self.broken_share,
             left_out=self._left_out, exchange=Exchange.over_ranks(),
         )  # fmt: skip
         self.position, self.left_out, self._stream = stream.position, stream.broken.mark(), stream
-        self._counts, self._identities = mixture.counts, sources
+        self._counts, self._identities = mixture.counts, mixture.identities
         return stream
-
-    def _refuse_others(self, sources: dict[str, str]) -> None:
-        """Another file of as many documents would be read on in its middle, and nothing would tell."""
-        for name in self._identities and {**self._identities, **sources}:
-            expected, got = (some.get(name, "no such source") for some in (self._identities, sources))
-            if expected != got:
-                raise ValueError(
-                    f"data: {name}: expected, as in the checkpoint, {expected}; got {got}; an export (init) can be trained "
-                    "on with others"
-                )
 
     def val_dataloader(self) -> Iterable[PackedSequence]:
         """Held-out packs of one kind each."""
@@ -195,8 +183,19 @@ def refuse_limit(trainer: Trainer) -> None:
         )
 
 
-def refuse_other(mixture: Mixture, counts: Sequence[int]) -> None:
-    """ValueError where the epochs of the run that is continued were made of other documents."""
+def refuse_other(mixture: Mixture, counts: Sequence[int], identities: Mapping[str, str]) -> None:
+    """ValueError where the run that is continued had other sources, or its epochs were made of other documents.
+
+    Another file of as many documents would be read on in its middle, and nothing would tell.
+    """
+    sources = mixture.identities
+    for name in identities and {**identities, **sources}:
+        expected, got = (some.get(name, "no such source") for some in (identities, sources))
+        if expected != got:
+            raise ValueError(
+                f"data: {name}: expected, as in the checkpoint, {expected}; got {got}; an export (init) can be trained "
+                "on with others"
+            )
     if list(counts) not in ([], mixture.counts):
         raise ValueError(
             f"data: expected sources that give {list(counts)} documents an epoch, as in the checkpoint, got "

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from unimodal.backbone import Experts
 from unimodal.data.broken import BrokenItems, Exchange
 from unimodal.data.order import mixed_order
-from unimodal.data.source import BrokenDocument, Source
+from unimodal.data.source import BrokenDocument, Source, identity
 from unimodal.packing import LOSSES, Lanes, PackedSequence, SequencedDocument, Sequencer, pack
 
 _log = logging.getLogger(__name__)
@@ -110,6 +110,11 @@ class Mixture:
             found[weighted.source.kind] += len(weighted.source)
         return found
 
+    @property
+    def identities(self) -> dict[str, str]:
+        """What the sources are, by kind."""
+        return {weighted.source.kind: identity(weighted.source) for weighted in self.sources}
+
     def place(self, number: int) -> Place:
         """Which document has a number."""
         epoch, at = divmod(number, len(self))
@@ -191,20 +196,11 @@ class PackStream:
                 packs = [pack(lane.cut(), self.packing.experts, self.packing.reads) for lane in lanes]
             except ValueError as error:
                 failed = error  # the others would wait for this rank
-            counts = self._agree(packs, failed)
+            own = {name: sum(one.counts[name] for one in packs) for name in LOSSES}
+            counts = self.broken.settle(self.exchange, own, failed)
             position, left_out = tuple(lane.position for lane in lanes), self.broken.mark()
             for one in packs:
                 yield one.announce(counts, position, left_out)
-
-    def _agree(self, packs: Sequence[PackedSequence], failed: ValueError | None) -> dict[str, int]:
-        """The target counts of a step, of all ranks; they stop together."""
-        own = {name: sum(one.counts[name] for one in packs) for name in LOSSES}
-        told = self.exchange.total({**own, **self.broken.news(), "failed": int(failed is not None)})
-        if told["failed"]:
-            said = self.exchange.gather("" if failed is None else str(failed))
-            raise ValueError(next(filter(None, said))) from failed
-        self.broken.agree(told, self.exchange.gather)
-        return {name: told[name] for name in LOSSES}
 
 
 class _Lane:
