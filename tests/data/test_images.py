@@ -25,6 +25,7 @@ from torch import Tensor
 
 from unimodal.cli import main
 from unimodal.data import DigitImageData, FolderImageData, MixtureImageData, ShapesImageData, TarSource
+from unimodal.data.broken import Exchange
 from unimodal.data.digits import digit_images
 from unimodal.data.image_stream import BEHIND, HeldOutImages, ImagePosition, ImageStream
 from unimodal.data.images import Pictures
@@ -218,7 +219,7 @@ def stopped(source: Source, share: float) -> tuple[set[tuple[int, str]], dict[st
         got: list[Tensor] = []
         try:
             for batch in islice(one, 30):
-                got.append(batch)  # noqa: PERF402  # what came before it stopped counts
+                got.append(batch)  # what came before it stopped counts
         except ValueError as error:
             return len(got), str(error)
         return len(got), ""
@@ -316,6 +317,12 @@ def test_a_run_goes_on_with_its_own_sources_only(tmp_path: Path) -> None:
     assert trained({"a": albums, "b": changed}, old).state_dict()["left_out"]["b"]["packed"] == 0
 
 
+def test_the_ranks_of_a_run_talk(monkeypatch: pytest.MonkeyPatch) -> None:
+    between = Exchange()
+    monkeypatch.setattr(Exchange, "over_ranks", lambda: between)
+    assert trained({"a": Albums([1, 2])}, None).train_dataloader().exchange is between
+
+
 def test_what_was_left_out_is_counted_on_as_if_never_stopped() -> None:
     sources: dict[str, Source] = {"a": Albums([1, 2, -1]), "b": Albums([3, 1, -1, 1, -1])}
     whole = trained(sources, None, 9).state_dict()
@@ -380,10 +387,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(pictures: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, list[int]]:
     """The exit code, and the images that were trained on."""
-    original, trained = TokenizerTraining.training_step, []
+    original, used = TokenizerTraining.training_step, []
 
     def step(self: Any, batch: Tensor, batch_idx: int) -> Any:
-        trained.extend(int(image) for image in ((batch[:, 0, 0, 0] + 1) * 127.5).round())
+        used.extend(int(image) for image in ((batch[:, 0, 0, 0] + 1) * 127.5).round())
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(TokenizerTraining, "training_step", step)
@@ -398,7 +405,7 @@ def fit(pictures: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *options:
     given = [x for path in (*files, tiny) for x in ("-c", str(path))]
     code = main(["fit", *given, "--data.root", str(pictures), "--trainer.default_root_dir", str(folder), *options])
     monkeypatch.setattr(TokenizerTraining, "training_step", original)
-    return code, trained
+    return code, used
 
 
 def test_a_run_goes_on_with_another_batch_size_and_accumulation(
