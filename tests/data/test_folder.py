@@ -48,6 +48,25 @@ def test_image_to_text_learns_the_caption(tmp_path: Path) -> None:
     assert document.kind == "image_to_text"
 
 
+def test_images_by_themselves_need_no_captions(tmp_path: Path) -> None:
+    captioned(tmp_path, 4)
+    bare = [save(tmp_path / "bare" / f"{shade}.png", shade) for shade in (90, 91)]
+    whole = FolderSource(tmp_path, "all", task="image")
+    found = [whole.document(index, RNG) for index in range(len(whole))]
+    assert all([(part.is_image, part.learn) for part in one.parts] == [(True, True)] for one in found)
+    assert sorted(one.images[0].getpixel((0, 0))[0] for one in found) == [0, 1, 2, 3, 90, 91]  # type: ignore[index]
+    assert {one.kind for one in found} == {whole.kind} == {"image"}
+    assert not list(whole.corpus())
+    parts = [FolderSource(tmp_path, split, task="image") for split in ("train", "val")]
+    assert [len(part) for part in parts] == [5, 1]
+    bare[0].write_bytes(b"")
+    with pytest.raises(BrokenDocument, match=r"90\.png"):
+        whole.document(next(i for i, one in enumerate(found) if one.images[0].getpixel((0, 0))[0] == 90), RNG)  # type: ignore[index]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"root: expected images in .*, got none"):
+        FolderSource(tmp_path / "none", task="image")
+
+
 @pytest.mark.parametrize("count", [2, 3, 5, 40])
 @pytest.mark.parametrize("share", [0.0001, 0.1, 0.5, 0.9999])
 def test_splits_are_disjoint_whole_and_never_empty(tmp_path: Path, count: int, share: float) -> None:

@@ -433,8 +433,8 @@ def test_a_run_goes_on_with_another_batch_size_and_accumulation(
     taken = began + rest
     kept = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["FolderImageData"]
     assert kept["sources"] == {source.kind: identity(source)}
-    assert kept["left_out"]["image_to_text"]["packed"] == len(taken)
-    assert len(kept["left_out"]["image_to_text"]["items"]) == 1
+    assert kept["left_out"][source.kind]["packed"] == len(taken)
+    assert len(kept["left_out"][source.kind]["items"]) == 1
     assert set(taken[: len(epoch)]) == epoch
     assert len(set(taken[len(epoch) :])) == len(taken) - len(epoch)
 
@@ -452,4 +452,4 @@ def test_too_many_unreadable_images_end_a_run_in_one_line(
     code, _ = fit(broken, tmp_path / "run", monkeypatch, "--trainer.max_steps", "20", "--data.batch_size", "8")
     assert code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"data: image_to_text: .*more than data\.broken_share 0\.01; the last: .*2.*png", line), line
+    assert re.search(r"data: image: .*more than data\.broken_share 0\.01; the last: .*2.*png", line), line

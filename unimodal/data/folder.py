@@ -25,7 +25,7 @@ from unimodal.documents import (
     load_image,
 )
 
-Task = Literal["text_to_image", "image_to_text"]
+Task = Literal["text_to_image", "image_to_text", "image"]
 FolderSplit = Literal["train", "val", "all"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -77,7 +77,8 @@ class FolderSource:
 
     - one `*.jsonl` directly in `root`, with lines `{"image": "a.png", "caption": "..."}` (or `"text"` for the caption);
     - one `*.jsonl` with documents, the format of `unimodal.documents.read_jsonl`: given as they stand, `task` unused;
-    - no JSONL: images anywhere below `root`, each with its caption in a `.txt` of the same name beside it.
+    - no JSONL: images anywhere below `root`, each with its caption in a `.txt` of the same name beside it, unless `task`
+      needs none.
 
     An item goes to validation when the hash of its image's relative path, a number in [0, 1), is below
     `validation_share`, so adding images moves no other image. If that leaves a split without any item, the one item
@@ -88,7 +89,7 @@ class FolderSource:
     Args:
         root: the folder.
         split: "train" or "val"; "all" holds nothing out.
-        task: which side of a captioned image is learned.
+        task: which side of a captioned image is learned; "image" is every image by itself, whether it has a caption or not.
         validation_share: share of the items held out, above 0 and below 1.
 
     Raises:
@@ -117,7 +118,7 @@ class FolderSource:
         if len(lists) > 1:
             raise ValueError(f"root: expected at most one .jsonl in {root}, got {', '.join(p.name for p in lists)}")
         self._list, self.validation_share = lists[0] if lists else None, validation_share
-        items = _listed_items(lists[0], root) if lists else _captioned_files(root)
+        items = _listed_items(lists[0], root) if lists else _files(root, captions=task != "image")
         self.kind: str = "document" if any(isinstance(item, _Written) for item in items) else task
         if split == "all":
             self._items = items
@@ -156,7 +157,7 @@ class FolderSource:
                 document = item.record.load()
                 return document if document.kind else Document(document.parts, self.kind)
             image = load_image(item.image)
-            drawn = self.task == "text_to_image"
+            drawn = self.task != "image_to_text"
             caption, picture = Part(item.caption, learn=not drawn), Part(image, learn=drawn)
         except ValueError as error:
             raise BrokenDocument(_name(item), str(error).removeprefix(f"{_name(item)}: ")) from None
@@ -165,19 +166,25 @@ class FolderSource:
                 _name(item), f"expected sides of at least {RULES.smallest_side} pixels and a caption of at most "
                 f"{RULES.longest_text} characters, got {image.width} x {image.height} and {len(item.caption)}"
             )  # fmt: skip
+        if self.task == "image":
+            return Document((picture,), self.kind)
         return Document((caption, picture) if drawn else (picture, caption), self.kind)
 
     def corpus(self) -> Iterable[str]:
         """The texts of this split."""
-        return (item.text for item in self._items if item.text)
+        return () if self.task == "image" else (item.text for item in self._items if item.text)
 
 
-def _captioned_files(root: Path) -> list[_Item]:
+def _files(root: Path, captions: bool) -> list[_Item]:
     images = sorted(
         path
         for path in root.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
+    if not captions:
+        if not images:
+            raise ValueError(f"root: expected images in {root}, got none")
+        return [_Captioned(image, image.relative_to(root).as_posix(), "") for image in images]
     items: list[_Item] = []
     bare: list[Path] = []
     for image in images:

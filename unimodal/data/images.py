@@ -205,7 +205,7 @@ class ShapesImageData(ImageData):
 
 
 class FolderImageData(ImageData):
-    """The images of a folder that `unimodal.data.FolderData` reads, captions left aside.
+    """All images of a folder, with captions or without; or those of its one JSONL, as `unimodal.data.FolderData` reads it.
 
     Args:
         root: the folder.
@@ -232,11 +232,11 @@ class FolderImageData(ImageData):
 
     def training_sources(self) -> list[Weighted]:
         """Every document that is not held out."""
-        return [Weighted(FolderSource(self.root, "train", "image_to_text", self.validation_share), 1.0)]
+        return [Weighted(FolderSource(self.root, "train", "image", self.validation_share))]
 
     def validation_sources(self) -> list[Source]:
         """The others."""
-        return [FolderSource(self.root, "val", "image_to_text", self.validation_share)]
+        return [FolderSource(self.root, "val", "image", self.validation_share)]
 
 
 class MixtureImageData(ImageData):
