@@ -9,12 +9,13 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from unimodal.documents import Part
-from unimodal_tokenizers.base import ImageTokenizer, ImageTokens
+from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens
 
 if TYPE_CHECKING:
     from unimodal.packing import SequenceRules
@@ -68,8 +69,18 @@ class StoredImage(Part):
     def __repr__(self) -> str:
         return f"StoredImage({self.size[1]}x{self.size[0]}, {self.tokens.grids[0].length} tokens)"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # A tensor would travel between processes as an open file, one for each image that waits.
+        return _restored, (self.tokens.values.numpy(), self.tokens.grids, self.size, self.learn, self.role)
+
     def _key(self) -> tuple[object, ...]:
         return self.tokens.grids, tuple(self.tokens.values.flatten().tolist()), self.size, self.learn, self.role
+
+
+def _restored(
+    values: np.ndarray, grids: tuple[Grid, ...], size: tuple[int, int], learn: bool, role: str
+) -> StoredImage:
+    return StoredImage(ImageTokens(torch.from_numpy(values), grids), size, learn, role)
 
 
 def check_stored(sizes: Iterable[Sequence[int]], rules: SequenceRules) -> None:

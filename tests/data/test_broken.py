@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream_cases import Numbered, Room, Thread, assert_same, packing
 
-from unimodal.data.broken import ENOUGH, BrokenItems, Exchange
+from unimodal.data.broken import ALLOWED, ENOUGH, NAMED, BrokenItems, Exchange
 from unimodal.data.source import BrokenDocument
 from unimodal.data.stream import Mixture, PackStream, Weighted
 from unimodal.documents import Document, Part
@@ -63,15 +63,48 @@ def test_above_the_share_the_run_stops_and_says_so() -> None:
 
 def test_a_source_that_fails_altogether_stops_long_before_its_end() -> None:
     broken = BrokenItems(0.01, {"s": 10**9})
-    for index in range(ENOUGH // 100):
+    for index in range(ALLOWED):
         broken.add("s", index, BrokenDocument(f"item {index}", "expected it to be there"))
-    with pytest.raises(ValueError, match="11 of 11 documents read"):
+    with pytest.raises(ValueError, match="21 of 21 documents read"):
         broken.add("s", ENOUGH, BrokenDocument("another", "expected it to be there"))
     broken = BrokenItems(0.01, {"s": 10**9})
     for index in range(ENOUGH // 2):
         broken.add("s", index, BrokenDocument("the disk", "expected it to be there"))
     with pytest.raises(ValueError, match="501 of 501 documents read"):
         broken.add("s", ENOUGH, BrokenDocument("the disk", "expected it to be there"))
+
+
+@pytest.mark.parametrize("share", [0.8, 1.0])
+def test_a_share_above_a_half_is_what_was_asked_for(share: float) -> None:
+    broken = BrokenItems(share, {"s": 10**9})
+    for index in range(3000):
+        if index % 5 < 2:
+            broken.pack("s")
+        else:
+            broken.add("s", index, BrokenDocument("the disk", "expected it to be there"))
+    assert broken.total == 1800
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.01])
+def test_chance_stops_no_run_that_has_half_the_share(share: float) -> None:
+    """Twenty runs over 20,000 documents."""
+    for seed in range(20):
+        broken, rng = BrokenItems(share, {"s": 10**9}), np.random.default_rng(seed)
+        for index in np.flatnonzero(rng.random(20_000) < share / 2).tolist():
+            broken._counts["s"].packed = index - broken.total
+            broken.add("s", index, BrokenDocument(f"item {index}", "expected it to be there"))
+
+
+def test_what_is_too_long_is_named_a_thousand_times(recwarn: pytest.WarningsRecorder) -> None:
+    broken = BrokenItems(0.01, {"s": 10**9})
+    for index in range(NAMED + 500):
+        broken.leave_out("s", f"document {index}")
+    said = [str(one.message) for one in recwarn]
+    assert said == [
+        *(f"document {i}" for i in range(NAMED)),
+        f"data: s: {NAMED} documents were too long; more are counted, not named",
+    ]
+    assert broken.skipped == {"s": NAMED + 500}
 
 
 def test_a_shard_that_is_gone_stops_no_run_that_has_a_thousand() -> None:

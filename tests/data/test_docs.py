@@ -81,6 +81,32 @@ def test_an_example_reads_its_data(number: int, folder: Path, monkeypatch: pytes
         assert {document.kind for document in documents} == {source.kind}
 
 
+def test_the_three_lines_of_the_readme_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, and with what the README says of interleaved documents."""
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(data:\n.*?)```", readme, re.DOTALL)
+    assert len(block.splitlines()) == 3
+    assert "`JsonlSource` and `paths: docs.jsonl`" in readme
+    img2dataset(tmp_path / "shards")
+    (tmp_path / "pictures").mkdir()
+    for n in range(3):
+        (tmp_path / "pictures" / f"{n}.png").write_bytes(png(n))
+    parts = [{"text": "three ", "learn": False}, {"image": "pictures/1.png"}]
+    write_jsonl(tmp_path / "docs.jsonl", [{"kind": "x", "parts": parts}] * 6)
+    for mine in (block, block.replace("TarSource", "JsonlSource").replace("paths: shards", "paths: docs.jsonl")):
+        (tmp_path / "mine.yaml").write_text(mine)
+        quick = [
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.fast_dev_run",
+            "true",
+        ]
+        assert main(["fit", "-c", str(RECIPE), "-c", "mine.yaml", *quick, "--data.prompts", "0"]) == 0
+
+
 def test_every_container_and_layout_has_an_example() -> None:
     assert (len(EXAMPLES), len(IMAGES)) == (9, 1)
     for name in (

@@ -86,6 +86,24 @@ def test_bad_settings_are_named() -> None:
             MixtureData(1, **settings_)  # type: ignore[arg-type]
 
 
+def test_a_source_of_weight_zero_may_be_any() -> None:
+    for sources in (
+        {"a": Entry(Plain(9), 1.0), "b": Entry(Plain(1), 0.0)},
+        {"a": Entry(Plain(9), 1.0), "b": Entry(Endless(), 0.0)},
+    ):
+        data = MixtureData(1, sources)
+        assert [source.kind for source in data.validation_sources()] == ["a"]
+
+
+class Endless(Plain):
+    """A stream."""
+
+    endless = True
+
+    def __init__(self) -> None:
+        super().__init__(5)
+
+
 # ---- other documents at resume
 
 
@@ -143,7 +161,7 @@ def test_a_source_is_told_from_others_with_as_many_documents(tmp_path: Path, mon
 
 def test_what_is_held_out_is_part_of_what_is_trained_on() -> None:
     chosen = np.random.default_rng(0).permutation(40) < 20
-    ones = {identity(Slice("a", Plain(40), some)) for some in (chosen, ~chosen, np.ones(40, dtype=bool))}
+    ones = {identity(Slice("a", Plain(40), some)) for some in (chosen, ~chosen, None)}
     assert len(ones) == 3
 
 
@@ -180,8 +198,28 @@ def test_a_run_goes_on_with_its_own_sources_only(make: Callable[..., UnifiedMode
         )
         with pytest.raises(ValueError, match="^" + re.escape(said)):
             trained(sources, state, model)
+    with pytest.raises(ValueError, match="data: expected sources in the order a, b, as in the checkpoint, got b, a"):
+        trained({"b": one, "a": Plain(9)}, state, model)
     old = {key: state[key] for key in ("lanes", "counts", "seed")}  # of before such things were kept
     assert trained({"a": Plain(9), "b": changed}, old, model).state_dict()["left_out"] == state["left_out"]
+
+
+def test_files_that_datasets_leaves_behind_make_no_other_source(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    image_folder(tmp_path / "a")
+    before = identity(HuggingFaceSource(str(tmp_path / "a")))
+    (tmp_path / "a" / ".cache").mkdir()
+    for name in ("README.md", "cache-1.arrow", ".cache/x.lock", ".cache/x"):
+        (tmp_path / "a" / name).write_bytes(b"x")
+    assert identity(HuggingFaceSource(str(tmp_path / "a"))) == before
+
+
+def test_one_of_two_folders_may_move(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        img2dataset(tmp_path / name)
+    before = identity(TarSource([str(tmp_path / "one"), str(tmp_path / "two")]))
+    shutil.move(tmp_path / "two", tmp_path / "further" / "down")
+    assert identity(TarSource([str(tmp_path / "one"), str(tmp_path / "further" / "down")])) == before
 
 
 def test_an_unreadable_source_is_refused_where_it_is_named(tmp_path: Path) -> None:

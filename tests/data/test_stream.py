@@ -13,7 +13,7 @@ from PIL import Image
 from stream_cases import SEVEN_AND_FIVE, Numbered, assert_same, order, packing, stream, take, texts
 
 from unimodal.data.broken import Exchange
-from unimodal.data.source import Source
+from unimodal.data.source import BrokenDocument, Source
 from unimodal.data.stream import Mixture, Packing, PackStream, Weighted, deal, validation_packs
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
@@ -459,3 +459,15 @@ def test_validation_leaves_out_what_is_too_long(make: Make) -> None:
     packs = validation_packs([Numbered("a", 6, longer=20, every=2)], packing(model, 60), seed=5, limit=6)
     assert [text for p in packs for text in texts(model, p)] == ["a 1", "a 3", "a 5"]
     assert validation_packs([Numbered("a", 6, longer=20)], packing(model, 60), seed=5, limit=6) == []
+
+
+class Gone(Numbered):
+    """Whose file is no more."""
+
+    def document(self, index: int, rng: np.random.Generator) -> Document:
+        raise BrokenDocument("a.tar", "expected it to be there")
+
+
+def test_held_out_documents_of_which_none_can_be_read_are_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"data: a: expected held-out documents that can be read, got none: a\.tar: "):
+        validation_packs([Numbered("b", 3), Gone("a", 6)], packing(make("flow"), 120), seed=5, limit=4)

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,17 @@ def test_a_pack_of_tokens_and_pixels_is_one_of_pixels(model: UnifiedModel, mixed
         found = losses_and_gradients(model, documents)
         torch.testing.assert_close(found[0], losses, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
         torch.testing.assert_close(found[1], gradients, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_stored_images_travel_between_processes_as_bytes() -> None:
+    """A tensor would be an open file in each process for as long as its document waits."""
+    values = {"ids": torch.arange(4), "vectors": torch.randn(4, 3)}
+    images = [StoredImage(ImageTokens(value, (Grid(2, 2),)), (8, 8), True, "r") for value in values.values()] * 20
+    before = len(os.listdir("/proc/self/fd"))
+    found = pickle.loads(ForkingPickler.dumps(images))
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert found == images
+    assert [image.tokens.values.dtype for image in found[:2]] == [torch.int64, torch.float32]
 
 
 # ---- one source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,11 @@ import torch
 from unimodal.data.source import BrokenDocument
 
 ENOUGH = 1000
-"""Documents read before their broken share is judged by itself: of fewer, chance decides."""
-_NAMED = 1000  # of one source, most that are logged: a log is for reading
+"""Documents read before it is judged whether half of them are broken: of fewer, chance decides."""
+ALLOWED = 20
+"""Documents that the share must allow to be broken before it is judged by what was read so far: likewise."""
+NAMED = 1000
+"""Of one source, most that are logged as broken, and as too long: a log is for reading."""
 _TALLIES = ("packed", "broken", "long")
 
 _log = logging.getLogger(__name__)
@@ -90,10 +94,11 @@ class _Count:
 class BrokenItems:
     """Counts what became of the documents that were read, by source, over all ranks and through all resumes.
 
-    A run stops when more than `share` of a source's documents are broken, or of those it has read so far (at least
-    `ENOUGH`, which notices a stream or a disk that fails altogether before it has been read to the end). Of the latter, what
-    has one name counts once, unless it is half of all: a shard that is gone is met within one window. Ranks tell each other
-    what they met where they sum the counts of a step (`news`, `agree`), so that all of them stop at the same one.
+    A run stops when more than `share` of a source's documents are broken, or of those it has read so far (at least so many
+    that `ALLOWED` may be broken; it notices a stream or a disk that fails altogether before it has been read to the end). Of
+    the latter, what has one name counts once, unless it is half of all (of at least `ENOUGH`): a shard that is gone is met
+    within one window. Ranks tell each other what they met where they sum the counts of a step (`news`, `agree`), so that all
+    of them stop at the same one.
 
     Args:
         share: largest share of a source's documents that may be broken, 0 to 1.
@@ -129,9 +134,13 @@ class BrokenItems:
         """Documents left out so far, by source: those that are broken, and those that are too long."""
         return {name: count.broken + count.long for name, count in self._counts.items()}
 
-    def leave_out(self, name: str) -> None:
-        """A document of source `name` is too long for a sequence."""
+    def leave_out(self, name: str, said: str) -> None:
+        """A document of source `name` is too long for a sequence. This is warned of as often as a log is read."""
+        if self._counts[name].long < NAMED:
+            warnings.warn(said, stacklevel=2)
         self._tally(name, "long")
+        if self._counts[name].long == NAMED:
+            warnings.warn(f"data: {name}: {NAMED} documents were too long; more are counted, not named", stacklevel=2)
 
     def pack(self, name: str) -> None:
         """A document of source `name` is in a pack."""
@@ -146,8 +155,10 @@ class BrokenItems:
         self._tally(name, "broken")
         count = self._counts[name]
         item, called = index % count.length, _hash(error.name)  # a stream's indices go on and on
-        if called not in count.names and len(count.names) < _NAMED:
+        if called not in count.names and len(count.names) < NAMED:
             _log.warning("data: %s: skipped %s", name, error)
+            if len(count.names) + 1 == NAMED:
+                _log.warning("data: %s: more are counted, not named", name)
         if item not in count.items or called not in count.names:
             self._new.append(_News(name, item, called, str(error)))
             self._learn(self._new[-1])
@@ -230,8 +241,9 @@ class BrokenItems:
         count = self._counts[name]
         if len(count.items) > self.share * count.length:
             raise ValueError(self._message(name, f"{len(count.items)} of {count.length} documents", last))
-        seen = max(count.read, ENOUGH)
-        if len(count.names) > self.share * seen or 2 * count.broken > seen:
+        many = len(count.names) > max(ALLOWED if self.share else 0, self.share * count.read)
+        half = 2 * count.broken > max(count.read, ENOUGH) and count.broken > self.share * count.read
+        if many or half:
             raise ValueError(self._message(name, f"{count.broken} of {count.read} documents read", last))
 
     def _message(self, name: str, what: str, last: str) -> str:

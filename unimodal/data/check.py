@@ -22,6 +22,7 @@ from unimodal.data.parquet import ParquetSource
 from unimodal.data.records import spread
 from unimodal.data.source import BrokenDocument, Source, Stored
 from unimodal.data.tar import TarSource
+from unimodal.data.token_files import PLAN
 from unimodal.documents import Document
 from unimodal.export import one_line
 from unimodal.model import UnifiedModel
@@ -126,6 +127,10 @@ def open_path(path: str) -> Source:
             known = ", ".join(_SUFFIXES)
             raise ValueError(f"PATH: expected a folder, or files {known}, got {path}")
         return kind(path)
+    if (folder / PLAN).is_file():
+        raise ValueError(
+            f"PATH: expected documents with pixels, got token files in {path}; check what they were made of"
+        )
     if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")) or is_image_folder(folder):
         return HuggingFaceSource(path)
     for suffix in (".tar", ".parquet"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +136,9 @@ class FolderSource:
         share = f"{self.split} without {self.validation_share:g}"
         if self._list is not None:
             return described(self, share, names_and_sizes([self._list]))
-        paths = (os.path.relpath(_name(item), self.root) for item in self._items)
-        return described(self, share, f"names {digest(os.path.splitext(path)[0] for path in paths)}")
+        keys = (_key(item, self.root).lstrip("/") for item in self._items)
+        names = (key.rpartition(".")[0].encode("utf-8", "surrogateescape") + b"\0" for key in keys)
+        return described(self, share, f"names {digest(names)}")
 
     def document(self, index: int, rng: np.random.Generator) -> Document:
         """The document at `index`; nothing is drawn from `rng`.

@@ -70,7 +70,9 @@ class HuggingFaceSource(RecordSource):
             return []
         return sorted(
             path for path in Path(self.path).rglob("*")
-            if path.suffix.lower() not in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+            if path.suffix.lower() not in (*IMAGE_SUFFIXES, ".md", ".lock") and path.is_file()
+            and not path.name.startswith("cache-")  # what `datasets` leaves beside them
+            and not any(part.startswith(".") for part in path.relative_to(self.path).parts)
         )  # fmt: skip
 
     def identity(self) -> str:

@@ -42,7 +42,7 @@ class MixtureData(DocumentData):
         validation_documents: most documents of each source in validation.
         prompts: documents of each source that are continued in validation, always the same.
         seed: of every draw; linked to `seed_everything`.
-        workers: 0 packs in the training process, 1 beside it.
+        workers: processes that read documents beside the training process; packs are the same for any number.
         broken_share: of a source's documents, how many may be broken; those are skipped and named, more stop the run.
     """
 
@@ -65,12 +65,14 @@ class MixtureData(DocumentData):
             raise ValueError(f"data.validation_share: expected a number above 0 and below 1, got {validation_share}")
         self._training, self._held_out = [], []
         for name, entry in sources.items():
-            kept = np.ones(len(entry.source), dtype=bool) if validation else ~held_out(name, entry, validation_share)
-            self._training.append(Weighted(Slice(name, entry.source, kept), entry.weight))
-            if not validation and self._training[-1].used:
-                self._held_out.append(Slice(name, entry.source, ~kept))
+            if validation or entry.weight == 0:
+                self._training.append(Weighted(Slice(name, entry.source), entry.weight))
+                continue
+            held = held_out(name, entry, validation_share)
+            self._training.append(Weighted(Slice(name, entry.source, ~held), entry.weight))
+            self._held_out.append(Slice(name, entry.source, held))
         for name, entry in (validation or {}).items():
-            self._held_out.append(Slice(name, entry.source, np.ones(len(entry.source), dtype=bool)))
+            self._held_out.append(Slice(name, entry.source))
 
     def training_sources(self) -> list[Weighted]:
         """What is not held out."""
@@ -87,14 +89,15 @@ class Slice:
     Args:
         name: kind of its documents.
         source: whole.
-        chosen: which documents are in; all of them may be.
+        chosen: which documents are in; None: all.
     """
 
-    def __init__(self, name: str, source: Source, chosen: Bool[np.ndarray, " n"]) -> None:
+    def __init__(self, name: str, source: Source, chosen: Bool[np.ndarray, " n"] | None = None) -> None:
         self.name, self.source = name, source
-        self._whole = bool(chosen.all())  # a whole stream has indices beyond its length
-        self._indices = np.flatnonzero(chosen)
-        self._number = np.cumsum(chosen) - 1  # of a chosen document, counted among those
+        self._whole = chosen is None  # a whole stream has indices beyond its length
+        if chosen is not None:
+            self._indices = np.flatnonzero(chosen)
+            self._number = np.cumsum(chosen) - 1  # of a chosen document, counted among those
 
     @property
     def kind(self) -> str:
@@ -103,12 +106,12 @@ class Slice:
 
     def __len__(self) -> int:
         """Documents that are in."""
-        return len(self._indices)
+        return len(self.source) if self._whole else len(self._indices)
 
     def identity(self) -> str:
         """The whole source's, and which of its documents are in."""
         whole = identity(self.source)
-        return whole if self._whole else f"{whole}, {len(self)} of them ({digest(map(str, self._indices))})"
+        return whole if self._whole else f"{whole}, {len(self)} of them ({digest([self._indices.tobytes()])})"
 
     def document(self, index: int, rng: np.random.Generator) -> Document:
         """The document, of the kind that the recipe's name for the source is."""

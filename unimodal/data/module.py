@@ -196,6 +196,10 @@ def refuse_other(mixture: Mixture, counts: Sequence[int], identities: Mapping[st
                 f"data: {name}: expected, as in the checkpoint, {expected}; got {got}; an export (init) can be trained "
                 "on with others"
             )
+    if identities and list(identities) != list(sources):  # seeds go by place
+        raise ValueError(
+            f"data: expected sources in the order {', '.join(identities)}, as in the checkpoint, got {', '.join(sources)}"
+        )
     if list(counts) not in ([], mixture.counts):
         raise ValueError(
             f"data: expected sources that give {list(counts)} documents an epoch, as in the checkpoint, got "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -98,20 +97,21 @@ def described(source: Source, *more: str) -> str:
 
 
 def names_and_sizes(paths: Sequence[Path]) -> str:
-    """Of files, by their names below the folder they share: how many, how large, and a hash. Nothing is read."""
+    """Of files, by their names without folders, which may move: how many, how large, and a hash. Nothing is read."""
     if not paths:
         return ""
-    folder = os.path.commonpath([path.absolute().parent for path in paths])
     sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
-    names = [os.path.relpath(path.absolute(), folder) for path in paths]
-    return f"{len(paths)} files of {sum(sizes)} bytes ({digest(f'{n}:{s}' for n, s in zip(names, sizes, strict=True))})"
+    named = (
+        f"{path.name}:{size}\0".encode("utf-8", "surrogateescape") for path, size in zip(paths, sizes, strict=True)
+    )
+    return f"{len(paths)} files of {sum(sizes)} bytes ({digest(named)})"
 
 
-def digest(words: Iterable[str]) -> str:
+def digest(parts: Iterable[bytes]) -> str:
     """Eight hexadecimal digits of a hash."""
     found = hashlib.sha256()
-    for word in words:
-        found.update(word.encode("utf-8", "surrogateescape") + b"\0")
+    for part in parts:
+        found.update(part)
     return found.hexdigest()[:8]
 
 

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import threading
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -247,8 +246,7 @@ class _Lane:
                 self.waiting.append(document)
                 continue
             if isinstance(document, str):
-                warnings.warn(document, stacklevel=2)
-                self.broken.leave_out(self._kind(place))
+                self.broken.leave_out(self._kind(place), document)
             left_out += 1
             if left_out >= len(self.reader.mixture) and not self.waiting:
                 limit = self.packing.sequencer.rules.context_length
@@ -363,12 +361,14 @@ def validation_packs(sources: Sequence[Source], packing: Packing, seed: int, lim
     for s, source in enumerate(sources):
         held: list[SequencedDocument] = []
         left_out: list[str] = []
+        broken = 0
         for index in range(min(limit, len(source))):
             key = (seed, s, index)
             try:
                 read = source.document(index, np.random.default_rng(key))
             except BrokenDocument as error:
                 left_out.append(str(error))
+                broken += 1
                 continue
             document = packing.sequencer.document(read, key, train=False)
             if document.length > packing.sequencer.rules.context_length:
@@ -383,5 +383,9 @@ def validation_packs(sources: Sequence[Source], packing: Packing, seed: int, lim
         if left_out:
             _log.warning(
                 "data: %s: %d held-out documents left out, such as %s", source.kind, len(left_out), left_out[0]
+            )
+        if broken and broken == min(limit, len(source)):
+            raise ValueError(
+                f"data: {source.kind}: expected held-out documents that can be read, got none: {left_out[0]}"
             )
     return packs

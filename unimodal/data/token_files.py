@@ -414,8 +414,8 @@ class TokenSource:
 
     def identity(self) -> str:
         """With the plan that the files were written by, and how many documents there are in each."""
-        plan = json.dumps(self._plan.to_json(), sort_keys=True)
-        return described(self, self.split, f"plan {digest([plan])}", f"shards {digest(map(str, self._held.ravel()))}")
+        plan = json.dumps(self._plan.to_json(), sort_keys=True).encode()
+        return described(self, self.split, f"plan {digest([plan])}", f"shards {digest([self._held.tobytes()])}")
 
     def corpus(self) -> Iterable[str]:
         """Texts of all documents of these files."""
