@@ -470,4 +470,4 @@ class Gone(Numbered):
 
 def test_held_out_documents_of_which_none_can_be_read_are_refused(make: Make) -> None:
     with pytest.raises(ValueError, match=r"data: a: expected held-out documents that can be read, got none: a\.tar: "):
-        validation_packs([Numbered("b", 3), Gone("a", 6)], packing(make("flow"), 120), seed=5, limit=4)
+        validation_packs([Numbered("b", 3), Gone("a", 6)], packing(make("flow"), 200), seed=5, limit=4)
