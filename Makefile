@@ -76,7 +76,7 @@ designs: checked ## train ten published designs on the same digits and compare t
 	@$(PY) -m experiments.designs --world $(WORLD) $(if $(filter digits,$(WORLD)),--quick) --jobs 2 \
 		--out out/designs$(if $(filter digits,$(WORLD)),,-$(WORLD))
 
-tokenizers: checked ## train every tokenizer on photographs, three held out in turn: hours; leaves out/tokenizers/report.md
+tokenizers: checked ## train every tokenizer on photographs, three held out in turn: about 20 hours of one core; leaves out/tokenizers/report.md
 	@$(PY) -m experiments.tokenizers --out out/tokenizers
 
 evaluate-demo: checked ## score the digits and shapes recipes with all that needs no weights; leaves out/evaluate-demo/index.html
