@@ -315,6 +315,10 @@ def test_a_run_goes_on_with_its_own_sources_only(tmp_path: Path) -> None:
         trained({"a": albums, "c": one}, state)
     old = {key: state[key] for key in ("lanes", "given", "counts", "seed")}  # of before such things were kept
     assert trained({"a": albums, "b": changed}, old).state_dict()["left_out"]["b"]["packed"] == 0
+    with pytest.raises(
+        ValueError, match="ckpt_path: expected a checkpoint that counts images by lanes, got one of an earlier"
+    ):
+        trained({"a": albums}, {"batches": 3, "seed": state["seed"]})
 
 
 def test_the_ranks_of_a_run_talk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,10 @@ class ImageData(LightningDataModule):
         """Go on from there, with any number of ranks, batches a step, images a batch and workers."""
         if state_dict["seed"] != self.seed:
             raise ValueError(f"seed_everything: the checkpoint was trained with {state_dict['seed']}, got {self.seed}")
+        if "given" not in state_dict:
+            raise ValueError(
+                "ckpt_path: expected a checkpoint that counts images by lanes, got one of an earlier version"
+            )
         lanes, given = (tuple(tuple(lane) for lane in state_dict[name]) for name in ("lanes", "given"))
         self._resumed, self._counts = ImagePosition(lanes, given), state_dict["counts"]
         # Not in checkpoints of before, as those of documents.
