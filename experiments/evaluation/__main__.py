@@ -27,7 +27,9 @@ from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.shapes import GenEvalShapes
 from unimodal.files import write_atomically
 
-MODELS = Path("lightning_configs/models")
+CONFIGS = Path("lightning_configs")
+TOKENIZERS = {"shapes_mot_flow": "shapes_kl"}
+"""Recipes whose images are tokens of a trained tokenizer: the recipe of that."""
 
 
 @dataclass(frozen=True)
@@ -102,22 +104,37 @@ def ready(recipe: str, folder: Path, out: Path, steps: int | None) -> Run:
     if (folder / "export").is_dir():
         return Run(recipe, folder, "trained in full")
     if steps is None:
-        train(recipe, folder, [])
+        train("models", recipe, folder, compiled=True, options=tokens(recipe, folder.parent))
         return Run(recipe, folder, "trained in full")
     short = out / f"{recipe}_{steps}_steps"
     if not (short / "export").is_dir():
-        few = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
-        train(recipe, short, [*few, "--data.validation_documents", "8", "--data.prompts", "2"])
+        options = [*tokens(recipe, out, steps), "--data.validation_documents", "8", "--data.prompts", "2"]
+        train("models", recipe, short, options, steps)
     return Run(recipe, short, f"trained for {steps} steps only: no run in {folder}")
 
 
-def train(recipe: str, folder: Path, options: list[str]) -> None:
-    """The recipe as this machine trains it best."""
+def tokens(recipe: str, out: Path, steps: int | None = None) -> list[str]:
+    """Options that name the tokenizer of a recipe, which is trained in `out` where it is not there yet."""
+    if recipe not in TOKENIZERS:
+        return []
+    name = TOKENIZERS[recipe]
+    folder = out / (name if steps is None else f"{name}_{steps}_steps")
+    if not (folder / "export").is_dir():
+        train("tokenizers", name, folder, [], steps)
+    return ["--model.tokenizer_weights", str(folder / "export")]
+
+
+def train(
+    kind: str, recipe: str, folder: Path, options: list[str], steps: int | None = None, compiled: bool = False
+) -> None:
+    """The recipe as this machine trains it best, in full or for a few steps, which do not pay for compiling."""
     precision, _ = choose_precision()
-    able, _ = can_compile()
     settings = ["--trainer.default_root_dir", str(folder), "--trainer.precision", precision]
-    settings += ["--model.compile", str(able and not options).lower()]  # few steps do not pay for compiling
-    command(["fit", "-c", str(MODELS / f"{recipe}.yaml"), *settings, *options])
+    if compiled:
+        settings += ["--model.compile", str(can_compile()[0]).lower()]
+    if steps is not None:
+        settings += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+    command(["fit", "-c", str(CONFIGS / kind / f"{recipe}.yaml"), *settings, *options])
 
 
 def shapes(run: Run, out: Path, size: Size) -> list[Scored]:

@@ -21,7 +21,7 @@ from experiments.tokenizers import baselines
 from experiments.tokenizers.photographs import TEST, PhotographData, held_out_tiles, training_tiles
 from experiments.tokenizers.report import write_report
 from experiments.tokenizers.table import ENTRIES, Entry, chosen
-from unimodal.environment import describe_installation
+from unimodal.environment import choose_precision, describe_installation
 from unimodal.evaluation.reconstruction import Tally, peak_signal_to_noise, reconstruct, structural_similarity
 from unimodal.evaluation.run import machine
 from unimodal.files import write_atomically
@@ -93,12 +93,13 @@ def train(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str,
     """A tokenizer's row, and what it makes of the first tiles."""
     L.seed_everything(seed, verbose=False)
     tokenizer = entry.build()
+    precision, _ = choose_precision()
     module = TokenizerTraining(
         tokenizer, lr=2e-3, l1_weight=0.5, l2_weight=1.0, weights=entry.weights, warmup_steps=min(50, steps),
         lr_floor=0.01, samples=0,
     )  # fmt: skip
     trainer = L.Trainer(
-        max_steps=steps, accelerator="auto", devices=1, logger=False, enable_checkpointing=False, gradient_clip_val=1.0,
+        max_steps=steps, accelerator="auto", devices=1, precision=precision, logger=False, enable_checkpointing=False, gradient_clip_val=1.0,
         enable_model_summary=False, limit_val_batches=0, enable_progress_bar=sys.stderr.isatty(),
     )  # fmt: skip
     started = time.perf_counter()
@@ -114,7 +115,7 @@ def train(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str,
     usage = {f"training_{key}": value for key, value in trained.measures().items() if "codebook" in key}
     row = {
         "name": entry.name, "paper": entry.paper, "baseline": entry.baseline, "held_out": held_out, "seed": seed,
-        "steps": steps, "device": str(place), "machine": machine(), "train_seconds": seconds,
+        "steps": steps, "precision": precision, "device": str(place), "machine": machine(), "train_seconds": seconds,
         "parameters": sum(p.numel() for p in tokenizer.parameters()), **quality(tiles, made), **tally.measures(), **usage,
         **speed(tokenizer, seen[:_TIMED], place),
     }  # fmt: skip

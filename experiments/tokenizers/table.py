@@ -31,8 +31,8 @@ from unimodal_tokenizers.quantizers import (
     VectorQuantizer,
 )
 
-NETWORK: dict[str, Any] = {"channels": [32, 64, 64], "blocks": 1}
-"""Of every encoder and decoder of convolutions; the stride is 4."""
+NETWORK: dict[str, Any] = {"channels": [128], "blocks": 1, "patch": 4}
+"""Of every encoder and decoder of convolutions; the stride is 4, and nothing is computed at a finer resolution."""
 ENTRIES = 1024
 """Of every codebook whose size is free: 10 bits."""
 
@@ -61,7 +61,7 @@ def _grid(quantizer: Callable[[], Quantizer]) -> Callable[[], TrainableTokenizer
     return lambda: GridTokenizer(quantizer(), **NETWORK)
 
 
-_TRANSFORMER: dict[str, Any] = {"patch": 4, "width": 96, "heads": 4}
+_TRANSFORMER: dict[str, Any] = {"patch": 4, "width": 96, "heads": 3}
 
 TABLE = (
     Entry("kl", "latent diffusion", lambda: KLTokenizer(dim=4, **NETWORK), "pca", {"kl": 1e-6}),

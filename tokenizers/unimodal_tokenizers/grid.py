@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unimodal_tokenizers.base import Grid, Reconstruction, TokenLayout, TrainableTokenizer
 from unimodal_tokenizers.quantizers.base import Quantized, Quantizer
 from unimodal_tokenizers.semantic import SemanticHead
+from unimodal_tokenizers.squares import Squares, check_patch
 
 
 class CodebookTokenizer(TrainableTokenizer):
@@ -34,9 +35,11 @@ class CodebookTokenizer(TrainableTokenizer):
         blocks: int,
         groups: int,
         attention: bool,
+        patch: int,
         scales: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        check_patch(patch)
         if not channels or any(c < 1 or c % groups for c in channels):
             raise ValueError(f"channels: expected multiples of groups = {groups}, at least one, got {list(channels)}")
         if blocks < 1:
@@ -44,17 +47,21 @@ class CodebookTokenizer(TrainableTokenizer):
         # Here, not above: diffusers takes seconds to import, and whoever trains on pixels never needs it.
         from diffusers.models.autoencoders.vae import Decoder, Encoder
 
-        n = len(channels)
+        n, colours = len(channels), 3 * patch**2
         kind: Literal["multiscale", "discrete"] = "multiscale" if scales else "discrete"
-        self.layout = TokenLayout(kind, dim, stride=2 ** (n - 1), codebooks=tuple(codebooks), scales=tuple(scales))
+        stride = patch * 2 ** (n - 1)
+        self.layout = TokenLayout(kind, dim, stride=stride, codebooks=tuple(codebooks), scales=tuple(scales))
         shared = {
             "block_out_channels": tuple(channels),
             "layers_per_block": blocks,
             "norm_num_groups": groups,
             "mid_block_add_attention": attention,
         }
-        self.encoder = Encoder(3, dim, down_block_types=("DownEncoderBlock2D",) * n, double_z=False, **shared)
-        self.decoder = Decoder(dim, 3, up_block_types=("UpDecoderBlock2D",) * n, **shared)
+        self.encoder = Encoder(colours, dim, down_block_types=("DownEncoderBlock2D",) * n, double_z=False, **shared)
+        self.decoder = Decoder(dim, colours, up_block_types=("UpDecoderBlock2D",) * n, **shared)
+        self.squares = Squares(patch, stride, dim) if patch > 1 else None
+        if self.squares is not None:
+            self.squares.begin(self.encoder.conv_out, self.decoder.conv_out)
 
     @abstractmethod
     def quantize(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Quantized:
@@ -113,10 +120,13 @@ class CodebookTokenizer(TrainableTokenizer):
         return self._vectors_to_images(self.ids_to_vectors(tokens, grid), grid)  # (B, 3, H, W)
 
     def _images_to_vectors(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "P D"]:
-        return rearrange(self.encoder(images), "B D h w -> (B h w) D")  # (P, D)
+        squares = self.squares
+        z = self.encoder(images) if squares is None else self.encoder(squares.fold(images)) + squares.analysis(images)
+        return rearrange(z, "B D h w -> (B h w) D")  # (P, D)
 
     def _vectors_to_images(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Float[Tensor, "B 3 H W"]:
-        return self.decoder(rearrange(vectors, "(B h w) D -> B D h w", h=grid.h, w=grid.w))  # (B, 3, H, W)
+        z, squares = rearrange(vectors, "(B h w) D -> B D h w", h=grid.h, w=grid.w), self.squares  # (B, D, h, w)
+        return self.decoder(z) if squares is None else squares.unfold(self.decoder(z)) + squares.synthesis(z)
 
 
 class GridTokenizer(CodebookTokenizer):
@@ -129,19 +139,22 @@ class GridTokenizer(CodebookTokenizer):
         blocks: int,
         groups: int = 8,
         attention: bool = False,
+        patch: int = 1,
         semantic: SemanticHead | None = None,
     ) -> None:
         """Args:
 
         quantizer: what makes ids of the encoder's outputs.
         channels: width of the networks at each resolution, fine to coarse; each further one halves the resolution, so
-            that the stride is 2 ** (len(channels) - 1) pixels.
+            that the stride is patch * 2 ** (len(channels) - 1) pixels.
         blocks: residual blocks of the encoder at each resolution (the decoder has one more).
         groups: groups of the group norms; must divide every width.
         attention: whether the middle of both networks attends over the whole image.
+        patch: side in pixels of the squares that the networks see as one place; above 1 a linear map stands beside them
+            (`Squares`).
         semantic: what the quantized vectors are to mean.
         """
-        super().__init__(quantizer.codebooks, quantizer.dim, channels, blocks, groups, attention)
+        super().__init__(quantizer.codebooks, quantizer.dim, channels, blocks, groups, attention, patch)
         self.quantizer, self.semantic = quantizer, semantic
         self.weights = {**quantizer.weights, **({} if semantic is None else semantic.weights)}
         if semantic is not None:

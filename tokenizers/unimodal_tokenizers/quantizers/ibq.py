@@ -80,8 +80,9 @@ class IBQ(Quantizer):
         """p E; with p at the entropy's temperature, the sum over vectors of H(p), and of p."""
         logits = z @ codes.T  # (P, K)
         soft = logits.softmax(-1) @ codes.detach()
-        logs = (logits / self.temperature).log_softmax(-1)
-        return soft, -(logs.exp() * logs).sum(), logs.exp().sum(0)
+        sharp = logits / self.temperature
+        p = sharp.softmax(-1)  # not the exponential of the logarithm: most of it is so small that processors crawl
+        return soft, -(p * sharp.log_softmax(-1)).sum(), p.sum(0)
 
     def find(self, z: Float[Tensor, "P D"]) -> Int64[Tensor, " P"]:
         """argmax_k <z, e_k>."""

@@ -1,0 +1,89 @@
+"""Squares of pixels as channels, and a linear map beside the networks: cheap at full resolution, and a good beginning.
+
+Letters: B images, H height, W width (pixels); h, w the token grid; p side of a square that the networks see as one place,
+s the tokenizer's stride, D channels of a latent.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_LOG_VARIANCE = -6.0
+"""Of a posterior at the start: its deviation is a twentieth of the prior's."""
+
+
+class Squares(nn.Module):
+    """What stands around an encoder E and a decoder G of images: z = E(fold x) + A x, x = unfold G(z) + S z.
+
+    Nothing is computed at a resolution finer than p pixels, where convolutions cost most and say least. A and S map the
+    s x s pixels of a token to its channels and back. They are the shortcut between space and channels of DC-AE (arXiv
+    2410.10733), but with weights: these begin as the lowest frequencies, and the networks as nothing beside
+    them, so that training begins near what principal components reach.
+    """
+
+    def __init__(self, patch: int, stride: int, dim: int) -> None:
+        """Args:
+
+        patch: side p of a square, pixels.
+        stride: of the tokenizer, s.
+        dim: channels D.
+        """
+        super().__init__()
+        self.patch = patch
+        self.analysis = nn.Conv2d(3, dim, stride, stride)
+        self.synthesis = nn.ConvTranspose2d(dim, 3, stride, stride)
+        basis = lowest_frequencies(stride, dim)
+        with torch.no_grad():
+            self.analysis.weight.copy_(basis / stride)  # averages: of a grey image the first is its value times sqrt(3)
+            self.synthesis.weight.copy_(basis * stride)
+            for linear in (self.analysis, self.synthesis):
+                nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+
+    @staticmethod
+    def begin(*last: nn.Conv2d) -> None:
+        """The networks' last convolutions say nothing at the start."""
+        for layer in last:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    @staticmethod
+    def begin_posterior(last: nn.Conv2d) -> None:
+        """The same for an encoder that gives D means and D log variances."""
+        Squares.begin(last)
+        nn.init.constant_(last.bias[len(last.bias) // 2 :], _LOG_VARIANCE)  # type: ignore[index,arg-type]
+
+    def fold(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C _ _"]:
+        """Pixels of a square as C = 3 p^2 channels."""
+        return F.pixel_unshuffle(images, self.patch)
+
+    def unfold(self, folded: Float[Tensor, "B C _ _"]) -> Float[Tensor, "B 3 H W"]:
+        """The inverse of `fold`."""
+        return F.pixel_shuffle(folded, self.patch)
+
+
+def lowest_frequencies(side: int, count: int) -> Float[Tensor, "D 3 s s"]:
+    """Orthonormal waves over side x side pixels and three colours, those first that weigh most in photographs.
+
+    They are the cosines of JPEG times brightness and two differences of colours. The variance is taken as falling with the
+    square of the frequency and as 15 and 5 % of that of brightness for the differences, which orders the first sixteen as
+    photographs do. Behind the 3 s^2 that there are come zeros.
+    """
+    k = torch.arange(side)
+    cosines = torch.cos(math.pi * (k + 0.5) * k[:, None] / side)  # (frequency, place)
+    colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+    cosines, colours = F.normalize(cosines), F.normalize(colours)
+    waves = torch.einsum("a c, u y, v x -> a u v c y x", colours, cosines, cosines)
+    variance = torch.tensor([1.0, 0.15, 0.05])[:, None, None] / (1 + 10 * (k[:, None].square() + k.square()))
+    order = variance.flatten().argsort(descending=True, stable=True)
+    basis = rearrange(waves, "a u v c y x -> (a u v) c y x")[order[:count]]
+    return torch.cat([basis, basis.new_zeros(max(0, count - len(basis)), 3, side, side)])
+
+
+def check_patch(patch: int) -> None:
+    """Refuse squares without pixels."""
+    if patch < 1:
+        raise ValueError(f"patch: expected a side of at least 1 pixel, got {patch}")
