@@ -99,8 +99,9 @@ def train(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str,
         lr_floor=0.01, samples=0,
     )  # fmt: skip
     trainer = L.Trainer(
-        max_steps=steps, accelerator="auto", devices=1, precision=precision, logger=False, enable_checkpointing=False, gradient_clip_val=1.0,
-        enable_model_summary=False, limit_val_batches=0, enable_progress_bar=sys.stderr.isatty(),
+        max_steps=steps, accelerator="auto", devices=1, precision=precision,  # type: ignore[arg-type]
+        logger=False, enable_checkpointing=False, gradient_clip_val=1.0, enable_model_summary=False, limit_val_batches=0,
+        enable_progress_bar=sys.stderr.isatty(),
     )  # fmt: skip
     started = time.perf_counter()
     trainer.fit(module, datamodule=PhotographData(held_out, BATCH, seed))

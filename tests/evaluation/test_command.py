@@ -188,6 +188,36 @@ def test_the_demo_asks_what_its_benchmarks_understand(tmp_path: Path, monkeypatc
     }  # fmt: skip
 
 
+def test_the_demo_trains_the_tokenizer_that_a_recipe_needs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiments.evaluation import __main__ as demo
+
+    trained: list[list[str]] = []
+
+    def fit(arguments: list[str]) -> None:
+        trained.append(arguments)
+        folder = Path(arguments[arguments.index("--trainer.default_root_dir") + 1])
+        (folder / "export").mkdir(parents=True)
+
+    monkeypatch.setattr(demo, "command", fit)
+    for steps, ending in ((3, "_3_steps"), (None, "")):
+        trained.clear()
+        folder = tmp_path / "shapes" / "run"
+        for _ in range(2):
+            run = demo.ready("shapes_mot_flow", folder, tmp_path / "out", steps)
+        tokenizer, model = trained
+        assert tokenizer[2] == "lightning_configs/tokenizers/shapes_kl.yaml"
+        assert model[2] == "lightning_configs/models/shapes_mot_flow.yaml"
+        home = tmp_path / ("shapes" if steps is None else "out")
+        assert model[model.index("--model.tokenizer_weights") + 1] == str(home / f"shapes_kl{ending}" / "export")
+        assert all(("--trainer.max_steps" in arguments) == (steps is not None) for arguments in trained)
+        assert run.folder == (folder if steps is None else tmp_path / "out" / "shapes_mot_flow_3_steps")
+    trained.clear()
+    demo.ready("digits_mot_flow", tmp_path / "digits", tmp_path / "out", 3)
+    assert [arguments[2] for arguments in trained] == ["lightning_configs/models/digits_mot_flow.yaml"]
+
+
 def test_a_set_of_images_is_scored_against_a_folder_and_its_statistics(run: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("real", "fake"):
