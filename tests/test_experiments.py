@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from experiments.digits.__main__ import main
+from unimodal.cli import main as run
+from unimodal.export import load_export
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 KEYS = {
@@ -77,6 +80,40 @@ def test_the_demo_trains_a_tokenizer_first(tmp_path: Path, capsys: pytest.Captur
     assert main(["--recipe", str(recipe), "--tokenizer", str(tokenizer), "--out", str(out)]) == 0
     check(out, capsys.readouterr().out)
     assert (out / "tokenizer" / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokenizer", "recipe"),
+    [
+        ("kl", "digits_mot_flow"), ("fsq", "digits_vq_ar"), ("rvq", "digits_vq_ar"), ("sequence", "digits_vq_ar"),
+        ("dynamic", "digits_vq_ar"), ("multiscale", "digits_var_nextscale"),
+    ],
+)  # fmt: skip
+def test_the_demo_takes_another_tokenizer_by_its_recipe(
+    tokenizer: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One option, and the recipe's own tokenizer is out of the game: what was trained is what the model holds."""
+    scored = []
+    monkeypatch.setattr(
+        "experiments.digits.__main__.unimodal",
+        lambda call: scored.append(call) or 0 if call[0] == "evaluate" else run(call),
+    )
+    few = small(CONFIGS / "models" / f"{recipe}.yaml", tmp_path, MODEL)
+    path = CONFIGS / "tokenizers" / f"digits_{tokenizer}.yaml"
+    whole = "data" in yaml.safe_load(path.read_text())  # others are read on top of the VQ's
+    base = path if whole else CONFIGS / "tokenizers" / "digits_vq.yaml"
+    theirs = [str(small(base, tmp_path, {**STEPS, "data.init_args.batch_size": 8})), *([] if whole else [str(path)])]
+    out = tmp_path / "out"
+    assert main(["--recipe", str(few), "--tokenizer", *theirs, "--out", str(out)]) == 0
+    trained, held = (
+        load_export(out / "tokenizer" / "export", "tokenizer"),
+        load_export(out / "run" / "export", "model").tokenizer,
+    )
+    assert type(held) is type(trained)
+    for key, value in trained.state_dict().items():
+        assert torch.equal(held.state_dict()[key], value), key
+    assert [call[0] for call in scored] == ["evaluate"]
 
 
 def test_a_step_that_fails_ends_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,19 +1,15 @@
 """Models over tokens without a place: what a grid of one row would be, and refused where rows or places are needed."""
 
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import generator_cases
 import pytest
 import torch
-import yaml
 from generator_cases import Case, GrayLevels
 from PIL import Image
 
-from unimodal.cli import main
 from unimodal.decoding import DecodingSettings, Inpaint, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
@@ -124,20 +120,3 @@ def test_a_model_draws_jpegs(make: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     prompt = Document((Part("a handwritten seven", learn=False),))
     (drawn,) = decode(model, [prompt], DecodingSettings(start="image", max_tokens=1, max_images=1), [0])
     assert drawn.images[0].size == (8, 8)
-
-
-CONFIGS = Path(__file__).parents[1] / "lightning_configs"
-
-
-@pytest.mark.parametrize("name", ["digits_sequence", "digits_dynamic"])
-def test_the_digits_demo_runs_with_a_sequence(name: str, tmp_path: Path) -> None:
-    """The tokenizer of its recipe in place of the VQ; `tokenizer_weights` would name its export."""
-    recipe = yaml.safe_load((CONFIGS / "tokenizers" / f"{name}.yaml").read_text())
-    tokenizer = json.dumps(recipe["model"]["init_args"]["tokenizer"])
-    options = [
-        "--model.init_args.model.tokenizer", tokenizer, "--model.init_args.tokenizer_weights", "null",
-        "--data.init_args.batch_tokens", "192", "--data.init_args.validation_documents", "2",
-        "--data.init_args.prompts", "1",
-        "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true", "--trainer.default_root_dir", str(tmp_path),
-    ]  # fmt: skip
-    assert main(["fit", "-c", str(CONFIGS / "models" / "digits_vq_ar.yaml"), *options]) == 0

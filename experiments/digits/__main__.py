@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     """Every step is a command that a user may type; each is printed before it runs."""
     parser = argparse.ArgumentParser("python -m experiments.digits", description=__doc__)
     parser.add_argument("--recipe", type=Path, required=True, help="lightning_configs/models/*.yaml")
-    parser.add_argument("--tokenizer", type=Path, help="lightning_configs/tokenizers/*.yaml, trained first")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        nargs="+",
+        help="lightning_configs/tokenizers/*.yaml, trained first; replaces the recipe's",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for runs, scores and page")
     args = parser.parse_args(argv)
     started = time.monotonic()
@@ -33,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     extra: list[str] = []
     if args.tokenizer is not None:
         run = args.out / "tokenizer"
-        step(
-            ["fit", "-c", str(args.tokenizer), "--trainer.default_root_dir", str(run), "--trainer.precision", precision]
-        )
-        extra = ["--model.tokenizer_weights", str(run / "export")]
+        files = [option for path in args.tokenizer for option in ("-c", str(path))]
+        step(["fit", *files, "--trainer.default_root_dir", str(run), "--trainer.precision", precision])
+        tokenizer = given(json.loads((run / "export" / "config.json").read_text()))
+        extra = ["--model.model.tokenizer", json.dumps(tokenizer), "--model.tokenizer_weights", str(run / "export")]
     run = args.out / "run"
     settings = ["--trainer.default_root_dir", str(run), "--trainer.precision", precision, *extra]
     step(["fit", "-c", str(args.recipe), *settings, "--model.compile", str(able).lower()])
@@ -45,6 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     whole = time.monotonic() - started
     print(f"trained {duration(sum(trained))}, done in {duration(whole)}: open {args.out / 'index.html'}")
     return 0
+
+
+def given(config: Any) -> Any:
+    """Settings that are not None: within an option, jsonargparse takes null for a value of the wrong type."""
+    if isinstance(config, dict):
+        return {key: given(value) for key, value in config.items() if value is not None}
+    return config
 
 
 def duration(seconds: float) -> str:

@@ -31,7 +31,7 @@ from unimodal_tokenizers.quantizers import (
     VectorQuantizer,
 )
 
-NETWORK: dict[str, Any] = {"channels": [128], "blocks": 1, "patch": 4}
+NETWORK: dict[str, Any] = {"channels": [128], "blocks": 1, "space_to_depth": 4}
 """Of every encoder and decoder of convolutions; the stride is 4, and nothing is computed at a finer resolution."""
 ENTRIES = 1024
 """Of every codebook whose size is free: 10 bits."""

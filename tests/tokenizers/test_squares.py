@@ -10,9 +10,9 @@ from unimodal_tokenizers.quantizers import EuclideanQuantizer, VectorQuantizer
 from unimodal_tokenizers.squares import Squares, lowest_frequencies
 
 MADE = {
-    "kl": lambda patch: KLTokenizer(4, [8, 16], 1, patch=patch),
-    "grid": lambda patch: GridTokenizer(VectorQuantizer(16, 4), [8, 16], 1, patch=patch),
-    "multiscale": lambda patch: MultiscaleVQ(16, 4, [8, 16], 1, scales=[1, 2], patch=patch),
+    "kl": lambda side: KLTokenizer(4, [8, 16], 1, space_to_depth=side),
+    "grid": lambda side: GridTokenizer(VectorQuantizer(16, 4), [8, 16], 1, space_to_depth=side),
+    "multiscale": lambda side: MultiscaleVQ(16, 4, [8, 16], 1, scales=[1, 2], space_to_depth=side),
 }
 
 
@@ -65,9 +65,9 @@ def test_the_linear_map_is_a_product_with_the_pixels_of_a_token() -> None:
 def test_training_begins_with_the_lowest_frequencies_alone() -> None:
     """As many channels as a token has values: nothing is lost. With fewer: what the waves hold of it, and no more."""
     x = images()
-    whole = KLTokenizer(12, [8], 1, patch=2).eval()
+    whole = KLTokenizer(12, [8], 1, space_to_depth=2).eval()
     torch.testing.assert_close(whole(x).images, x, atol=1e-5, rtol=0)
-    made = KLTokenizer(4, [8, 16], 1, patch=2).eval()
+    made = KLTokenizer(4, [8, 16], 1, space_to_depth=2).eval()
     basis = lowest_frequencies(4, 4).flatten(1)
     for row in range(4):
         pixels = x[:, :, 4 * row : 4 * row + 4, :4].flatten(1)
@@ -80,15 +80,15 @@ def test_training_begins_with_the_lowest_frequencies_alone() -> None:
 def test_so_does_a_quantizer() -> None:
     """A codebook that holds the tokens of an image gives the waves of it back."""
     x = images()
-    made = GridTokenizer(EuclideanQuantizer(16, 4), [8, 16], 1, patch=2).eval()
+    made = GridTokenizer(EuclideanQuantizer(16, 4), [8, 16], 1, space_to_depth=2).eval()
     with torch.no_grad():
         made.quantizer.codebook.weight.copy_(made._images_to_vectors(x))  # 2 images x 4 x 2 tokens
-    linear = KLTokenizer(4, [8, 16], 1, patch=2).eval()
+    linear = KLTokenizer(4, [8, 16], 1, space_to_depth=2).eval()
     torch.testing.assert_close(made(x).images, linear(x).images, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_everything_learns_and_the_stride_counts_the_patch(name: str) -> None:
+def test_everything_learns_and_the_stride_counts_it(name: str) -> None:
     tokenizer: TrainableTokenizer = MADE[name](2).train()
     assert tokenizer.layout.stride == 4
     torch.manual_seed(0)
@@ -121,12 +121,12 @@ def test_without_squares_nothing_is_added(name: str) -> None:
 
 @pytest.mark.parametrize("name", MADE)
 def test_bad_sides_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="patch: expected a side of at least 1 pixel, got 0"):
+    with pytest.raises(ValueError, match="space_to_depth: expected a side of at least 1 pixel, got 0"):
         MADE[name](0)
 
 
-def test_the_networks_colours_are_no_option_beside_a_patch() -> None:
+def test_the_networks_colours_are_no_option_beside_it() -> None:
     with pytest.raises(
         ValueError, match="options: expected settings that have no argument of their own, got in_channels"
     ):
-        KLTokenizer(4, [8], 1, patch=2, options={"in_channels": 3})
+        KLTokenizer(4, [8], 1, space_to_depth=2, options={"in_channels": 3})

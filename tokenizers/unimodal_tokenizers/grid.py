@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unimodal_tokenizers.base import Grid, Reconstruction, TokenLayout, TrainableTokenizer
 from unimodal_tokenizers.quantizers.base import Quantized, Quantizer
 from unimodal_tokenizers.semantic import SemanticHead
-from unimodal_tokenizers.squares import Squares, check_patch
+from unimodal_tokenizers.squares import Squares, check_space_to_depth
 
 
 class CodebookTokenizer(TrainableTokenizer):
@@ -35,11 +35,11 @@ class CodebookTokenizer(TrainableTokenizer):
         blocks: int,
         groups: int,
         attention: bool,
-        patch: int,
+        space_to_depth: int,
         scales: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        check_patch(patch)
+        check_space_to_depth(space_to_depth)
         if not channels or any(c < 1 or c % groups for c in channels):
             raise ValueError(f"channels: expected multiples of groups = {groups}, at least one, got {list(channels)}")
         if blocks < 1:
@@ -47,9 +47,9 @@ class CodebookTokenizer(TrainableTokenizer):
         # Here, not above: diffusers takes seconds to import, and whoever trains on pixels never needs it.
         from diffusers.models.autoencoders.vae import Decoder, Encoder
 
-        n, colours = len(channels), 3 * patch**2
+        n, colours = len(channels), 3 * space_to_depth**2
         kind: Literal["multiscale", "discrete"] = "multiscale" if scales else "discrete"
-        stride = patch * 2 ** (n - 1)
+        stride = space_to_depth * 2 ** (n - 1)
         self.layout = TokenLayout(kind, dim, stride=stride, codebooks=tuple(codebooks), scales=tuple(scales))
         shared = {
             "block_out_channels": tuple(channels),
@@ -59,7 +59,7 @@ class CodebookTokenizer(TrainableTokenizer):
         }
         self.encoder = Encoder(colours, dim, down_block_types=("DownEncoderBlock2D",) * n, double_z=False, **shared)
         self.decoder = Decoder(dim, colours, up_block_types=("UpDecoderBlock2D",) * n, **shared)
-        self.squares = Squares(patch, stride, dim) if patch > 1 else None
+        self.squares = Squares(space_to_depth, stride, dim) if space_to_depth > 1 else None
         if self.squares is not None:
             self.squares.begin(self.encoder.conv_out, self.decoder.conv_out)
 
@@ -139,22 +139,22 @@ class GridTokenizer(CodebookTokenizer):
         blocks: int,
         groups: int = 8,
         attention: bool = False,
-        patch: int = 1,
+        space_to_depth: int = 1,
         semantic: SemanticHead | None = None,
     ) -> None:
         """Args:
 
         quantizer: what makes ids of the encoder's outputs.
         channels: width of the networks at each resolution, fine to coarse; each further one halves the resolution, so
-            that the stride is patch * 2 ** (len(channels) - 1) pixels.
+            that the stride is space_to_depth * 2 ** (len(channels) - 1) pixels.
         blocks: residual blocks of the encoder at each resolution (the decoder has one more).
         groups: groups of the group norms; must divide every width.
         attention: whether the middle of both networks attends over the whole image.
-        patch: side in pixels of the squares that the networks see as one place; above 1 a linear map stands beside them
-            (`Squares`).
+        space_to_depth: side in pixels of the squares that the networks see as one place; above 1 a linear map stands
+            beside them (`Squares`).
         semantic: what the quantized vectors are to mean.
         """
-        super().__init__(quantizer.codebooks, quantizer.dim, channels, blocks, groups, attention, patch)
+        super().__init__(quantizer.codebooks, quantizer.dim, channels, blocks, groups, attention, space_to_depth)
         self.quantizer, self.semantic = quantizer, semantic
         self.weights = {**quantizer.weights, **({} if semantic is None else semantic.weights)}
         if semantic is not None:

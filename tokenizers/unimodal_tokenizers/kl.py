@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unimodal_tokenizers.base import Reconstruction, TrainableTokenizer
 from unimodal_tokenizers.latents import LatentTokenizer, check_colours, diffusers_network
-from unimodal_tokenizers.squares import Squares, check_patch
+from unimodal_tokenizers.squares import Squares, check_space_to_depth
 
 MOMENTUM = 0.02  # share of a training batch in the measured scale and shift, once fifty were seen
 
@@ -42,7 +42,7 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
         shift: float | Sequence[float] | None = None,
         groups: int = 8,
         attention: bool = False,
-        patch: int = 1,
+        space_to_depth: int = 1,
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -50,14 +50,14 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
 
         dim: channels D of a latent.
         channels: width of the networks at each resolution, fine to coarse; each further one halves the resolution, so
-            that the stride is patch * 2 ** (len(channels) - 1) pixels.
+            that the stride is space_to_depth * 2 ** (len(channels) - 1) pixels.
         blocks: residual blocks of the encoder at each resolution (the decoder has one more).
         scale: of the latents, one for all channels or one each; None: measured in training, the shift too.
         shift: subtracted from the latents before.
         groups: groups of the group norms; must divide every width.
         attention: whether the middle of both networks attends over the whole image.
-        patch: side in pixels of the squares that the networks see as one place; above 1 a linear map stands beside them
-            (`Squares`).
+        space_to_depth: side in pixels of the squares that the networks see as one place; above 1 a linear map stands
+            beside them (`Squares`).
         seed: of the noise in training.
         options: further settings of diffusers' AutoencoderKL, which has no convolution beside the latents by default.
         """
@@ -65,13 +65,13 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
             raise ValueError(f"scale, shift: expected both or neither, got {scale} and {shift}")
         if not channels or any(c < 1 or c % groups for c in channels):
             raise ValueError(f"channels: expected multiples of groups = {groups}, at least one, got {list(channels)}")
-        check_patch(patch)
-        n, colours = len(channels), 3 * patch**2
+        check_space_to_depth(space_to_depth)
+        n, colours = len(channels), 3 * space_to_depth**2
         own = {
             "latent_channels": dim, "block_out_channels": tuple(channels), "layers_per_block": blocks,
             "norm_num_groups": groups, "mid_block_add_attention": attention,
         }  # fmt: skip
-        if patch > 1:
+        if space_to_depth > 1:
             own |= {"in_channels": colours, "out_channels": colours}
         options = {
             "down_block_types": ("DownEncoderBlock2D",) * n, "up_block_types": ("UpDecoderBlock2D",) * n,
@@ -81,11 +81,11 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
             raise ValueError(f"options: expected settings that have no argument of their own, got {', '.join(twice)}")
         network = diffusers_network("AutoencoderKL", {**own, **options})
         check_colours(network.config.in_channels, network.config.out_channels, of=colours)
-        stride = patch * 2 ** (n - 1)
+        stride = space_to_depth * 2 ** (n - 1)
         given = [value if value is not None else [start] * dim for value, start in ((scale, 1.0), (shift, 0.0))]
         super().__init__(dim, stride, *given)
         self.network: Any = network  # diffusers says of no network what it has
-        self.squares = Squares(patch, stride, dim) if patch > 1 else None
+        self.squares = Squares(space_to_depth, stride, dim) if space_to_depth > 1 else None
         if self.squares is not None:
             self.squares.begin(network.decoder.conv_out)
             self.squares.begin_posterior(network.encoder.conv_out)

@@ -38,27 +38,27 @@ class MultiscaleVQ(CodebookTokenizer, MultiscaleTokenizer):
         scales: Sequence[int],
         groups: int = 8,
         attention: bool = False,
-        patch: int = 1,
+        space_to_depth: int = 1,
         revive_after: int = 50,
     ) -> None:
         """Args:
 
         codebook: entries K, shared by all scales.
         dim: channels D of a code.
-        channels: width of the networks at each resolution, fine to coarse; the stride is patch * 2 ** (len(channels) - 1)
-            pixels.
+        channels: width of the networks at each resolution, fine to coarse; the stride is
+            space_to_depth * 2 ** (len(channels) - 1) pixels.
         blocks: residual blocks of the encoder at each resolution (the decoder has one more).
         scales: rows (and columns) of each scale of a square image, rising. The last stands for the whole token grid: an
             image of another size or shape has the same shares of its own.
         groups: groups of the group norms; must divide every width.
         attention: whether the middle of both networks attends over the whole image.
-        patch: side in pixels of the squares that the networks see as one place; above 1 a linear map stands beside them
-            (`Squares`).
+        space_to_depth: side in pixels of the squares that the networks see as one place; above 1 a linear map stands
+            beside them (`Squares`).
         revive_after: training batches without a token after which an entry of the codebook is replaced.
         """
         if not scales or scales[0] < 1 or any(a >= b for a, b in itertools.pairwise(scales)):
             raise ValueError(f"scales: expected rising numbers of rows, at least one, from 1 up, got {list(scales)}")
-        super().__init__((codebook,), dim, channels, blocks, groups, attention, patch, scales)
+        super().__init__((codebook,), dim, channels, blocks, groups, attention, space_to_depth, scales)
         self.quantizer = EuclideanQuantizer(codebook, dim, revive_after * len(scales))
         self.weights = self.quantizer.weights
         self.phi = nn.ModuleList(Phi(dim) for _ in scales)

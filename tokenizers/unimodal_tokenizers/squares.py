@@ -25,15 +25,15 @@ class Squares(nn.Module):
     them, so that training begins near what principal components reach.
     """
 
-    def __init__(self, patch: int, stride: int, dim: int) -> None:
+    def __init__(self, side: int, stride: int, dim: int) -> None:
         """Args:
 
-        patch: side p of a square, pixels.
+        side: p of a square, pixels.
         stride: of the tokenizer, s.
         dim: channels D.
         """
         super().__init__()
-        self.patch = patch
+        self.side = side
         self.analysis = nn.Conv2d(3, dim, stride, stride)
         self.synthesis = nn.ConvTranspose2d(dim, 3, stride, stride)
         basis = lowest_frequencies(stride, dim)
@@ -58,11 +58,11 @@ class Squares(nn.Module):
 
     def fold(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C _ _"]:
         """Pixels of a square as C = 3 p^2 channels."""
-        return F.pixel_unshuffle(images, self.patch)
+        return F.pixel_unshuffle(images, self.side)
 
     def unfold(self, folded: Float[Tensor, "B C _ _"]) -> Float[Tensor, "B 3 H W"]:
         """The inverse of `fold`."""
-        return F.pixel_shuffle(folded, self.patch)
+        return F.pixel_shuffle(folded, self.side)
 
 
 def lowest_frequencies(side: int, count: int) -> Float[Tensor, "D 3 s s"]:
@@ -83,7 +83,7 @@ def lowest_frequencies(side: int, count: int) -> Float[Tensor, "D 3 s s"]:
     return torch.cat([basis, basis.new_zeros(max(0, count - len(basis)), 3, side, side)])
 
 
-def check_patch(patch: int) -> None:
+def check_space_to_depth(side: int) -> None:
     """Refuse squares without pixels."""
-    if patch < 1:
-        raise ValueError(f"patch: expected a side of at least 1 pixel, got {patch}")
+    if side < 1:
+        raise ValueError(f"space_to_depth: expected a side of at least 1 pixel, got {side}")
