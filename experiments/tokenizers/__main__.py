@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train, measure, report."""
     parser = argparse.ArgumentParser("python -m experiments.tokenizers", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and the report")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps a tokenizer (2000)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps a tokenizer (1000)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="train these alone")
     parser.add_argument(
         "--held-out", nargs="+", choices=TEST, default=list(TEST), help="photographs to hold out in turn"

@@ -62,6 +62,8 @@ def _grid(quantizer: Callable[[], Quantizer]) -> Callable[[], TrainableTokenizer
 
 
 _TRANSFORMER: dict[str, Any] = {"patch": 4, "width": 96, "heads": 3}
+_COARSE: dict[str, Any] = {"patch": 8, "width": 192, "heads": 6, "depth": 3}
+"""Of those whose tokens and patches attend to each other: a quarter of the patches, twice the width."""
 
 TABLE = (
     Entry("kl", "latent diffusion", lambda: KLTokenizer(dim=4, **NETWORK), "pca", {"kl": 1e-6}),
@@ -81,13 +83,13 @@ TABLE = (
     Entry(
         "sequence", "TiTok",
         lambda: SequenceTokenizer(
-            VectorQuantizer(ENTRIES, 8), image=(SIDE, SIDE), tokens=64, depth=3, **_TRANSFORMER
+            VectorQuantizer(ENTRIES, 8), image=(SIDE, SIDE), tokens=64, **_COARSE
         ),
     ),
     Entry(
         "dynamic", "LaVIT",
         lambda: DynamicTokenizer(
-            VectorQuantizer(ENTRIES, 8), image=(SIDE, SIDE), keep=0.5, depth=3, **_TRANSFORMER
+            VectorQuantizer(ENTRIES, 8), image=(SIDE, SIDE), keep=0.5, **_COARSE
         ),
     ),
 )  # fmt: skip

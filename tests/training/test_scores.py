@@ -18,9 +18,10 @@ TINY = """
 model:
   init_args:
     model:
-      tokenizer: {init_args: {patch: 16}}
+      tokenizer: {class_path: unimodal_tokenizers.PatchTokenizer, init_args: {patch: 16}}
       backbone: {width: 32, depth: 1, heads: 2, kv_heads: 2, mlp_width: 48, vocabulary: 400}
       generator: {init_args: {sampling: {steps: 2, guidance: 1.0}}}
+    tokenizer_weights: null
     warmup_steps: 1
     benchmarks: [{class_path: unimodal.evaluation.shapes.GenEvalShapes, init_args: {per_task: 2, samples: 1}}]
     image_metrics:
