@@ -67,7 +67,7 @@ demo-vq: checked ## the same with discrete tokens: leaves out/demo-vq/index.html
 	@$(PY) -m experiments.digits --recipe lightning_configs/models/digits_vq_ar.yaml \
 		--tokenizer lightning_configs/tokenizers/digits_vq.yaml --out out/demo-vq
 
-shapes: checked ## train the shapes recipe and score it in full; leaves out/shapes/index.html
+shapes: checked ## train the shapes recipe and its tokenizer, and score it in full; leaves out/shapes/index.html
 	@$(PY) -m experiments.evaluation --only shapes --full --out out/shapes
 
 # WORLD=shapes: the coloured shapes, in full, which takes hours; their report lies in out/designs-shapes.
@@ -76,7 +76,7 @@ designs: checked ## train ten published designs on the same digits and compare t
 	@$(PY) -m experiments.designs --world $(WORLD) $(if $(filter digits,$(WORLD)),--quick) --jobs 2 \
 		--out out/designs$(if $(filter digits,$(WORLD)),,-$(WORLD))
 
-tokenizers: checked ## train every tokenizer on photographs, three held out in turn: about 20 hours of one core; leaves out/tokenizers/report.md
+tokenizers: checked ## train every tokenizer on photographs, three held out in turn: about 4 hours of one core; leaves out/tokenizers/report.md
 	@$(PY) -m experiments.tokenizers --out out/tokenizers
 
 evaluate-demo: checked ## score the digits and shapes recipes with all that needs no weights; leaves out/evaluate-demo/index.html

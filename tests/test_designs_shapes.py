@@ -55,7 +55,7 @@ def test_an_image_has_as_many_tokens_in_every_design(name: str) -> None:
     if "patch" in tokenizer:
         assert tokenizer == {"patch": 4, "colours": 3}
     elif "channels" in tokenizer:
-        assert SHAPES.image // 2 ** (len(tokenizer["channels"]) - 1) == side
+        assert SHAPES.image // 2 ** (len(tokenizer["channels"]) - 1) // tokenizer.get("space_to_depth", 1) == side
         assert tokenizer.get("scales", [side])[-1] == side  # the finest, where there are several
     else:
         assert (tokenizer["options"]["img_size"], tokenizer["options"]["patch_size"]) == (32, 4)

@@ -71,8 +71,18 @@ def test_a_run_ends_in_a_report_and_is_not_made_again(
     assert rows["k-means"]["bits_per_pixel"] == pytest.approx(4 / 16)
     assert "| sequence | TiTok | 0.156 bits/pixel |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "reconstructions.png").is_file()
-    monkeypatch.setattr("experiments.tokenizers.__main__.train", lambda *_: pytest.fail("a run was made again"))
+    (path,) = tmp_path.glob("runs/sequence*/row.json")
+    row = json.loads(path.read_text())
+    pictures = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    made = []
+    monkeypatch.setattr("experiments.tokenizers.__main__.train", lambda *_: made.append(1) or (row, list(pictures)))
     assert main(command) == 0
+    assert not made
+    for key, other in (("weights_sha256", "0"), ("precision", "64-true")):  # of an earlier version
+        path.write_text(json.dumps(row | {key: other}))
+        assert main(command) == 0
+        assert json.loads(path.read_text()) == row
+    assert len(made) == 2
 
 
 def test_aims_are_told_from_rows() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from unimodal.cli import main as unimodal
 from unimodal.environment import can_compile, choose_precision, describe_installation
@@ -41,11 +42,12 @@ def main(argv: list[str] | None = None) -> int:
         run = args.out / "tokenizer"
         files = [option for path in args.tokenizer for option in ("-c", str(path))]
         step(["fit", *files, "--trainer.default_root_dir", str(run), "--trainer.precision", precision])
-        tokenizer = given(json.loads((run / "export" / "config.json").read_text()))
-        extra = ["--model.model.tokenizer", json.dumps(tokenizer), "--model.tokenizer_weights", str(run / "export")]
+        held = args.out / "tokenizer.yaml"
+        held.write_text(yaml.safe_dump(of_export(run / "export")))
+        extra = ["-c", str(held)]
     run = args.out / "run"
-    settings = ["--trainer.default_root_dir", str(run), "--trainer.precision", precision, *extra]
-    step(["fit", "-c", str(args.recipe), *settings, "--model.compile", str(able).lower()])
+    settings = ["--trainer.default_root_dir", str(run), "--trainer.precision", precision]
+    step(["fit", "-c", str(args.recipe), *extra, *settings, "--model.compile", str(able).lower()])
     step(["evaluate", "digits", "--run", str(run), "--out", str(args.out)])
     trained = [json.loads(path.read_text())["train_seconds"] for path in args.out.glob("*/run.json")]
     whole = time.monotonic() - started
@@ -53,11 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def given(config: Any) -> Any:
-    """Settings that are not None: within an option, jsonargparse takes null for a value of the wrong type."""
-    if isinstance(config, dict):
-        return {key: given(value) for key, value in config.items() if value is not None}
-    return config
+def of_export(folder: Path) -> dict[str, Any]:
+    """Keys of a model's recipe that put the exported tokenizer in the place of its own."""
+    tokenizer = json.loads((folder / "config.json").read_text())
+    return {"model": {"init_args": {"model": {"tokenizer": tokenizer}, "tokenizer_weights": str(folder)}}}
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,8 @@
 """The evaluation demo: every benchmark that needs no weights of others, on the digits and shapes recipes, and one page.
 
-Runs that are there already (`make demo`, `make shapes`) are scored. Where one is missing, its recipe is trained for a few
-steps instead, and page and table say so: what it scores shows the machinery, not the recipe.
+Runs that are there already (`make demo`, `make shapes`) are scored. Where one is missing, its recipe (and the tokenizer
+that it names) is trained for a few steps instead, and page and table say so: what it scores shows the machinery, not the
+recipe.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
@@ -24,8 +26,11 @@ from unimodal.data.shapes import render as render_scene
 from unimodal.documents import Part, png_bytes
 from unimodal.environment import can_compile, choose_precision
 from unimodal.evaluation.answers import AnswerFolder
+from unimodal.evaluation.reconstruction import reconstruct
 from unimodal.evaluation.shapes import GenEvalShapes
+from unimodal.export import load_export
 from unimodal.files import write_atomically
+from unimodal.model import UnifiedModel
 
 CONFIGS = Path("lightning_configs")
 TOKENIZERS = {"shapes_mot_flow": "shapes_kl"}
@@ -60,6 +65,7 @@ class Size:
 
 DEMO = Size(per_task=12, samples=2, count=100, documents=24, images=200)
 FULL = Size(per_task=50, samples=4, count=500, documents=100, images=1000)
+_AT_ONCE = 100  # images that are encoded together
 
 
 @dataclass(frozen=True)
@@ -104,47 +110,53 @@ def ready(recipe: str, folder: Path, out: Path, steps: int | None) -> Run:
     if (folder / "export").is_dir():
         return Run(recipe, folder, "trained in full")
     if steps is None:
-        train("models", recipe, folder, compiled=True, options=tokens(recipe, folder.parent))
+        train("models", recipe, folder, tokens(recipe, folder.parent, out, steps))
         return Run(recipe, folder, "trained in full")
     short = out / f"{recipe}_{steps}_steps"
     if not (short / "export").is_dir():
-        options = [*tokens(recipe, out, steps), "--data.validation_documents", "8", "--data.prompts", "2"]
-        train("models", recipe, short, options, steps)
+        few = ["--data.validation_documents", "8", "--data.prompts", "2"]
+        train("models", recipe, short, [*tokens(recipe, folder.parent, out, steps), *few], steps)
     return Run(recipe, short, f"trained for {steps} steps only: no run in {folder}")
 
 
-def tokens(recipe: str, out: Path, steps: int | None = None) -> list[str]:
-    """Options that name the tokenizer of a recipe, which is trained in `out` where it is not there yet."""
+def tokens(recipe: str, home: Path, out: Path, steps: int | None) -> list[str]:
+    """Options that name a recipe's tokenizer: trained in full in `home`, else for few steps in `out`."""
     if recipe not in TOKENIZERS:
         return []
     name = TOKENIZERS[recipe]
-    folder = out / (name if steps is None else f"{name}_{steps}_steps")
+    folder = home / name
+    if steps is not None and not (folder / "export").is_dir():
+        folder = out / f"{name}_{steps}_steps"
     if not (folder / "export").is_dir():
         train("tokenizers", name, folder, [], steps)
     return ["--model.tokenizer_weights", str(folder / "export")]
 
 
-def train(
-    kind: str, recipe: str, folder: Path, options: list[str], steps: int | None = None, compiled: bool = False
-) -> None:
+def train(kind: str, recipe: str, folder: Path, options: list[str], steps: int | None = None) -> None:
     """The recipe as this machine trains it best, in full or for a few steps, which do not pay for compiling."""
     precision, _ = choose_precision()
     settings = ["--trainer.default_root_dir", str(folder), "--trainer.precision", precision]
-    if compiled:
-        settings += ["--model.compile", str(can_compile()[0]).lower()]
     if steps is not None:
         settings += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+    elif kind == "models":
+        settings += ["--model.compile", str(can_compile()[0]).lower()]
     command(["fit", "-c", str(CONFIGS / kind / f"{recipe}.yaml"), *settings, *options])
 
 
 def shapes(run: Run, out: Path, size: Size) -> list[Scored]:
-    """All that the shapes world can score, a perfect renderer beside the model, and whether guidance matters."""
+    """All that the shapes world can score, a perfect renderer beside the model, and whether guidance matters.
+
+    The same perfect images through the model's tokenizer say what no model of these tokens can exceed.
+    """
     prompts = ["--per-task", str(size.per_task), "--samples", str(size.samples)]
     perfect = GenEvalShapes(size.per_task, size.samples)
     drawn = out / "perfect" / "answers"
     draw_perfectly(perfect, drawn)
+    through = out / "tokenizer" / "answers"
+    through_tokenizer(run, drawn, through)
     lines = [
         scored("a perfect renderer", "geneval-shapes", out / "perfect", ["--images", str(drawn), *prompts]),
+        scored("the same, encoded and decoded", "geneval-shapes", out / "tokenizer", ["--images", str(through), *prompts]),
         scored(run.name, "geneval-shapes", out / "geneval", [*of(run), *prompts]),
         scored(f"{run.name}, guidance 1", "geneval-shapes", out / "geneval-1", [*of(run), *prompts, "--guidance", "1"]),
     ]  # fmt: skip
@@ -190,6 +202,21 @@ def draw_perfectly(benchmark: GenEvalShapes, root: Path) -> None:
         for sample in range(benchmark.samples):
             scene = render_prompt(dict(item.truth), np.random.default_rng((number, sample)), benchmark.size)
             folder.write(item, sample, [Part(render_scene(scene))])
+
+
+@torch.no_grad()
+def through_tokenizer(run: Run, drawn: Path, to: Path) -> None:
+    """A folder of answers, each image encoded and decoded."""
+    model = load_export(run.folder / "export", "model")
+    assert isinstance(model, UnifiedModel)
+    shutil.copytree(drawn, to, dirs_exist_ok=True)
+    files = sorted(to.rglob("*.png"))
+    for start in range(0, len(files), _AT_ONCE):
+        part = files[start : start + _AT_ONCE]
+        pixels = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) for path in part]
+        made, _ = reconstruct(model.tokenizer.eval(), pixels)
+        for path, image in zip(part, made, strict=True):
+            write_atomically(path, png_bytes(Image.fromarray(image.permute(1, 2, 0).numpy())))
 
 
 def scored(subject: str, name: str, out: Path, options: list[str]) -> Scored:

@@ -4,6 +4,7 @@ Each run is written when it is done and skipped where it lies in --out already: 
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -56,10 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     runs = args.out / "runs"
     for held_out in args.held_out:
         for name, k in (("pca", 4), ("k-means", ENTRIES)):
-            once(runs / f"{name}-{held_out}", partial(baseline, name, k, held_out))
+            once(runs / f"{name}-{held_out}", {}, partial(baseline, name, k, held_out))
         for entry in entries:
             folder = runs / f"{entry.name.replace(', ', '-').replace(' ', '-')}-{held_out}-{args.seed}-{args.steps}"
-            row = once(folder, partial(train, entry, held_out, args.steps, args.seed))
+            row = once(folder, settings(entry), partial(train, entry, held_out, args.steps, args.seed))
             print(f"{entry.name}, without {held_out}: {row['psnr']:.2f} dB in {row['train_seconds']:.0f} s", flush=True)
     found = [(path.parent, json.loads(path.read_text())) for path in sorted(runs.glob("*/row.json"))]
     write_report([(folder, row) for folder, row in found if row["steps"] in (0, args.steps)], args.out)
@@ -67,15 +68,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def once(folder: Path, work: Callable[[], tuple[dict[str, Any], list[Tensor]]]) -> dict[str, Any]:
-    """The row of a run, from its folder or made now; its pictures lie beside it."""
+def settings(entry: Entry) -> dict[str, Any]:
+    """What a row says of its run that may have changed since: of an earlier version, it is made again."""
+    shapes = str([(name, tuple(value.shape)) for name, value in entry.build().state_dict().items()])
+    return {"precision": choose_precision()[0], "weights_sha256": hashlib.sha256(shapes.encode()).hexdigest()[:16]}
+
+
+def once(
+    folder: Path, expected: dict[str, Any], work: Callable[[], tuple[dict[str, Any], list[Tensor]]]
+) -> dict[str, Any]:
+    """The row of a run, from its folder if it is as expected, or made now; its pictures lie beside it."""
     path = folder / "row.json"
-    if not path.is_file():
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    if found is None or found != found | expected:
         row, pictures = work()
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "pictures.npy", torch.stack(pictures).numpy(), allow_pickle=False)
-        write_atomically(path, (json.dumps(row, indent=2) + "\n").encode())
-    found: dict[str, Any] = json.loads(path.read_text())
+        found = row | expected
+        write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
     return found
 
 
@@ -116,7 +126,7 @@ def train(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str,
     usage = {f"training_{key}": value for key, value in trained.measures().items() if "codebook" in key}
     row = {
         "name": entry.name, "paper": entry.paper, "baseline": entry.baseline, "held_out": held_out, "seed": seed,
-        "steps": steps, "precision": precision, "device": str(place), "machine": machine(), "train_seconds": seconds,
+        "steps": steps, "device": str(place), "machine": machine(), "train_seconds": seconds,
         "parameters": sum(p.numel() for p in tokenizer.parameters()), **quality(tiles, made), **tally.measures(), **usage,
         **speed(tokenizer, seen[:_TIMED], place),
     }  # fmt: skip

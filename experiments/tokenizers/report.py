@@ -65,6 +65,7 @@ def table(rows: Sequence[Row]) -> str:
         "SSIM",
         "codebook used",
         "encode / decode, images/s",
+        "parameters",
         "trained in",
     )
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
@@ -78,6 +79,7 @@ def table(rows: Sequence[Row]) -> str:
             name, mine[0].get("paper", "baseline"), rate, f"{of(mine, 'psnr'):.2f} ({each})", f"{of(mine, 'ssim'):.3f}",
             "" if used is None else f"{100 * used:.1f} %",
             "" if encode is None else f"{encode:.0f} / {decode:.0f}",
+            f"{mine[0]['parameters'] / 1e6:.2f} M" if "parameters" in mine[0] else "",
             "" if seconds is None else f"{seconds:.0f} s",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -86,7 +88,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def machines(rows: Sequence[Row]) -> str:
     """Where the runs were made."""
-    named = sorted({f"{row['machine']} ({row['device']})" for row in rows if "machine" in row})
+    named = sorted({f"{row['machine']} ({row['device']}, {row['precision']})" for row in rows if "machine" in row})
     return "".join(f"- measured on {one}\n" for one in named)
 
 

@@ -1,4 +1,4 @@
-"""The tokenizers that are compared, each with the same convolutions (or transformers of about their size) around it.
+"""The tokenizers that are compared, each with the same convolutions around it, or with transformers.
 
 A row's rate is stated by what its tokens hold: bits a pixel where they are ids, numbers a pixel where they are vectors.
 """
@@ -61,13 +61,12 @@ def _grid(quantizer: Callable[[], Quantizer]) -> Callable[[], TrainableTokenizer
     return lambda: GridTokenizer(quantizer(), **NETWORK)
 
 
-_TRANSFORMER: dict[str, Any] = {"patch": 4, "width": 96, "heads": 3}
 _COARSE: dict[str, Any] = {"patch": 8, "width": 192, "heads": 6, "depth": 3}
 """Of those whose tokens and patches attend to each other: a quarter of the patches, twice the width."""
 
 TABLE = (
     Entry("kl", "latent diffusion", lambda: KLTokenizer(dim=4, **NETWORK), "pca", {"kl": 1e-6}),
-    Entry("staged", "MingTok", lambda: StagedTokenizer(dim=4, depths=(2, 1, 3), **_TRANSFORMER), "pca"),
+    Entry("staged", "MingTok", lambda: StagedTokenizer(4, patch=4, width=96, heads=3, depths=(2, 1, 3)), "pca"),
     Entry("vq", "LlamaGen", _grid(lambda: VectorQuantizer(ENTRIES, 8)), "k-means"),
     Entry("vq, any length", "VQ-VAE", _grid(lambda: EuclideanQuantizer(ENTRIES, 8)), "k-means"),
     Entry("vq, moving average", "VQ-VAE-2", _grid(lambda: MovingAverageQuantizer(ENTRIES, 8)), "k-means"),

@@ -1,6 +1,7 @@
 """`unimodal evaluate` from its arguments to its files, and what it says to wrong ones."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -163,7 +164,9 @@ def test_answers_to_something_else_are_not_scored(run: Path, tmp_path: Path, ref
     )
 
 
-def test_the_demo_asks_what_its_benchmarks_understand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_asks_what_its_benchmarks_understand(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from experiments.evaluation import __main__ as demo
 
     asked: list[list[str]] = []
@@ -180,12 +183,16 @@ def test_the_demo_asks_what_its_benchmarks_understand(tmp_path: Path, monkeypatc
     monkeypatch.setattr(demo, "command", evaluate)
     size = demo.Size(per_task=1, samples=1, count=2, documents=2, images=12)
     for name, score in (("shapes", demo.shapes), ("digits", demo.digits)):
-        lines = score(demo.Run(name, tmp_path, ""), tmp_path / name, size)
+        lines = score(demo.Run(name, run, ""), tmp_path / name, size)
         assert all((tmp_path / line.link).parent.is_dir() for line in lines)
     assert {arguments[1] for arguments in asked} == {
         "geneval-shapes", "compare", "shapes-questions", "shapes-captions", "shapes-edits", "shapes-steps", "images",
         "digits-sums",
     }  # fmt: skip
+    drawn, through = (sorted((tmp_path / "shapes" / name).rglob("*.png")) for name in ("perfect", "tokenizer"))
+    assert len(drawn) == len(through) > 0
+    for before, after in zip(drawn, through, strict=True):
+        assert Image.open(before).tobytes() == Image.open(after).tobytes()  # patches lose nothing
 
 
 def test_the_demo_trains_the_tokenizer_that_a_recipe_needs_once(
@@ -201,18 +208,26 @@ def test_the_demo_trains_the_tokenizer_that_a_recipe_needs_once(
         (folder / "export").mkdir(parents=True)
 
     monkeypatch.setattr(demo, "command", fit)
-    for steps, ending in ((3, "_3_steps"), (None, "")):
+    recipes = ["lightning_configs/tokenizers/shapes_kl.yaml", "lightning_configs/models/shapes_mot_flow.yaml"]
+    folder, out = tmp_path / "shapes" / "run", tmp_path / "out"
+    for steps, home in (
+        (3, out / "shapes_kl_3_steps"),
+        (None, folder.parent / "shapes_kl"),
+        (3, folder.parent / "shapes_kl"),
+    ):
         trained.clear()
-        folder = tmp_path / "shapes" / "run"
-        for _ in range(2):
-            run = demo.ready("shapes_mot_flow", folder, tmp_path / "out", steps)
-        tokenizer, model = trained
-        assert tokenizer[2] == "lightning_configs/tokenizers/shapes_kl.yaml"
-        assert model[2] == "lightning_configs/models/shapes_mot_flow.yaml"
-        home = tmp_path / ("shapes" if steps is None else "out")
-        assert model[model.index("--model.tokenizer_weights") + 1] == str(home / f"shapes_kl{ending}" / "export")
+        run = demo.ready("shapes_mot_flow", folder, out, steps)
+        assert run.folder == (folder if steps is None else out / "shapes_mot_flow_3_steps")
+        new = len(trained) == 2  # the third time the whole tokenizer is there, and the model of few steps is not
+        assert [arguments[2] for arguments in trained] == recipes[not new :]
+        assert new == (home.name != "shapes_kl" or steps is None)
+        model = trained[-1]
+        assert model[model.index("--model.tokenizer_weights") + 1] == str(home / "export")
         assert all(("--trainer.max_steps" in arguments) == (steps is not None) for arguments in trained)
-        assert run.folder == (folder if steps is None else tmp_path / "out" / "shapes_mot_flow_3_steps")
+        trained.clear()
+        assert demo.ready("shapes_mot_flow", folder, out, steps) == run
+        assert not trained
+        shutil.rmtree(run.folder)
     trained.clear()
     demo.ready("digits_mot_flow", tmp_path / "digits", tmp_path / "out", 3)
     assert [arguments[2] for arguments in trained] == ["lightning_configs/models/digits_mot_flow.yaml"]

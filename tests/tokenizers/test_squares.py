@@ -65,16 +65,17 @@ def test_the_linear_map_is_a_product_with_the_pixels_of_a_token() -> None:
 def test_training_begins_with_the_lowest_frequencies_alone() -> None:
     """As many channels as a token has values: nothing is lost. With fewer: what the waves hold of it, and no more."""
     x = images()
-    whole = KLTokenizer(12, [8], 1, space_to_depth=2).eval()
-    torch.testing.assert_close(whole(x).images, x, atol=1e-5, rtol=0)
+    for options in ({}, {"use_quant_conv": True, "use_post_quant_conv": True}):
+        whole = KLTokenizer(12, [8], 1, space_to_depth=2, options=options).eval()
+        torch.testing.assert_close(whole(x).images, x, atol=1e-5, rtol=0)
+        variance = whole._posterior(x).logvar
+        torch.testing.assert_close(variance, torch.full_like(variance, -6.0))
     made = KLTokenizer(4, [8, 16], 1, space_to_depth=2).eval()
     basis = lowest_frequencies(4, 4).flatten(1)
     for row in range(4):
         pixels = x[:, :, 4 * row : 4 * row + 4, :4].flatten(1)
         seen = made(x).images[:, :, 4 * row : 4 * row + 4, :4].flatten(1)
         torch.testing.assert_close(seen, pixels @ basis.T @ basis, atol=1e-5, rtol=0)
-    posterior = made._posterior(x)
-    torch.testing.assert_close(posterior.logvar, torch.full_like(posterior.mean, -6.0))
 
 
 def test_so_does_a_quantizer() -> None:

@@ -35,8 +35,8 @@ class CodebookTokenizer(TrainableTokenizer):
         blocks: int,
         groups: int,
         attention: bool,
-        space_to_depth: int,
         scales: Sequence[int] = (),
+        space_to_depth: int = 1,
     ) -> None:
         super().__init__()
         check_space_to_depth(space_to_depth)
@@ -61,7 +61,7 @@ class CodebookTokenizer(TrainableTokenizer):
         self.decoder = Decoder(dim, colours, up_block_types=("UpDecoderBlock2D",) * n, **shared)
         self.squares = Squares(space_to_depth, stride, dim) if space_to_depth > 1 else None
         if self.squares is not None:
-            self.squares.begin(self.encoder.conv_out, self.decoder.conv_out)
+            self.squares.silence(self.encoder.conv_out, self.decoder.conv_out)
 
     @abstractmethod
     def quantize(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Quantized:
@@ -88,7 +88,7 @@ class CodebookTokenizer(TrainableTokenizer):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The convolution that makes pixels."""
+        """The network's last weight; a linear map may stand beside it."""
         return self.decoder.conv_out.weight
 
     def encode_batch(
@@ -139,8 +139,8 @@ class GridTokenizer(CodebookTokenizer):
         blocks: int,
         groups: int = 8,
         attention: bool = False,
-        space_to_depth: int = 1,
         semantic: SemanticHead | None = None,
+        space_to_depth: int = 1,
     ) -> None:
         """Args:
 
@@ -150,11 +150,13 @@ class GridTokenizer(CodebookTokenizer):
         blocks: residual blocks of the encoder at each resolution (the decoder has one more).
         groups: groups of the group norms; must divide every width.
         attention: whether the middle of both networks attends over the whole image.
+        semantic: what the quantized vectors are to mean.
         space_to_depth: side in pixels of the squares that the networks see as one place; above 1 a linear map stands
             beside them (`Squares`).
-        semantic: what the quantized vectors are to mean.
         """
-        super().__init__(quantizer.codebooks, quantizer.dim, channels, blocks, groups, attention, space_to_depth)
+        super().__init__(
+            quantizer.codebooks, quantizer.dim, channels, blocks, groups, attention, space_to_depth=space_to_depth
+        )
         self.quantizer, self.semantic = quantizer, semantic
         self.weights = {**quantizer.weights, **({} if semantic is None else semantic.weights)}
         if semantic is not None:

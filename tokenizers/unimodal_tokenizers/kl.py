@@ -42,9 +42,9 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
         shift: float | Sequence[float] | None = None,
         groups: int = 8,
         attention: bool = False,
-        space_to_depth: int = 1,
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
+        space_to_depth: int = 1,
     ) -> None:
         """Args:
 
@@ -56,10 +56,10 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
         shift: subtracted from the latents before.
         groups: groups of the group norms; must divide every width.
         attention: whether the middle of both networks attends over the whole image.
-        space_to_depth: side in pixels of the squares that the networks see as one place; above 1 a linear map stands
-            beside them (`Squares`).
         seed: of the noise in training.
         options: further settings of diffusers' AutoencoderKL, which has no convolution beside the latents by default.
+        space_to_depth: side in pixels of the squares that the networks see as one place; above 1 a linear map stands
+            beside them (`Squares`).
         """
         if (scale is None) != (shift is None):
             raise ValueError(f"scale, shift: expected both or neither, got {scale} and {shift}")
@@ -87,8 +87,8 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
         self.network: Any = network  # diffusers says of no network what it has
         self.squares = Squares(space_to_depth, stride, dim) if space_to_depth > 1 else None
         if self.squares is not None:
-            self.squares.begin(network.decoder.conv_out)
-            self.squares.begin_posterior(network.encoder.conv_out)
+            self.squares.silence(network.decoder.conv_out)
+            self.squares.silence_posterior(network.quant_conv or network.encoder.conv_out)
         self.weights = {"kl": 1e-6}
         self.measures, self.seed = scale is None, seed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training batches seen
@@ -111,7 +111,7 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The decoder's last weight."""
+        """The decoder's last weight; a linear map may stand beside it."""
         return self.network.decoder.conv_out.weight
 
     def image_to_latent(

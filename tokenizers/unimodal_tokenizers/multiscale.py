@@ -38,8 +38,8 @@ class MultiscaleVQ(CodebookTokenizer, MultiscaleTokenizer):
         scales: Sequence[int],
         groups: int = 8,
         attention: bool = False,
-        space_to_depth: int = 1,
         revive_after: int = 50,
+        space_to_depth: int = 1,
     ) -> None:
         """Args:
 
@@ -52,13 +52,13 @@ class MultiscaleVQ(CodebookTokenizer, MultiscaleTokenizer):
             image of another size or shape has the same shares of its own.
         groups: groups of the group norms; must divide every width.
         attention: whether the middle of both networks attends over the whole image.
+        revive_after: training batches without a token after which an entry of the codebook is replaced.
         space_to_depth: side in pixels of the squares that the networks see as one place; above 1 a linear map stands
             beside them (`Squares`).
-        revive_after: training batches without a token after which an entry of the codebook is replaced.
         """
         if not scales or scales[0] < 1 or any(a >= b for a, b in itertools.pairwise(scales)):
             raise ValueError(f"scales: expected rising numbers of rows, at least one, from 1 up, got {list(scales)}")
-        super().__init__((codebook,), dim, channels, blocks, groups, attention, space_to_depth, scales)
+        super().__init__((codebook,), dim, channels, blocks, groups, attention, scales, space_to_depth)
         self.quantizer = EuclideanQuantizer(codebook, dim, revive_after * len(scales))
         self.weights = self.quantizer.weights
         self.phi = nn.ModuleList(Phi(dim) for _ in scales)

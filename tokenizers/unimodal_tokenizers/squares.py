@@ -44,16 +44,16 @@ class Squares(nn.Module):
                 nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
 
     @staticmethod
-    def begin(*last: nn.Conv2d) -> None:
-        """The networks' last convolutions say nothing at the start."""
+    def silence(*last: nn.Conv2d) -> None:
+        """Last convolutions that say nothing at the start."""
         for layer in last:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     @staticmethod
-    def begin_posterior(last: nn.Conv2d) -> None:
-        """The same for an encoder that gives D means and D log variances."""
-        Squares.begin(last)
+    def silence_posterior(last: nn.Conv2d) -> None:
+        """The same of an encoder that gives D means and D log variances."""
+        Squares.silence(last)
         nn.init.constant_(last.bias[len(last.bias) // 2 :], _LOG_VARIANCE)  # type: ignore[index,arg-type]
 
     def fold(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C _ _"]:
