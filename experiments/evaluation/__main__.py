@@ -28,9 +28,8 @@ from unimodal.environment import can_compile, choose_precision
 from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.reconstruction import reconstruct
 from unimodal.evaluation.shapes import GenEvalShapes
-from unimodal.export import load_export
+from unimodal.export import load_run
 from unimodal.files import write_atomically
-from unimodal.model import UnifiedModel
 
 CONFIGS = Path("lightning_configs")
 TOKENIZERS = {"shapes_mot_flow": "shapes_kl"}
@@ -207,14 +206,13 @@ def draw_perfectly(benchmark: GenEvalShapes, root: Path) -> None:
 @torch.no_grad()
 def through_tokenizer(run: Run, drawn: Path, to: Path) -> None:
     """A folder of answers, each image encoded and decoded."""
-    model = load_export(run.folder / "export", "model")
-    assert isinstance(model, UnifiedModel)
+    tokenizer = load_run(run.folder).tokenizer.eval()
     shutil.copytree(drawn, to, dirs_exist_ok=True)
     files = sorted(to.rglob("*.png"))
     for start in range(0, len(files), _AT_ONCE):
         part = files[start : start + _AT_ONCE]
         pixels = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) for path in part]
-        made, _ = reconstruct(model.tokenizer.eval(), pixels)
+        made, _ = reconstruct(tokenizer, pixels)
         for path, image in zip(part, made, strict=True):
             write_atomically(path, png_bytes(Image.fromarray(image.permute(1, 2, 0).numpy())))
 

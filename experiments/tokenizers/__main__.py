@@ -113,9 +113,12 @@ def train(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str,
         logger=False, enable_checkpointing=False, gradient_clip_val=1.0, enable_model_summary=False, limit_val_batches=0,
         enable_progress_bar=sys.stderr.isatty(),
     )  # fmt: skip
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     trainer.fit(module, datamodule=PhotographData(held_out, BATCH, seed))
-    seconds = time.perf_counter() - started
+    seconds, cpu = (
+        time.perf_counter() - started,
+        time.process_time() - worked,
+    )  # a run may have been stopped for a while
     place = trainer.strategy.root_device
     tokenizer.eval().to(place)  # lightning brings it back to the host
     tiles, seen = held_out_tiles(held_out), training_tiles(held_out)
@@ -126,7 +129,7 @@ def train(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str,
     usage = {f"training_{key}": value for key, value in trained.measures().items() if "codebook" in key}
     row = {
         "name": entry.name, "paper": entry.paper, "baseline": entry.baseline, "held_out": held_out, "seed": seed,
-        "steps": steps, "device": str(place), "machine": machine(), "train_seconds": seconds,
+        "steps": steps, "device": str(place), "machine": machine(), "train_seconds": seconds, "cpu_seconds": cpu,
         "parameters": sum(p.numel() for p in tokenizer.parameters()), **quality(tiles, made), **tally.measures(), **usage,
         **speed(tokenizer, seen[:_TIMED], place),
     }  # fmt: skip

@@ -66,7 +66,7 @@ def table(rows: Sequence[Row]) -> str:
         "codebook used",
         "encode / decode, images/s",
         "parameters",
-        "trained in",
+        "trained in, CPU s",
     )
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for name, mine in by_name(rows).items():
@@ -74,13 +74,13 @@ def table(rows: Sequence[Row]) -> str:
         rate = f"{numbers:.2f} numbers/pixel" if bits is None else f"{bits:.3f} bits/pixel"
         each = ", ".join(f"{row['psnr']:.1f}" for row in sorted(mine, key=lambda row: row["held_out"]))
         used, encode, decode = usage(mine), of(mine, "encode_per_second"), of(mine, "decode_per_second")
-        seconds = of(mine, "train_seconds")
+        seconds = of(mine, "cpu_seconds")
         cells = [
             name, mine[0].get("paper", "baseline"), rate, f"{of(mine, 'psnr'):.2f} ({each})", f"{of(mine, 'ssim'):.3f}",
             "" if used is None else f"{100 * used:.1f} %",
             "" if encode is None else f"{encode:.0f} / {decode:.0f}",
             f"{mine[0]['parameters'] / 1e6:.2f} M" if "parameters" in mine[0] else "",
-            "" if seconds is None else f"{seconds:.0f} s",
+            "" if seconds is None else f"{seconds:.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
