@@ -62,7 +62,7 @@ class Size:
     images: int
 
 
-DEMO = Size(per_task=12, samples=2, count=100, documents=24, images=200)
+DEMO = Size(per_task=8, samples=2, count=60, documents=16, images=120)
 FULL = Size(per_task=50, samples=4, count=500, documents=100, images=1000)
 _AT_ONCE = 100  # images that are encoded together
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results and index.html")
     parser.add_argument("--digits", type=Path, default=Path("out/demo/run"), help="run of digits_mot_flow")
     parser.add_argument("--shapes", type=Path, default=Path("out/shapes/run"), help="run of shapes_mot_flow")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of a recipe without a run (60)")
+    parser.add_argument("--steps", type=int, default=20, help="training steps of a recipe without a run (20)")
     parser.add_argument("--only", choices=("digits", "shapes"), help="one of the two")
     parser.add_argument("--full", action="store_true", help="train what is missing in full, and ask all prompts")
     args = parser.parse_args(argv)
