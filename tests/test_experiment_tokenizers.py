@@ -78,7 +78,7 @@ def test_a_run_ends_in_a_report_and_is_not_made_again(
     monkeypatch.setattr("experiments.tokenizers.__main__.train", lambda *_: made.append(1) or (row, list(pictures)))
     assert main(command) == 0
     assert not made
-    for key, other in (("weights_sha256", "0"), ("precision", "64-true")):  # of an earlier version
+    for key, other in (("start_sha256", "0"), ("precision", "64-true")):  # of an earlier version
         path.write_text(json.dumps(row | {key: other}))
         assert main(command) == 0
         assert json.loads(path.read_text()) == row

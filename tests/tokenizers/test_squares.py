@@ -6,7 +6,16 @@ from torch import Tensor
 
 from unimodal_tokenizers import GridTokenizer, KLTokenizer, MultiscaleVQ
 from unimodal_tokenizers.base import TrainableTokenizer
-from unimodal_tokenizers.quantizers import EuclideanQuantizer, VectorQuantizer
+from unimodal_tokenizers.quantizers import (
+    BSQ,
+    FSQ,
+    IBQ,
+    LFQ,
+    EuclideanQuantizer,
+    ResidualQuantizer,
+    SubCodebooks,
+    VectorQuantizer,
+)
 from unimodal_tokenizers.squares import Squares, lowest_frequencies
 
 MADE = {
@@ -22,7 +31,7 @@ def images(height: int = 16, width: int = 8, count: int = 2) -> Tensor:
 
 @pytest.mark.parametrize(("side", "count"), [(1, 3), (2, 5), (2, 12), (4, 4), (4, 48), (3, 30)])
 def test_the_waves_are_orthonormal_and_behind_the_last_come_zeros(side: int, count: int) -> None:
-    basis = lowest_frequencies(side, count)
+    basis, _ = lowest_frequencies(side, count)
     assert basis.shape == (count, 3, side, side)
     known = min(count, 3 * side**2)
     product = basis.flatten(1) @ basis.flatten(1).T
@@ -33,7 +42,7 @@ def test_the_waves_are_orthonormal_and_behind_the_last_come_zeros(side: int, cou
 
 def test_slow_waves_come_before_fast_ones_and_brightness_before_colour() -> None:
     """Of 4 x 4 pixels: brightness, its difference from red to blue, and the two slowest waves of brightness."""
-    mean, colour, *slow = lowest_frequencies(4, 4)
+    (mean, colour, *slow), _ = lowest_frequencies(4, 4)
     torch.testing.assert_close(mean, torch.full((3, 4, 4), 48**-0.5))
     torch.testing.assert_close(colour, torch.tensor([1.0, 0.0, -1.0])[:, None, None].expand(3, 4, 4) / 32**0.5)
     for wave, along in zip(slow, (-1, -2), strict=True):  # half a turn over the square: odd about its middle
@@ -71,7 +80,7 @@ def test_training_begins_with_the_lowest_frequencies_alone() -> None:
         variance = whole._posterior(x).logvar
         torch.testing.assert_close(variance, torch.full_like(variance, -6.0))
     made = KLTokenizer(4, [8, 16], 1, space_to_depth=2).eval()
-    basis = lowest_frequencies(4, 4).flatten(1)
+    basis = lowest_frequencies(4, 4)[0].flatten(1)
     for row in range(4):
         pixels = x[:, :, 4 * row : 4 * row + 4, :4].flatten(1)
         seen = made(x).images[:, :, 4 * row : 4 * row + 4, :4].flatten(1)
@@ -86,6 +95,46 @@ def test_so_does_a_quantizer() -> None:
         made.quantizer.codebook.weight.copy_(made._images_to_vectors(x))  # 2 images x 4 x 2 tokens
     linear = KLTokenizer(4, [8, 16], 1, space_to_depth=2).eval()
     torch.testing.assert_close(made(x).images, linear(x).images, atol=1e-5, rtol=0)
+
+
+def test_where_directions_are_kept_each_slice_begins_with_a_constant_beside_its_waves() -> None:
+    """So a vector can be told from half of it: the direction of its waves alone could not."""
+    squares, x = Squares(2, 4, 6, "directions", slices=2), images()
+    z = squares.analysis(x)
+    torch.testing.assert_close(z[:, [2, 5]], torch.ones(2, 2, 4, 2))
+    plain = Squares(2, 4, 4)
+    torch.testing.assert_close(z[:, [0, 1, 3, 4]], plain.analysis(x))
+    torch.testing.assert_close(
+        squares.synthesis(z), plain.synthesis(plain.analysis(x))
+    )  # a constant says nothing of pixels
+
+
+def test_where_levels_are_kept_channels_begin_alike() -> None:
+    """The share of a channel in what is seen stays what it was; its numbers are what they were over its deviation."""
+    plain, squares = Squares(2, 4, 6), Squares(2, 4, 6, "levels")
+    deviations = lowest_frequencies(4, 6)[1]
+    assert (deviations.diff() <= 0).all()
+    assert 0.5 < deviations[0] < 1.5
+    x = images()
+    torch.testing.assert_close(squares.analysis(x) * deviations[:, None, None], plain.analysis(x))
+    torch.testing.assert_close(squares.synthesis(squares.analysis(x)), plain.synthesis(plain.analysis(x)))
+
+
+def test_a_tokenizer_begins_as_its_quantizer_keeps_vectors() -> None:
+    made = [
+        (EuclideanQuantizer(16, 4), "vectors", 1),
+        (ResidualQuantizer(16, 2, 4), "vectors", 1),
+        (VectorQuantizer(16, 4), "directions", 1),
+        (IBQ(16, 4), "directions", 1),
+        (SubCodebooks(VectorQuantizer(16, 2), 2), "directions", 2),
+        (FSQ([3, 3, 3, 3]), "levels", 1),
+        (LFQ(4), "levels", 1),
+        (BSQ(4), "levels", 1),
+    ]
+    for quantizer, keeps, slices in made:
+        tokenizer, expected = GridTokenizer(quantizer, [8, 16], 1, space_to_depth=2), Squares(2, 4, 4, keeps, slices)
+        for name, value in expected.state_dict().items():
+            assert torch.equal(tokenizer.squares.state_dict()[name], value), (type(quantizer), name)
 
 
 @pytest.mark.parametrize("name", MADE)

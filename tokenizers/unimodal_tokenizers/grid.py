@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unimodal_tokenizers.base import Grid, Reconstruction, TokenLayout, TrainableTokenizer
 from unimodal_tokenizers.quantizers.base import Quantized, Quantizer
 from unimodal_tokenizers.semantic import SemanticHead
-from unimodal_tokenizers.squares import Squares, check_space_to_depth
+from unimodal_tokenizers.squares import Keeps, Squares, check_space_to_depth
 
 
 class CodebookTokenizer(TrainableTokenizer):
@@ -37,6 +37,7 @@ class CodebookTokenizer(TrainableTokenizer):
         attention: bool,
         scales: Sequence[int] = (),
         space_to_depth: int = 1,
+        keeps: Keeps = "vectors",
     ) -> None:
         super().__init__()
         check_space_to_depth(space_to_depth)
@@ -59,7 +60,7 @@ class CodebookTokenizer(TrainableTokenizer):
         }
         self.encoder = Encoder(colours, dim, down_block_types=("DownEncoderBlock2D",) * n, double_z=False, **shared)
         self.decoder = Decoder(dim, colours, up_block_types=("UpDecoderBlock2D",) * n, **shared)
-        self.squares = Squares(space_to_depth, stride, dim) if space_to_depth > 1 else None
+        self.squares = Squares(space_to_depth, stride, dim, keeps, len(codebooks)) if space_to_depth > 1 else None
         if self.squares is not None:
             self.squares.silence(self.encoder.conv_out, self.decoder.conv_out)
 
@@ -155,7 +156,14 @@ class GridTokenizer(CodebookTokenizer):
             beside them (`Squares`).
         """
         super().__init__(
-            quantizer.codebooks, quantizer.dim, channels, blocks, groups, attention, space_to_depth=space_to_depth
+            quantizer.codebooks,
+            quantizer.dim,
+            channels,
+            blocks,
+            groups,
+            attention,
+            space_to_depth=space_to_depth,
+            keeps=quantizer.keeps,
         )
         self.quantizer, self.semantic = quantizer, semantic
         self.weights = {**quantizer.weights, **({} if semantic is None else semantic.weights)}

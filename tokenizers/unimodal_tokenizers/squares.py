@@ -5,6 +5,7 @@ s the tokenizer's stride, D channels of a latent.
 """
 
 import math
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -12,8 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Keeps = Literal["vectors", "directions", "levels"]
+"""What of a latent its quantizer keeps: the vector, its direction alone, or each channel's level."""
 _LOG_VARIANCE = -6.0
 """Of a posterior at the start: its deviation is a twentieth of the prior's."""
+_BRIGHTNESS = 0.9
+"""Deviation of a square's brightness times sqrt(3)."""
 
 
 class Squares(nn.Module):
@@ -25,23 +30,34 @@ class Squares(nn.Module):
     them, so that training begins near what principal components reach.
     """
 
-    def __init__(self, side: int, stride: int, dim: int) -> None:
+    def __init__(self, side: int, stride: int, dim: int, keeps: Keeps = "vectors", slices: int = 1) -> None:
         """Args:
 
         side: p of a square, pixels.
         stride: of the tokenizer, s.
         dim: channels D.
+        keeps: what becomes of z on its way (`Quantizer.keeps`). Where only directions are kept, the last channel begins
+            as a constant, so that the others have something to be small beside; where each channel is rounded by itself,
+            all begin with deviations of one order.
+        slices: of the channels, each kept by itself.
         """
         super().__init__()
         self.side = side
         self.analysis = nn.Conv2d(3, dim, stride, stride)
         self.synthesis = nn.ConvTranspose2d(dim, 3, stride, stride)
-        basis = lowest_frequencies(stride, dim)
+        constant = torch.zeros(dim, dtype=torch.bool)
+        if keeps == "directions":
+            constant[dim // slices - 1 :: dim // slices] = True
+        basis, deviations = lowest_frequencies(stride, int((~constant).sum()))
+        unit = (deviations if keeps == "levels" else torch.ones_like(deviations))[:, None, None, None]
         with torch.no_grad():
-            self.analysis.weight.copy_(basis / stride)  # averages: of a grey image the first is its value times sqrt(3)
-            self.synthesis.weight.copy_(basis * stride)
             for linear in (self.analysis, self.synthesis):
+                nn.init.zeros_(linear.weight)
                 nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+            # Averages: of a grey image the first is its value times sqrt(3), where its unit is 1.
+            self.analysis.weight[~constant] = basis / (stride * unit)
+            self.synthesis.weight[~constant] = basis * (stride * unit)
+            self.analysis.bias[constant] = 1.0  # type: ignore[index]
 
     @staticmethod
     def silence(*last: nn.Conv2d) -> None:
@@ -65,12 +81,13 @@ class Squares(nn.Module):
         return F.pixel_shuffle(folded, self.side)
 
 
-def lowest_frequencies(side: int, count: int) -> Float[Tensor, "D 3 s s"]:
+def lowest_frequencies(side: int, count: int) -> tuple[Float[Tensor, "D 3 s s"], Float[Tensor, " D"]]:
     """Orthonormal waves over side x side pixels and three colours, those first that weigh most in photographs.
 
     They are the cosines of JPEG times brightness and two differences of colours. The variance is taken as falling with the
     square of the frequency and as 15 and 5 % of that of brightness for the differences, which orders the first sixteen as
-    photographs do. Behind the 3 s^2 that there are come zeros.
+    photographs do (fast waves have less than that). Its root comes with each wave, for averages of images in [-1, 1]. Behind
+    the 3 s^2 that there are come zeros.
     """
     k = torch.arange(side)
     cosines = torch.cos(math.pi * (k + 0.5) * k[:, None] / side)  # (frequency, place)
@@ -78,9 +95,11 @@ def lowest_frequencies(side: int, count: int) -> Float[Tensor, "D 3 s s"]:
     cosines, colours = F.normalize(cosines), F.normalize(colours)
     waves = torch.einsum("a c, u y, v x -> a u v c y x", colours, cosines, cosines)
     variance = torch.tensor([1.0, 0.15, 0.05])[:, None, None] / (1 + 10 * (k[:, None].square() + k.square()))
-    order = variance.flatten().argsort(descending=True, stable=True)
+    ordered, order = variance.flatten().sort(descending=True, stable=True)
     basis = rearrange(waves, "a u v c y x -> (a u v) c y x")[order[:count]]
-    return torch.cat([basis, basis.new_zeros(max(0, count - len(basis)), 3, side, side)])
+    missing = max(0, count - len(basis))
+    basis = torch.cat([basis, basis.new_zeros(missing, 3, side, side)])
+    return basis, F.pad(_BRIGHTNESS * ordered[:count].sqrt(), (0, missing), value=1.0)
 
 
 def check_space_to_depth(side: int) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unimodal_tokenizers.quantizers.search import SEARCH_BYTES
+from unimodal_tokenizers.squares import Keeps
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Quantizer(nn.Module, ABC):
     dim: int  # channels D it reads and says
     codebooks: tuple[int, ...]  # entries K of each codebook
     weights: Mapping[str, float]  # the names of the terms of its loss, each with the weight it has by default
+    keeps: Keeps = "vectors"  # what of a vector its ids can say; where an encoder beside a linear map begins
 
     @abstractmethod
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:

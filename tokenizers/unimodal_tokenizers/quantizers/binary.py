@@ -32,6 +32,8 @@ class BinaryQuantizer(Quantizer):
     the bit of channel i is 1 with probability sigmoid(4 s z_i / temperature), where codes are -s and s.
     """
 
+    keeps = "levels"
+
     def __init__(self, bits: int, codebooks: int = 1, temperature: float = 0.01, diversity: float = 1.0) -> None:
         """Args:
 

@@ -20,6 +20,7 @@ MARGIN = 1e-3  # the outermost levels are reached before tanh is flat
 class FSQ(Quantizer):
     """A grid of L_1 x ... x L_D codes in [-1, 1]^D: nothing to learn, nothing to search, no term of the loss."""
 
+    keeps = "levels"
     levels: Float[Tensor, " D"]
 
     def __init__(self, levels: Sequence[int]) -> None:

@@ -31,6 +31,8 @@ class IBQ(Quantizer):
     matrix of vectors x codes exceeds `SEARCH_BYTES`. Over several processes the entropy is that of all their vectors.
     """
 
+    keeps = "directions"  # the code of the largest product is the same for every length of z
+
     def __init__(
         self, entries: int, dim: int, temperature: float = 0.01, diversity: float = 1.0, seed: int = 0
     ) -> None:

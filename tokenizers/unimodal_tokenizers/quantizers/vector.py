@@ -22,6 +22,7 @@ from unimodal_tokenizers.quantizers.base import (
     straight_through,
 )
 from unimodal_tokenizers.quantizers.search import nearest_code, nearest_code_of_any_length
+from unimodal_tokenizers.squares import Keeps
 
 
 class VectorQuantizer(Quantizer):
@@ -33,6 +34,7 @@ class VectorQuantizer(Quantizer):
     entries are dead when no process chose them, and replacements are drawn from the outputs of all.
     """
 
+    keeps: Keeps = "directions"
     steps: Int64[Tensor, ""]
     idle: Int64[Tensor, " K"]
 
@@ -123,6 +125,8 @@ class VectorQuantizer(Quantizer):
 
 class EuclideanQuantizer(VectorQuantizer):
     """Codes of any length: residuals shrink from one to the next, and their length says something."""
+
+    keeps = "vectors"
 
     def project(self, x: Float[Tensor, "P D"]) -> Float[Tensor, "P D"]:
         """x itself, in single precision at least."""
