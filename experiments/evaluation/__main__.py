@@ -62,7 +62,7 @@ class Size:
     images: int
 
 
-DEMO = Size(per_task=8, samples=2, count=60, documents=16, images=120)
+DEMO = Size(per_task=8, samples=2, count=60, documents=16, images=200)
 FULL = Size(per_task=50, samples=4, count=500, documents=100, images=1000)
 _AT_ONCE = 100  # images that are encoded together
 
@@ -156,17 +156,17 @@ def shapes(run: Run, out: Path, size: Size) -> list[Scored]:
     lines = [
         scored("a perfect renderer", "geneval-shapes", out / "perfect", ["--images", str(drawn), *prompts]),
         scored("the same, encoded and decoded", "geneval-shapes", out / "tokenizer", ["--images", str(through), *prompts]),
-        scored(run.name, "geneval-shapes", out / "geneval", [*of(run), *prompts]),
-        scored(f"{run.name}, guidance 1", "geneval-shapes", out / "geneval-1", [*of(run), *prompts, "--guidance", "1"]),
+        scored(run.name, "geneval-shapes", out / "geneval", [*of(run, size), *prompts]),
+        scored(f"{run.name}, guidance 1", "geneval-shapes", out / "geneval-1", [*of(run, size), *prompts, "--guidance", "1"]),
     ]  # fmt: skip
     command(["evaluate", "compare", str(out / "geneval-1"), str(out / "geneval"), "--out", str(out / "guidance")])
     for name in ("shapes-questions", "shapes-captions", "shapes-edits"):
-        lines.append(scored(run.name, name, out / name, [*of(run), "--count", str(size.count)]))
-    lines.append(scored(run.name, "shapes-steps", out / "steps", [*of(run), "--count", str(size.documents)]))
+        lines.append(scored(run.name, name, out / name, [*of(run, size), "--count", str(size.count)]))
+    lines.append(scored(run.name, "shapes-steps", out / "steps", [*of(run, size), "--count", str(size.documents)]))
     source = ShapesSource("text_to_image", "test", documents=2 * size.images, seed=0)
     documents = [source.document(i, np.random.default_rng(0)) for i in range(len(source))]
     real = [document.images[0] for document in documents[size.images :]]
-    lines.append(image_set(run, out / "images", [document.text for document in documents[: size.images]], real))
+    lines.append(image_set(run, size, out / "images", [document.text for document in documents[: size.images]], real))
     return lines
 
 
@@ -174,24 +174,24 @@ def digits(run: Run, out: Path, size: Size) -> list[Scored]:
     """Sums of digits as interleaved documents."""
     prompts = [caption(i % 10) for i in range(size.images)]
     return [
-        scored(run.name, "digits-sums", out / "sums", [*of(run), "--sums", str(size.documents)]),
-        image_set(run, out / "images", prompts, digit_images("test").images()),
+        scored(run.name, "digits-sums", out / "sums", [*of(run, size), "--sums", str(size.documents)]),
+        image_set(run, size, out / "images", prompts, digit_images("test").images()),
     ]
 
 
-def image_set(run: Run, out: Path, prompts: list[str], real: list[Image.Image]) -> Scored:
+def image_set(run: Run, size: Size, out: Path, prompts: list[str], real: list[Image.Image]) -> Scored:
     """Drawn images against unseen real ones, by their pixels: the FID family's formulas, and no FID."""
     write_atomically(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts).encode())
     for number, image in enumerate(real):
         write_atomically(out / "real" / f"{number:05d}.png", png_bytes(image))
     options = ["--prompts", str(out / "prompts.txt"), "--reference", str(out / "real"), "--metrics", "[pixels]"]
-    return scored(run.name, "images", out, [*of(run), *options, "--subset-size", "100"])
+    return scored(run.name, "images", out, [*of(run, size), *options, "--subset-size", "100"])
 
 
-def of(run: Run) -> list[str]:
-    """Options that name a run."""
-    able, _ = can_compile()
-    return ["--run", str(run.folder), "--batch", "100", *(["--compile"] if able else [])]
+def of(run: Run, size: Size) -> list[str]:
+    """Options that name a run; the few answers of the demo do not pay for compiling."""
+    compiled = size == FULL and can_compile()[0]
+    return ["--run", str(run.folder), "--batch", "100", *(["--compile"] if compiled else [])]
 
 
 def draw_perfectly(benchmark: GenEvalShapes, root: Path) -> None:
