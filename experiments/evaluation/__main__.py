@@ -62,7 +62,7 @@ class Size:
     images: int
 
 
-DEMO = Size(per_task=8, samples=2, count=60, documents=16, images=200)
+DEMO = Size(per_task=8, samples=1, count=40, documents=12, images=192)
 FULL = Size(per_task=50, samples=4, count=500, documents=100, images=1000)
 _AT_ONCE = 100  # images that are encoded together
 
