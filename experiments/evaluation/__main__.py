@@ -157,7 +157,10 @@ def shapes(run: Run, out: Path, size: Size) -> list[Scored]:
         scored("a perfect renderer", "geneval-shapes", out / "perfect", ["--images", str(drawn), *prompts]),
         scored("the same, encoded and decoded", "geneval-shapes", out / "tokenizer", ["--images", str(through), *prompts]),
         scored(run.name, "geneval-shapes", out / "geneval", [*of(run, size), *prompts]),
-        scored(f"{run.name}, guidance 1", "geneval-shapes", out / "geneval-1", [*of(run, size), *prompts, "--guidance", "1"]),
+        scored(
+            f"{run.name}, guidance 1", "geneval-shapes", out / "geneval-1",
+            [*of(run, size), *prompts, "--guidance", "1"],
+        ),
     ]  # fmt: skip
     command(["evaluate", "compare", str(out / "geneval-1"), str(out / "geneval"), "--out", str(out / "guidance")])
     for name in ("shapes-questions", "shapes-captions", "shapes-edits"):
