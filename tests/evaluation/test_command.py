@@ -18,6 +18,7 @@ from unimodal.evaluation.command import parse, spelt
 from unimodal.evaluation.registry import BENCHMARKS, benchmark_class
 from unimodal.evaluation.shapes import GenEvalShapes
 from unimodal.export import ExportInfo, save_export
+from unimodal.metrics.features import PixelFeatures
 from unimodal.model import UnifiedModel
 
 QUICK = ["--per-task", "2", "--samples", "1", "--steps", "1", "--guidance", "1"]
@@ -193,6 +194,13 @@ def test_the_demo_asks_what_its_benchmarks_understand(
     assert len(drawn) == len(through) > 0
     for before, after in zip(drawn, through, strict=True):
         assert Image.open(before).tobytes() == Image.open(after).tobytes()  # patches lose nothing
+
+
+def test_the_demo_draws_as_many_images_as_its_features_are_wide() -> None:
+    """Fewer are refused by the Frechet distance, minutes after the demo began."""
+    from experiments.evaluation.__main__ import DEMO, FULL
+
+    assert min(DEMO.images, FULL.images) >= PixelFeatures().width
 
 
 def test_the_demo_trains_the_tokenizer_that_a_recipe_needs_once(
