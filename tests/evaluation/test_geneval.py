@@ -1,20 +1,26 @@
 """GenEval as a benchmark: the prompt file, the layout, rows that the official summary reads, and the known images."""
 
+import dataclasses
+import hashlib
 import json
 import re
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
 
 from unimodal.documents import GENERATED, Part
-from unimodal.evaluation import geneval
+from unimodal.evaluation import clip_colours, geneval
 from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.benchmark import Answer, Item
+from unimodal.evaluation.command import Options, evaluate
+from unimodal.evaluation.command import main as command
 from unimodal.evaluation.geneval import (
     GenEval,
     GenEvalOtherDetector,
+    Own,
     check_prompts,
     is_complete,
     official_table,
@@ -246,13 +252,30 @@ def test_the_fingerprint_names_everything_that_scores_depend_on(benchmark):
     assert spec["self_test"] == "skipped"
 
 
-def test_no_detector_is_an_error_when_images_are_scored_and_not_before(metadata):
+def test_no_detector_is_an_error_at_once_where_images_are_scored(metadata, tmp_path):
     made = GenEval(metadata, prompts="other", golden=False)
     assert made.samples == 4
-    with pytest.raises(
-        ValueError, match="--detector: expected the folder that `unimodal import mask2former` wrote, got none"
-    ):
+    wanted = "--detector: expected the folder that `unimodal import mask2former` wrote, got none"
+    with pytest.raises(ValueError, match=wanted):
         made.judge([Answer(made.items()[0], 0, (Part(drawn()),))])
+    options = Options(out=tmp_path / "out", run=tmp_path / "a run that would be read later")
+    with pytest.raises(ValueError, match=wanted):
+        evaluate(made, options)
+    with pytest.raises(ValueError, match="later"):  # no detector is needed to draw
+        evaluate(made, dataclasses.replace(options, score=False))
+    with pytest.raises(ValueError, match="later"):
+        evaluate(made, dataclasses.replace(options, part="1/2"))
+
+
+def test_weights_that_are_missing_are_an_error_at_once(metadata, tmp_path):
+    for cls in (GenEval, GenEvalOtherDetector):
+        with pytest.raises(ValueError, match="--clip: expected openai, hf-hub:owner/name, a file or a folder"):
+            cls(metadata, prompts="other", clip=str(tmp_path / "typo.pt"))
+        with pytest.raises(ValueError, match="--detector"):
+            cls(metadata, tmp_path / "none", prompts="other")
+
+
+def test_less_than_one_image_a_prompt_is_refused(metadata):
     with pytest.raises(ValueError, match="--samples: expected at least 1"):
         GenEval(metadata, prompts="other", samples=0)
 
@@ -265,6 +288,26 @@ def test_another_detector_has_another_name(metadata, tmp_path, monkeypatch):
     monkeypatch.setattr(geneval, "read_metadata", lambda folder: {"source_sha256": "743b7d99" + "0" * 56})
     assert GenEval(metadata, tmp_path, prompts="other").name == "geneval-other-prompts"
     assert GenEval(metadata, tmp_path, prompts="other", golden=False).name == "geneval-other-prompts-unchecked"
+
+
+def test_another_colour_classifier_has_another_name(metadata, tmp_path, monkeypatch):
+    own = tmp_path / "ViT-L-14.pt"
+    own.write_bytes(b"weights")
+    for clip in (str(own), "hf-hub:apple/DFN2B-CLIP-ViT-L-14"):
+        with pytest.raises(
+            ValueError, match=r"OpenAI's weights.* got others; scores of them have the name geneval-other"
+        ):
+            GenEval(metadata, prompts="other", clip=clip)
+        assert GenEvalOtherDetector(metadata, prompts="other", clip=clip).name == "geneval-other-detector-other-prompts"
+    monkeypatch.setattr(clip_colours, "OFFICIAL_SHA256", hashlib.sha256(b"weights").hexdigest())
+    for clip in (str(own), "openai", "hf-hub:timm/vit_large_patch14_clip_224.openai"):
+        assert GenEval(metadata, prompts="other", clip=clip).name == "geneval-other-prompts"
+
+
+def test_the_official_classifier_is_the_one_that_open_clip_downloads():
+    known = open_clip.get_pretrained_cfg("ViT-L-14-quickgelu", "openai")
+    assert clip_colours.OFFICIAL_SHA256 in known["url"]
+    assert f"hf-hub:{known['hf_hub'].rstrip('/')}" in clip_colours.HUB
 
 
 # --- official result files
@@ -327,15 +370,44 @@ def test_the_table_is_ordered_by_tag_and_withholds_an_overall_of_half_a_set():
     missing = rows[:-1]
     assert not is_complete(totals(missing))
     assert not is_complete(totals([row for row in rows if row.tag != "counting"]))
-    table = official_table({"all": totals(rows[::-1]), "half": totals(missing)}, GENEVAL[:4]).splitlines()
+    own = [Own("all", totals(rows[::-1]), "geneval"), Own("half", totals(missing), None)]
+    table = official_table(own, GENEVAL[:4]).splitlines()
     assert table[0] == "| model | SO | TO | CT | CL | POS | ATTR | overall | prompts | source |"
-    assert table[2] == "| all | 1.0000 | 1.0000 | 1.0000 | 1.0000 | 1.0000 | 1.0000 | 1.00000 |  | this run |"
-    assert table[3].endswith("| - |  | PARTIAL, 2211 images |")
+    assert table[2] == "| all | 1.0000 | 1.0000 | 1.0000 | 1.0000 | 1.0000 | 1.0000 | 1.00000 | original | this run |"
+    assert table[3].endswith("| - | not said | PARTIAL, 2211 images |")
     assert (
         table[4]
         == "| CLIP retrieval | - | - | - | - | - | - | 0.35 | original | GenEval's own README (djghosh13/geneval) |"
     )
     assert table[6].startswith("| Stable Diffusion 1.5 | 0.97 | 0.38 | 0.35 | 0.76 | 0.04 | 0.06 | 0.43 | original |")
+
+
+def test_the_table_says_what_is_not_genevals_in_ones_own_rows(benchmark, tmp_path, capsys):
+    rows = score(benchmark, benchmark.items(), answers(benchmark, tmp_path / "drawn"))
+    names = {
+        "a/out": ("geneval", "| original | PARTIAL, "),
+        "b/out": ("geneval-other-detector-unchecked", "images, another detector or classifier, not self-tested |"),
+        "c": ("geneval-rewritten-prompts", "| rewritten | PARTIAL, "),
+        "d": ("geneval-other-prompts", "| other | PARTIAL, "),
+    }
+    for folder, (name, _) in names.items():
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / folder / "summary.json").write_text(json.dumps({"benchmark": name}))
+    official = tmp_path / "a" / "out" / "results.jsonl"
+    asked = [*(str(tmp_path / folder) for folder in names), str(official)]
+    assert command(["published", "geneval", *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    for path, line, said in zip(asked, lines, [*(said for _, said in names.values()), "| not said |"], strict=False):
+        assert line.startswith(f"| {path} |")
+        assert said in line
+    for other in ("fid", "geneval-shapes"):
+        (tmp_path / "c" / "summary.json").write_text(json.dumps({"benchmark": other}))
+        with pytest.raises(ValueError, match=f"expected results of geneval, got {other}"):
+            command(["published", "geneval", str(tmp_path / "c")])
+    (tmp_path / "c" / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"expected a folder with summary\.json"):
+        command(["published", "geneval", str(tmp_path / "c")])
 
 
 def test_published_means_are_the_means_of_what_is_printed():

@@ -13,13 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimodal.documents import load_image
+from unimodal.documents import Part, load_image
+from unimodal.evaluation.answers import AnswerFolder
+from unimodal.evaluation.command import Options, evaluate
 from unimodal.evaluation.image_files import (
     Loading,
     image_paths,
     listing_sha256,
 )
 from unimodal.evaluation.image_sets import ImageSets, evaluate_folder, make_features, save_statistics
+from unimodal.evaluation.results import Summary
 from unimodal.evaluation.set_protocols import PROTOCOLS, reference_kind
 from unimodal.evaluation.set_scores import Family, SetOptions, read_reference, score_folder, write_statistics
 from unimodal.metrics import distances, inception
@@ -187,9 +190,13 @@ def test_only_inception_makes_a_fid(weights: Path, tmp_path: Path) -> None:
     benchmark = ImageSets(metrics=["inception_score"], inception_weights=str(weights), workers=0, feature_batch=3)
     benchmark.options = replace(benchmark.options, splits=2)
     measures = benchmark.set_measures(image_paths(few), few)
-    assert measures == {"inception_score": pytest.approx(1, abs=0.01)}  # a net that knows nothing
+    # A net that knows nothing, and whose numbers are not called as those of the published weights are.
+    assert measures == {"inception_score_inception2048": pytest.approx(1, abs=0.01)}
     features = benchmark.families[0].features
-    assert (features.measure("frechet"), features.measure("kernel")) == ("fid", "kid")
+    assert (features.measure("frechet"), features.measure("kernel")) == (
+        "frechet_inception2048",
+        "kernel_inception2048",
+    )
     spec = benchmark.spec()
     assert (spec["features"][0]["resize"], spec["features"][0]["published_weights"]) == ("clean", False)
     json.dumps(spec)
@@ -286,6 +293,49 @@ def test_adms_file_has_its_ten_thousand_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has images \(10000, 256, 256, 3\) beside its statistics, got \(3, 256"):
         PROTOCOLS["imagenet256-50k"].check_reference(path)
     replace(PROTOCOLS["imagenet256-50k"], reference_samples=3).check_reference(path)
+
+
+@pytest.mark.parametrize("name", ["coco30k", "mjhq30k"])
+def test_statistics_of_some_of_the_reference_are_refused(name: str, real: Path, tmp_path: Path) -> None:
+    """One category of the ten, say: our own files know how many images they are of."""
+    write_statistics(real, PixelFeatures(2), tmp_path / "some.npz", loading=ALONE)
+    protocol = PROTOCOLS[name]
+    with pytest.raises(
+        ValueError, match=rf"reference: {name} has (30000|40504) images, got statistics of 40 \(.*some\.npz"
+    ):
+        protocol.check_reference(tmp_path / "some.npz")
+    replace(protocol, reference_samples=40).check_reference(tmp_path / "some.npz")
+
+
+def test_answers_in_the_harness_layout_are_counted_by_their_prompts(real: Path, tmp_path: Path) -> None:
+    """A missing image makes a set partial; it never shrinks what is divided by."""
+    prompts, answers = tmp_path / "prompts.txt", tmp_path / "answers"
+    prompts.write_text("".join(f"a picture, number {i}\n" for i in range(20)))
+    drawn = draw(tmp_path / "flat", 40, seed=3)
+    options = {"metrics": ["pixels"], "pixel_size": 2, "subset_size": 20, "workers": 0}
+
+    def scored(samples: int, images: Path) -> Summary:
+        found = evaluate(
+            ImageSets(real, prompts, samples=samples, **options), Options(out=tmp_path / "out", images=images)
+        )
+        assert found is not None
+        return found
+
+    folder, made = AnswerFolder(answers, draws=True, samples=2), ImageSets(real, prompts, samples=2, **options)
+    files = image_paths(drawn)
+    for i, item in enumerate(made.items()):
+        for sample in range(2):
+            folder.write(item, sample, [Part(Image.open(files[2 * i + sample]))])
+    whole = scored(2, answers)
+    assert (whole.label, whole.answers, whole.expected) == ("complete", 40, 40)
+    assert whole.measures
+    shutil.rmtree(answers / "00007")
+    part = scored(2, answers)
+    assert (part.label, part.answers, part.expected, part.measures) == ("PARTIAL", 38, 40, {})
+    with pytest.raises(ValueError, match="samples: expected 1 for a folder whose images are told by their order alone"):
+        scored(2, drawn)
+    with pytest.raises(ValueError, match="prompts: expected one for each of 40 images, got 20"):
+        scored(1, drawn)
 
 
 def test_categories_are_scored_apart_and_must_be_full(tmp_path: Path) -> None:
@@ -397,6 +447,8 @@ def test_any_folder_is_scored_with_one_call(real: Path, fake: Path, tmp_path: Pa
 
 
 def test_missing_things_fail_when_the_benchmark_is_made(real: Path, tmp_path: Path, weights: Path) -> None:
+    statistics = tmp_path / "statistics.npz"
+    np.savez(statistics, mu=np.zeros(2), sigma=np.eye(2))  # of how many images is not said
     cases: list[tuple[Callable[[], object], str]] = [
         (
             lambda: ImageSets(),
@@ -413,6 +465,10 @@ def test_missing_things_fail_when_the_benchmark_is_made(real: Path, tmp_path: Pa
         (lambda: ImageSets(real, metrics=["pixel"]), "metrics: expected some of fid, .*got pixel"),
         (lambda: ImageSets(tmp_path / "none.npz", metrics=["pixels"]), r"none\.npz: .*no such file"),
         (lambda: ImageSets(real, protocol="coco30k", inception_weights=str(weights)), "reference: coco30k has MS-COCO"),
+        (
+            lambda: ImageSets(statistics, protocol="coco30k", inception_weights=str(weights)),
+            "inception_weights: coco30k has the published file, whose SHA-256 begins with 6726825d, got",
+        ),
         (lambda: ImageSets(real, metrics=["pixels"]).items(), "prompts: expected a file of prompts to draw images of"),
         (lambda: make_features("inception", None), "inception_weights: expected a file"),
     ]

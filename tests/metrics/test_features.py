@@ -189,15 +189,19 @@ def test_each_resize_gives_other_features(features: InceptionFeatures) -> None:
             assert not torch.allclose(found[a], found[b], rtol=1e-4), (a, b)
 
 
-def test_only_the_last_pooled_layer_makes_a_fid(features: InceptionFeatures, weights: Path) -> None:
-    assert features.measure("frechet") == "fid"
-    assert features.measure("kernel") == "kid"
-    assert InceptionFeatures(weights, layer="64").measure("frechet") == "frechet_inception64"
+def test_only_the_last_pooled_layer_of_the_published_weights_makes_a_fid(
+    features: InceptionFeatures, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = features.spec()
     assert spec["weights"]["file"] == weights.name
     assert len(spec["weights"]["sha256"]) == 64
     assert spec["published_weights"] is False  # random ones, whatever the file is called
     json.dumps(spec)
+    assert features.measure("frechet") == "frechet_inception2048"  # weights of another hash
+    monkeypatch.setattr(inception, "PUBLISHED_SHA256", features.weights["sha256"][:8])
+    known = InceptionFeatures(weights)
+    assert (known.measure("frechet"), known.measure("kernel")) == ("fid", "kid")
+    assert InceptionFeatures(weights, layer="64").measure("frechet") == "frechet_inception64"
 
 
 def test_features_do_not_depend_on_the_batch_or_on_training_mode(features: InceptionFeatures) -> None:

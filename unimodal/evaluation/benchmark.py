@@ -125,6 +125,10 @@ class Benchmark(ABC):
         done = decode(model, [item.prompt for item in items], settings, seeds)
         return [document.parts[len(item.prompt.parts) :] for item, document in zip(items, done, strict=True)]
 
+    def prepare(self) -> None:
+        """ValueError where the judge lacks something; called before answers are generated that are to be scored."""
+        return
+
     def measures(self, rows: Sequence[Row]) -> dict[str, float]:
         """Further numbers of a complete set of results, e.g. F1; each is bootstrapped like the rest."""
         return {}

@@ -31,10 +31,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from unimodal.files import file_sha256
 from unimodal.metrics.detection import Detection
 from unimodal.metrics.geneval import COLOURS
 
 ARCHITECTURE = "ViT-L-14-quickgelu"
+HUB = ("openai", "hf-hub:timm/vit_large_patch14_clip_224.openai")
+"""Names under which OpenAI's weights are downloaded."""
+OFFICIAL_SHA256 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+"""Of OpenAI's ViT-L-14.pt, as its address says."""
 BACKGROUND = "#999"
 TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
 
@@ -56,6 +61,24 @@ class Clip:
     name: str
 
 
+def is_official(weights: str) -> bool:
+    """Whether OpenAI's own weights are meant: by the name they are downloaded under, or by the file's hash."""
+    return weights in HUB or (Path(weights).is_file() and file_sha256(Path(weights)) == OFFICIAL_SHA256)
+
+
+def check_clip(weights: str) -> None:
+    """ValueError where `load_clip` would find nothing; nothing is loaded."""
+    path = Path(weights)
+    if path.is_dir():
+        _check_config(path)
+    elif not (weights.startswith("hf-hub:") or weights == "openai" or path.is_file()):
+        raise ValueError(
+            f"--clip: expected openai, hf-hub:owner/name, a file or a folder of weights, got {weights}"
+            + (" (a network's name: with OpenAI's weights it must be the one with QuickGELU, which openai takes)"
+               if weights.startswith("ViT") else "")
+        )  # fmt: skip
+
+
 def load_clip(weights: str, architecture: str = ARCHITECTURE) -> Clip:
     """OpenAI's CLIP through open_clip.
 
@@ -67,20 +90,12 @@ def load_clip(weights: str, architecture: str = ARCHITECTURE) -> Clip:
     Raises:
         ValueError: no such weights, they do not fit, or the network has plain GELU.
     """
+    check_clip(weights)
     path = Path(weights)
-    if path.is_dir():
-        _check_config(path)
-        name, pretrained = f"local-dir:{path}", None
-    elif weights.startswith("hf-hub:"):
-        name, pretrained = weights, None
-    elif weights == "openai" or path.is_file():
-        name, pretrained = architecture, weights
-    else:
-        raise ValueError(
-            f"--clip: expected openai, hf-hub:owner/name, a file or a folder of weights, got {weights}"
-            + (" (a network's name: with OpenAI's weights it must be the one with QuickGELU, which openai takes)"
-               if weights.startswith("ViT") else "")
-        )  # fmt: skip
+    name: str = architecture
+    pretrained: str | None = weights
+    if path.is_dir() or weights.startswith("hf-hub:"):
+        name, pretrained = f"local-dir:{path}" if path.is_dir() else weights, None
     try:
         network = open_clip.create_model(name, pretrained=pretrained, precision="fp32", require_pretrained=True)
     except (RuntimeError, OSError, KeyError, pickle.UnpicklingError) as error:

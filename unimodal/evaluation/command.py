@@ -194,15 +194,12 @@ def compare(arguments: Sequence[str]) -> int:
 
 def published(arguments: Sequence[str]) -> int:
     """`unimodal evaluate published geneval [RESULTS ...]`: scores in print with their sources, below one's own."""
-    from unimodal.evaluation.geneval import official_table, read_results, result_totals
+    from unimodal.evaluation.geneval import official_table, read_own
 
     parser = _Parser("unimodal evaluate published", exit_on_error=False)
     parser.add_argument("name", choices=["geneval"], help="benchmark")
     parser.add_argument("results", nargs="*", type=Path, help="results of one's own: folders, or official result files")
-    own = {}
-    for path in parser.parse_args(list(arguments)).results:
-        own[path.name] = result_totals(read_results(path / "results.jsonl" if path.is_dir() else path))
-    print(official_table(own))
+    print(official_table([read_own(path) for path in parser.parse_args(list(arguments)).results]))
     return 0
 
 
@@ -229,7 +226,10 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
                 raise ValueError(f"--{name}: a folder of images is scored as a whole, expected none")
         if isinstance(benchmark, ImageReconstruction):
             return benchmark.measure(options.images, options.out, options.batch, options.weights)
-        return evaluate_folder(benchmark, options.images, options.out)
+        if not benchmark.has_layout(options.images):
+            return evaluate_folder(benchmark, options.images, options.out)
+    if options.score and choice.part[1] == 1:
+        benchmark.prepare()
     items = choice.of(benchmark.items())
     folder = AnswerFolder(options.images or options.out / "answers", benchmark.draws, benchmark.samples)
     if options.run is not None:

@@ -17,8 +17,9 @@ from typing import Any, Literal
 from PIL import Image
 
 from unimodal.documents import Document, Part, read_json_lines
+from unimodal.evaluation import clip_colours
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row, Verdict
-from unimodal.evaluation.clip_colours import ClipColours, load_clip
+from unimodal.evaluation.clip_colours import ClipColours, check_clip, load_clip
 from unimodal.evaluation.geneval_golden import ColourNamer, Detector, check
 from unimodal.evaluation.mask2former import LABELS, Mask2FormerDetector, is_official, read_metadata
 from unimodal.evaluation.published import GENEVAL, Published
@@ -52,7 +53,7 @@ class GenEval(Benchmark):
     Args:
         metadata: evaluation_metadata.jsonl of djghosh13/geneval, or another file of that form.
         detector: folder that `unimodal import mask2former` wrote; not needed to generate.
-        clip: OpenAI's CLIP ViT-L/14 for colours: openai, hf-hub:owner/name, a file or a folder of weights.
+        clip: OpenAI's CLIP ViT-L/14 for colours: openai, or the file ViT-L-14.pt.
         samples: images a prompt.
         prompts: original is the official file by its hash; rewritten has the same tasks in other words; other has any.
         golden: whether known images are scored first, and stop everything when they come out wrong.
@@ -61,7 +62,7 @@ class GenEval(Benchmark):
 
     name = "geneval"
     draws = True
-    any_detector = False
+    any_weights = False
 
     def __init__(
         self,
@@ -86,10 +87,17 @@ class GenEval(Benchmark):
         check_prompts(self._items, self._sha256, prompts)
         self._detector_folder, self._clip_weights = detector, clip
         self._checked = False
-        if detector is not None and not self.any_detector and not is_official(read_metadata(detector)):
+        check_clip(clip)
+        official = detector is None or is_official(read_metadata(detector))
+        if not self.any_weights and not official:
             raise ValueError(
                 f"--detector: {detector}: expected one of the published checkpoints, which GenEval's numbers are made "
                 "with, got another by its hash; scores of it have the name geneval-other-detector"
+            )
+        if not self.any_weights and not clip_colours.is_official(clip):
+            raise ValueError(
+                f"--clip: {clip}: expected OpenAI's weights, by name ({', '.join(clip_colours.HUB)}) or as the file "
+                "ViT-L-14.pt, got others; scores of them have the name geneval-other-detector"
             )
 
     def items(self) -> Sequence[Item]:
@@ -99,14 +107,19 @@ class GenEval(Benchmark):
     @cached_property
     def detector(self) -> Detector:
         """Read when the first image is scored."""
-        if self._detector_folder is None:
-            raise ValueError("--detector: expected the folder that `unimodal import mask2former` wrote, got none")
+        self.prepare()
+        assert self._detector_folder is not None
         return Mask2FormerDetector(self._detector_folder, self.device)
 
     @cached_property
     def colours(self) -> ColourNamer:
         """Read when the first image is scored."""
         return ClipColours(load_clip(self._clip_weights), self.device)
+
+    def prepare(self) -> None:
+        """ValueError where images could be made and not be scored."""
+        if self._detector_folder is None:
+            raise ValueError("--detector: expected the folder that `unimodal import mask2former` wrote, got none")
 
     def self_test(self) -> None:
         """Score known images; ValueError when they come out wrong (`geneval_golden` says what is expected, and why)."""
@@ -156,12 +169,12 @@ class GenEval(Benchmark):
 
 
 class GenEvalOtherDetector(GenEval):
-    """GenEval's prompts and rules with weights of another Mask2Former: its numbers are not GenEval's.
+    """GenEval's prompts and rules with weights of another Mask2Former or CLIP: its numbers are not GenEval's.
 
     Args:
         metadata: evaluation_metadata.jsonl of djghosh13/geneval, or another file of that form.
         detector: folder that `unimodal import mask2former` wrote; not needed to generate.
-        clip: OpenAI's CLIP ViT-L/14 for colours: openai, hf-hub:owner/name, a file or a folder of weights.
+        clip: a CLIP with QuickGELU for colours: openai, hf-hub:owner/name, a file or a folder of weights.
         samples: images a prompt.
         prompts: original is the official file by its hash; rewritten has the same tasks in other words; other has any.
         golden: whether known images are scored first, and stop everything when they come out wrong.
@@ -169,7 +182,7 @@ class GenEvalOtherDetector(GenEval):
     """
 
     name = "geneval-other-detector"
-    any_detector = True
+    any_weights = True
 
 
 def read_prompts(path: Path) -> list[Item]:
@@ -309,25 +322,72 @@ def is_complete(total: Totals) -> bool:
     return rest == 0 and all(total.tasks[task].images == samples * number for task, number in PROMPTS.items())
 
 
-def official_table(own: Mapping[str, Totals], published: Sequence[Published] = GENEVAL) -> str:
+@dataclass(frozen=True)
+class Own:
+    """Results of one's own for the table.
+
+    Attributes:
+        model: what the row is called.
+        totals: of the result file.
+        benchmark: as results call it: another detector, other prompts or no self-test are in the name. An official
+            result file does not say; None.
+    """
+
+    model: str
+    totals: Totals
+    benchmark: str | None = None
+
+
+def read_own(path: Path) -> Own:
+    """A folder that `unimodal evaluate` wrote, or an official result file.
+
+    Raises:
+        ValueError: neither, or a folder of another benchmark.
+    """
+    if not path.is_dir():
+        return Own(str(path), result_totals(read_results(path)))
+    try:
+        name = str(json.loads((path / "summary.json").read_text(encoding="utf-8"))["benchmark"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"results: {path}: expected a folder with summary.json of `unimodal evaluate`") from None
+    if not name.startswith("geneval") or name.startswith("geneval-shapes"):
+        raise ValueError(f"results: {path}: expected results of geneval, got {name}")
+    return Own(str(path), result_totals(read_results(path / "results.jsonl")), name)
+
+
+def official_table(own: Sequence[Own], published: Sequence[Published] = GENEVAL) -> str:
     """A Markdown table in the fixed order SO, TO, CT, CL, POS, ATTR, each by its tag; one's own rows first.
 
-    Incomplete results are called PARTIAL and have no overall number.
+    Incomplete results are called PARTIAL and have no overall number. Rows of something else than GenEval itself say so.
     """
     lines = [
         f"| model | {' | '.join(COLUMNS.values())} | overall | prompts | source |",
         "|---" * (len(COLUMNS) + 4) + "|",
     ]
-    for name, total in own.items():
+    for row in own:
+        total = row.totals
         scores = {task: f"{t.accuracy:.4f}" for task, t in total.tasks.items()}
         complete = is_complete(total)
         overall, source = (f"{total.overall:.5f}", "this run") if complete else ("-", f"PARTIAL, {total.images} images")
-        lines.append(_line(name, scores, overall, "", source))
-    for row in published:
-        scores = {task: f"{value:g}" for task, value in row.scores.items()}
-        prompts = "rewritten" if row.rewritten else "original"
-        lines.append(_line(row.model, scores, scores.get("overall", "-"), prompts, row.source))
+        lines.append(_line(row.model, scores, overall, _prompts(row.benchmark), f"{source}{_other(row.benchmark)}"))
+    for entry in published:
+        scores = {task: f"{value:g}" for task, value in entry.scores.items()}
+        prompts = "rewritten" if entry.rewritten else "original"
+        lines.append(_line(entry.model, scores, scores.get("overall", "-"), prompts, entry.source))
     return "\n".join(lines) + "\n"
+
+
+def _prompts(benchmark: str | None) -> str:
+    """Of one's own row: which prompts were drawn."""
+    if benchmark is None:
+        return "not said"
+    return next((kind for kind in ("rewritten", "other") if f"-{kind}-prompts" in benchmark), "original")
+
+
+def _other(benchmark: str | None) -> str:
+    """What is not GenEval's in one's own row, beside its prompts."""
+    notes = {GenEvalOtherDetector.name: "another detector or classifier", "-unchecked": "not self-tested"}
+    return "".join(f", {note}" for mark, note in notes.items() if benchmark is not None and mark in benchmark)
 
 
 def _line(model: str, scores: Mapping[str, str], overall: str, prompts: str, source: str) -> str:

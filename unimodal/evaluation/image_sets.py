@@ -127,6 +127,15 @@ class ImageSets(Benchmark):
             if self.reference is None:
                 raise ValueError("reference: expected a folder of real images or an .npz, got none")
             self.protocol.check_reference(self.reference)
+        given = self.weights["inception_weights"]
+        if self.protocol.name != "custom" and given is not None and Path(given).is_file():
+            from unimodal.metrics.inception import PUBLISHED_SHA256, is_published
+
+            if not is_published(found := file_sha256(Path(given))):
+                raise ValueError(
+                    f"inception_weights: {self.protocol.name} has the published file, whose SHA-256 begins with "
+                    f"{PUBLISHED_SHA256}, got {given} ({found[:8]}); protocol custom allows any"
+                )
         if "clip_score" in self.metrics and self.prompts is None:
             raise ValueError("prompts: expected a file of captions for clip_score, got none")
 
@@ -205,6 +214,11 @@ class ImageSets(Benchmark):
 
     # ---- a folder in any layout
 
+    def has_layout(self, images: Path) -> bool:
+        """Whether a folder holds answers to the prompts as the harness lays them out: ID/samples/NUMBER.png."""
+        known = {prompt.id for prompt in self.prompts or ()}
+        return any(path.parts[-3] in known and path.parts[-2] == "samples" for path in images.glob("*/samples/*.png"))
+
     def take_folder(self, images: Path) -> tuple[list[Row], list[Path]]:
         """Take every image below a folder as an answer, whatever the layout; `items()` are then its files.
 
@@ -243,15 +257,23 @@ class ImageSets(Benchmark):
 
 
 def evaluate_folder(benchmark: ImageSets, images: Path, out: Path) -> Summary:
-    """Score any folder of images, in whatever layout, and write the results.
+    """Score any folder of images, in whatever layout, and write the results: all that lies there is one image a prompt.
 
     Args:
         benchmark: what is measured.
         images: the folder.
         out: folder of the results.
+
+    Raises:
+        ValueError: more than one image a prompt is asked for, or more or fewer images than prompts.
     """
     from unimodal.evaluation.harness import report
 
+    if benchmark.samples != 1:
+        raise ValueError(
+            f"samples: expected 1 for a folder whose images are told by their order alone, got {benchmark.samples}; several "
+            "images a prompt lie in ID/samples/NUMBER.png, ID from --prompts"
+        )
     rows, paths = benchmark.take_folder(images)
     measures = benchmark.set_measures(paths, images)
     return report(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from unimodal.evaluation.image_files import check_sizes, image_paths, mapped_images
-from unimodal.metrics.moments import FEATURES, IMAGES, POOLED, SPATIAL, npz_keys
+from unimodal.metrics.moments import FEATURES, IMAGES, POOLED, SPATIAL, load_statistics, npz_keys
 
 ReferenceKind = Literal["folder", "statistics", "images", "features", "adm"]
 """A folder of images; an .npz of mu and sigma, of images, of features, or of statistics and images as ADM ships it."""
@@ -32,7 +32,8 @@ class Protocol:
         metrics: what it reports.
         reference: what the images are compared with, in words.
         kinds: what may be given as the reference; empty: anything.
-        reference_samples: how many images a folder or .npz of reference images holds; None: any.
+        reference_samples: how many images a folder or .npz of reference images holds, or statistics that say it are of;
+            None: any.
         categories: folders, of equally many images, in which numbers are also taken apart.
         source: where it is laid down.
     """
@@ -76,6 +77,12 @@ class Protocol:
             found = mapped_images(path).shape
             if found != expected:
                 raise ValueError(f"reference: {self.name} has images {expected} beside its statistics, got {found}")
+        if kind == "statistics" and self.reference_samples is not None:
+            count = load_statistics(path).moments.n
+            if count not in (None, self.reference_samples):  # files of others do not say
+                raise ValueError(
+                    f"reference: {self.name} has {self.reference_samples} images, got statistics of {count} ({path})"
+                )
         if kind == "folder" and self.reference_samples is not None:
             paths = image_paths(path)
             if len(paths) != self.reference_samples:
@@ -134,7 +141,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         Protocol(
             "coco30k", 30_000, (256, 256), "crop8", ("fid",),
             "MS-COCO_val2014_fid_stats.npz, or statistics of val2014 made with the same resize",
-            ("statistics",), source="boomb0om/text2image-benchmark; images drawn at 256x256 as most papers do",
+            ("statistics",), 40_504, source="boomb0om/text2image-benchmark; images drawn at 256x256 as most papers do",
         ),
         Protocol(
             "mjhq30k", 30_000, (1024, 1024), "clean", ("fid",),

@@ -38,6 +38,12 @@ HUB_FILE = "weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256 = "6726825d"
 """First digits of the published file's SHA-256, which its name ends in."""
 
+
+def is_published(sha256: str) -> bool:
+    """Whether a file of this hash holds the weights that published numbers were made with."""
+    return sha256.startswith(PUBLISHED_SHA256)
+
+
 _STAGES = {
     "64": ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1"),
     "192": ("Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),
@@ -182,7 +188,7 @@ class InceptionFeatures(LogitFeatures):
         weights: file of the published weights (`pt_inception-2015-12-05-6726825d.pth` of pytorch-fid, or torch-fidelity's
             `weights-inception-2015-12-05-6726825d.pth`), or `torch-fidelity`, which downloads the latter.
         resize: how images become 299 x 299.
-        layer: one of `LAYERS`; only 2048 makes a FID.
+        layer: one of `LAYERS`; only 2048 of the published weights makes a FID, told by the file's hash.
 
     Raises:
         ValueError: an unknown layer, or a file that is missing or does not fit.
@@ -198,10 +204,10 @@ class InceptionFeatures(LogitFeatures):
             "frechet": "fid", "kernel": "kid", "precision": "precision", "recall": "recall", "density": "density",
             "coverage": "coverage", "inception_score": "inception_score",
         }  # fmt: skip
-        name = f"inception{layer}"
-        super().__init__(name, LAYERS[layer], resize.preparation, published if layer == "2048" else None)
-        self.layer, self.resize = layer, resize
-        self.network, self.weights = _network(weights)
+        network, record = _network(weights)
+        known = layer == "2048" and is_published(record["sha256"])
+        super().__init__(f"inception{layer}", LAYERS[layer], resize.preparation, published if known else None)
+        self.layer, self.resize, self.network, self.weights = layer, resize, network, record
 
     def forward(self, pixels: Shaped[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Features of prepared images, in float32."""
@@ -225,7 +231,7 @@ class InceptionFeatures(LogitFeatures):
             "name": self.name,
             "network": "inception-2015-12-05, torch-fidelity's port",
             "weights": self.weights,
-            "published_weights": self.weights["sha256"].startswith(PUBLISHED_SHA256),
+            "published_weights": is_published(self.weights["sha256"]),
             "layer": self.layer,
             **self.resize.spec(),
             "dtype": str(self.network.fc.weight.dtype).removeprefix("torch."),
