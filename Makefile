@@ -79,7 +79,7 @@ designs: checked ## train ten published designs on the same digits and compare t
 tokenizers: checked ## train every tokenizer on photographs, three held out in turn: about 4 hours of one core; leaves out/tokenizers/report.md
 	@$(PY) -m experiments.tokenizers --out out/tokenizers
 
-evaluate-demo: checked ## score the digits and shapes recipes with all that needs no weights; leaves out/evaluate-demo/index.html
+evaluate-demo: checked ## ask the digits and shapes recipes all that needs nothing of others; leaves out/evaluate-demo/index.html
 	@$(PY) -m experiments.evaluation --out out/evaluate-demo
 
 faults: checked ## provoke what goes wrong in long runs, two minutes; writes docs/faults.md

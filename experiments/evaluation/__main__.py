@@ -1,4 +1,4 @@
-"""The evaluation demo: every benchmark that needs no weights of others, on the digits and shapes recipes, and one page.
+"""The evaluation demo: what digits and shapes recipes can be asked without weights or files of others, and one page.
 
 Runs that are there already (`make demo`, `make shapes`) are scored. Where one is missing, its recipe (and the tokenizer
 that it names) is trained for a few steps instead, and page and table say so: what it scores shows the machinery, not the
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
@@ -60,10 +61,11 @@ class Size:
     count: int
     documents: int
     images: int
+    compile: bool = False  # pays for many answers
 
 
-DEMO = Size(per_task=8, samples=1, count=40, documents=12, images=192)
-FULL = Size(per_task=50, samples=4, count=500, documents=100, images=1000)
+DEMO = Size(per_task=8, samples=1, count=40, documents=12, images=200)
+FULL = Size(per_task=50, samples=4, count=500, documents=100, images=1000, compile=True)
 _AT_ONCE = 100  # images that are encoded together
 
 
@@ -106,16 +108,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def ready(recipe: str, folder: Path, out: Path, steps: int | None) -> Run:
     """The run in `folder`; where there is none, one of few steps in `out`, or (steps None) the whole recipe in `folder`."""
-    if (folder / "export").is_dir():
-        return Run(recipe, folder, "trained in full")
-    if steps is None:
+    if steps is None and not (folder / "export").is_dir():
         train("models", recipe, folder, tokens(recipe, folder.parent, out, steps))
-        return Run(recipe, folder, "trained in full")
+    if (folder / "export").is_dir():
+        return Run(recipe, folder, how_trained(recipe, folder))
     short = out / f"{recipe}_{steps}_steps"
     if not (short / "export").is_dir():
         few = ["--data.validation_documents", "8", "--data.prompts", "2"]
         train("models", recipe, short, [*tokens(recipe, folder.parent, out, steps), *few], steps)
     return Run(recipe, short, f"trained for {steps} steps only: no run in {folder}")
+
+
+def how_trained(recipe: str, folder: Path) -> str:
+    """What a run that was found says of itself; ends the demo when it is of something else."""
+    path = folder / "run.json"
+    said = json.loads(path.read_text()) if path.is_file() else {}
+    if said.get("recipe") != recipe:
+        sys.exit(
+            f"{folder}: expected a run of {recipe}, got one of {said.get('recipe', 'nothing that run.json names')}"
+        )
+    whole = yaml.safe_load((CONFIGS / "models" / f"{recipe}.yaml").read_text())["trainer"]["max_steps"]
+    return "trained in full" if said["steps"] >= whole else f"trained for {said['steps']} of {whole} steps"
 
 
 def tokens(recipe: str, home: Path, out: Path, steps: int | None) -> list[str]:
@@ -185,6 +198,7 @@ def digits(run: Run, out: Path, size: Size) -> list[Scored]:
 def image_set(run: Run, size: Size, out: Path, prompts: list[str], real: list[Image.Image]) -> Scored:
     """Drawn images against unseen real ones, by their pixels: the FID family's formulas, and no FID."""
     write_atomically(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts).encode())
+    shutil.rmtree(out / "real", ignore_errors=True)
     for number, image in enumerate(real):
         write_atomically(out / "real" / f"{number:05d}.png", png_bytes(image))
     options = ["--prompts", str(out / "prompts.txt"), "--reference", str(out / "real"), "--metrics", "[pixels]"]
@@ -192,13 +206,14 @@ def image_set(run: Run, size: Size, out: Path, prompts: list[str], real: list[Im
 
 
 def of(run: Run, size: Size) -> list[str]:
-    """Options that name a run; the few answers of the demo do not pay for compiling."""
-    compiled = size == FULL and can_compile()[0]
-    return ["--run", str(run.folder), "--batch", "100", *(["--compile"] if compiled else [])]
+    """Options that name a run."""
+    compiled = ["--compile"] if size.compile and can_compile()[0] else []
+    return ["--run", str(run.folder), "--batch", "100", *compiled]
 
 
 def draw_perfectly(benchmark: GenEvalShapes, root: Path) -> None:
-    """Answers that fulfil every prompt, as any model's images would lie on disk."""
+    """Answers that fulfil every prompt, as any model's images would lie on disk; nothing else is left there."""
+    shutil.rmtree(root, ignore_errors=True)
     folder = AnswerFolder(root, benchmark.draws, benchmark.samples)
     for number, item in enumerate(benchmark.items()):
         for sample in range(benchmark.samples):
@@ -210,7 +225,8 @@ def draw_perfectly(benchmark: GenEvalShapes, root: Path) -> None:
 def through_tokenizer(run: Run, drawn: Path, to: Path) -> None:
     """A folder of answers, each image encoded and decoded."""
     tokenizer = load_run(run.folder).tokenizer.eval()
-    shutil.copytree(drawn, to, dirs_exist_ok=True)
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(drawn, to)
     files = sorted(to.rglob("*.png"))
     for start in range(0, len(files), _AT_ONCE):
         part = files[start : start + _AT_ONCE]

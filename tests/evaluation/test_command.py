@@ -1,6 +1,7 @@
 """`unimodal evaluate` from its arguments to its files, and what it says to wrong ones."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from PIL import Image
 from unimodal.cli import main
 from unimodal.data.shapes import render, render_prompt
 from unimodal.documents import Part
+from unimodal.environment import can_compile
 from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.command import parse, spelt
 from unimodal.evaluation.registry import BENCHMARKS, benchmark_class
@@ -168,9 +170,12 @@ def test_answers_to_something_else_are_not_scored(run: Path, tmp_path: Path, ref
 def test_the_demo_asks_what_its_benchmarks_understand(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And leaves a page of all of them; a folder of another size's answers is no hindrance."""
     from experiments.evaluation import __main__ as demo
 
     asked: list[list[str]] = []
+    known = tmp_path / "known"
+    assert main(["evaluate", "geneval-shapes", "--run", str(run), *QUICK, "--out", str(known)]) == 0
 
     def evaluate(arguments: list[str]) -> None:
         asked.append(arguments)
@@ -178,14 +183,27 @@ def test_the_demo_asks_what_its_benchmarks_understand(
             benchmark, options = parse(arguments[1], arguments[2:])
             assert options.out is not None
             options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / "summary.json").write_text("{}")
+            shutil.copy(known / "summary.json", options.out)
             assert benchmark.items()
 
     monkeypatch.setattr(demo, "command", evaluate)
-    size = demo.Size(per_task=1, samples=1, count=2, documents=2, images=12)
-    for name, score in (("shapes", demo.shapes), ("digits", demo.digits)):
-        lines = score(demo.Run(name, run, ""), tmp_path / name, size)
-        assert all((tmp_path / line.link).parent.is_dir() for line in lines)
+    sizes = demo.Size(2, samples=2, count=2, documents=2, images=14, compile=True), demo.Size(1, 1, 2, 2, 12)
+    for size in sizes:
+        asked.clear()
+        lines = demo.shapes(demo.Run("shapes", run, ""), tmp_path / "shapes", size)
+        lines += demo.digits(demo.Run("digits", run, ""), tmp_path / "digits", size)
+        able, _ = can_compile()
+        assert all(("--compile" in arguments) == (size.compile and able) for arguments in asked if "--run" in arguments)
+    for line in lines:
+        (tmp_path / line.link).touch()
+    assert len(list((tmp_path / "shapes" / "images" / "real").iterdir())) == 12
+    demo.page(tmp_path, lines, ["trained <in> full."], 12.3)
+    page = (tmp_path / "index.html").read_text()
+    links = re.findall('href="([^"]+)"', page)
+    assert len(links) == len(lines) > 10
+    assert all((tmp_path / link).is_file() for link in links)
+    assert "trained &lt;in&gt; full." in page
+    assert len(json.loads((tmp_path / "summary.json").read_text())) == len(lines)
     assert {arguments[1] for arguments in asked} == {
         "geneval-shapes", "compare", "shapes-questions", "shapes-captions", "shapes-edits", "shapes-steps", "images",
         "digits-sums",
@@ -214,6 +232,8 @@ def test_the_demo_trains_the_tokenizer_that_a_recipe_needs_once(
         trained.append(arguments)
         folder = Path(arguments[arguments.index("--trainer.default_root_dir") + 1])
         (folder / "export").mkdir(parents=True)
+        steps = arguments[arguments.index("--trainer.max_steps") + 1] if "--trainer.max_steps" in arguments else 1900
+        (folder / "run.json").write_text(json.dumps({"recipe": Path(arguments[2]).stem, "steps": int(steps)}))
 
     monkeypatch.setattr(demo, "command", fit)
     recipes = ["lightning_configs/tokenizers/shapes_kl.yaml", "lightning_configs/models/shapes_mot_flow.yaml"]
@@ -232,10 +252,16 @@ def test_the_demo_trains_the_tokenizer_that_a_recipe_needs_once(
         model = trained[-1]
         assert model[model.index("--model.tokenizer_weights") + 1] == str(home / "export")
         assert all(("--trainer.max_steps" in arguments) == (steps is not None) for arguments in trained)
+        assert run.note == ("trained in full" if steps is None else f"trained for 3 steps only: no run in {folder}")
         trained.clear()
         assert demo.ready("shapes_mot_flow", folder, out, steps) == run
         assert not trained
         shutil.rmtree(run.folder)
+    trained.clear()
+    fit(["fit", "-c", recipes[1], "--trainer.default_root_dir", str(folder), "--trainer.max_steps", "50"])
+    assert demo.ready("shapes_mot_flow", folder, out, 3).note == "trained for 50 of 1900 steps"
+    with pytest.raises(SystemExit, match="expected a run of digits_mot_flow, got one of shapes_mot_flow"):
+        demo.ready("digits_mot_flow", folder, out, 3)
     trained.clear()
     demo.ready("digits_mot_flow", tmp_path / "digits", tmp_path / "out", 3)
     assert [arguments[2] for arguments in trained] == ["lightning_configs/models/digits_mot_flow.yaml"]

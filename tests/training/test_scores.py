@@ -1,17 +1,23 @@
 """Benchmarks in validation: each rank its share, together the whole; by one key of a recipe."""
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from unimodal.cli import main
+from unimodal.documents import Document, Part
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Verdict
+from unimodal.metrics.features import PixelFeatures, TextImageFeatures, as_drawn
+from unimodal.metrics.image_sets import ClipScore, FrechetDistance, KernelDistance
 from unimodal.metrics.scores import TaskScores
 from unimodal.model import UnifiedModel
-from unimodal.training.scores import ValidationScores, ask
+from unimodal.training.scores import ValidationScores, ask, compare_images
 
 SHAPES = Path(__file__).parents[2] / "lightning_configs" / "models" / "shapes_mot_flow.yaml"
 TINY = """
@@ -30,6 +36,11 @@ model:
           width: 12
           allow_few: true
           features: {class_path: unimodal.metrics.features.PixelFeatures, init_args: {size: 2}}
+      - class_path: unimodal.metrics.image_sets.FrechetDistance
+        init_args:
+          width: 3
+          allow_few: true
+          features: {class_path: unimodal.metrics.features.PixelFeatures, init_args: {size: 1}}
 data:
   init_args: {batch_tokens: 512, validation_documents: 2, prompts: 1, workers: 0}
 trainer: {max_steps: 2, val_check_interval: 2, precision: 32-true, accelerator: cpu, enable_progress_bar: false}
@@ -97,7 +108,49 @@ def test_one_key_of_a_recipe_scores_every_validation(tmp_path: Path) -> None:
         for task in ("single_object", "two_object", "counting", "colors", "position", "color_attr", "overall")
     }
     assert row["step"] == "1"
-    assert float(row["val/FrechetDistance"]) > 0
+    fine, coarse = (float(row[f"val/FrechetDistance/{name}"]) for name in ("pixels12", "pixels3"))
+    assert fine > coarse > 0
+
+
+class Bluest(TextImageFeatures):
+    """Mean colours, and texts as what their first word says."""
+
+    def __init__(self) -> None:
+        super().__init__("bluest", 3, as_drawn, {})
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(pixels.float().mean((2, 3)), dim=-1)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        assert all("handwritten" in text for text in texts)
+        return torch.eye(3)[[2] * len(texts)]
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+
+def test_images_are_compared_with_their_captions_where_a_metric_takes_texts(make: Callable[..., UnifiedModel]) -> None:
+    metrics = [ClipScore(Bluest()), FrechetDistance(12, features=PixelFeatures(2), allow_few=True)]
+    ValidationScores([], metrics)
+    parts = (Part("a handwritten seven", learn=False), Part(Image.new("RGB", (8, 8), "blue")))
+    compare_images(metrics, make("flow"), [(str(i), Document(parts, "text_to_image")) for i in range(3)])
+    assert 0 < float(metrics[0].compute()) < 100
+    assert (int(metrics[1].fake_count), int(metrics[1].real_count)) == (3, 3)
+
+
+def test_what_cannot_be_told_apart_or_compared_is_refused_at_once() -> None:
+    pixels = [FrechetDistance(12, features=PixelFeatures(2)) for _ in range(2)]
+    with pytest.raises(
+        ValueError, match=r"model\.image_metrics: expected each name once, got FrechetDistance/pixels12"
+    ):
+        ValidationScores([], pixels)
+    ValidationScores(
+        [], [pixels[0], FrechetDistance(27, features=PixelFeatures(3)), KernelDistance(features=PixelFeatures(2))]
+    )
+    with pytest.raises(ValueError, match=r"model\.benchmarks: expected each name once, got bright twice"):
+        ValidationScores([Bright(), Bright()])
+    with pytest.raises(ValueError, match=r"model\.image_metrics: expected metrics of images .*got TaskScores"):
+        ValidationScores([], [TaskScores("ab")])
 
 
 def test_sets_are_no_benchmark_of_single_images() -> None:

@@ -24,7 +24,7 @@ from unimodal.metrics.manifolds import ManifoldScores, precision_recall_density_
 from unimodal.metrics.moments import Moments, moments_of_sums
 
 
-class _SetMetric(Metric):
+class SetMetric(Metric):
     """What the metrics share: images become features."""
 
     full_state_update = False
@@ -33,6 +33,12 @@ class _SetMetric(Metric):
     def __init__(self, features: ImageFeatures | None, settings: dict[str, Any]) -> None:
         super().__init__(**settings)
         self._network = (features,)  # in a tuple, so that it is no submodule
+
+    @property
+    def features_name(self) -> str:
+        """Of the network; empty where features are given."""
+        network = self._network[0]
+        return "" if network is None else network.name
 
     def _features(self, images: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B _"]:
         if images.ndim == 2 and images.is_floating_point():
@@ -52,7 +58,7 @@ class _SetMetric(Metric):
         return network.of_images(images)
 
 
-class FrechetDistance(_SetMetric):
+class FrechetDistance(SetMetric):
     """Squared Frechet distance between the moments of real and generated features, in float64 and constant memory.
 
     Args:
@@ -120,7 +126,7 @@ class FrechetDistance(_SetMetric):
         return moments_of_sums(int(self.fake_count), self.fake_sum, self.fake_outer)
 
 
-class _StoredFeatures(_SetMetric):
+class _StoredFeatures(SetMetric):
     """Metrics that need every feature: N x D numbers, where they came (NCCL gathers nothing from a CPU)."""
 
     real: list[Tensor]
@@ -236,7 +242,7 @@ class ClipDistance(_StoredFeatures):
         return torch.tensor(distances.cmmd(*self._sets()), dtype=torch.float64)
 
 
-class InceptionScore(_SetMetric):
+class InceptionScore(SetMetric):
     """Inception score of generated images; logits lie on the CPU.
 
     Args:
@@ -277,7 +283,7 @@ class InceptionScore(_SetMetric):
         return torch.tensor(found.mean, dtype=torch.float64)
 
 
-class ClipScore(_SetMetric):
+class ClipScore(SetMetric):
     """Mean CLIPScore, 0..100, of images and their texts.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document
 from unimodal.evaluation.benchmark import Answer, Benchmark
 from unimodal.evaluation.harness import answer_seed
+from unimodal.metrics.image_sets import SetMetric
 from unimodal.metrics.scores import TaskScores
 from unimodal.packing import fit_image
 from unimodal.shards import is_sharded, together
@@ -30,11 +32,14 @@ BATCH = 64
 
 
 class ValidationScores(Callback):
-    """Logs `val/NAME/TASK` and `val/NAME/overall` of benchmarks, and `val/CLASS` of metrics of image sets.
+    """Logs `val/NAME/TASK` and `val/NAME/overall` of benchmarks, and `val/CLASS/FEATURES` of metrics of image sets.
 
     Args:
         benchmarks: each is asked in full, so give them few items.
-        image_metrics: of images drawn for held-out captions, against the images that these captions have.
+        image_metrics: of images drawn for held-out captions, against the images or the texts of these captions.
+
+    Raises:
+        ValueError: a benchmark of sets, a metric that takes no images, or two that would be logged under one name.
     """
 
     def __init__(self, benchmarks: Sequence[Benchmark], image_metrics: Sequence[Metric] = ()) -> None:
@@ -46,6 +51,19 @@ class ValidationScores(Callback):
                 raise ValueError(
                     f"model.benchmarks: {benchmark.name} scores sets alone; give model.image_metrics instead"
                 )
+        for metric in self.image_metrics:
+            if not {"real", "texts"} & _taken(metric):
+                raise ValueError(
+                    "model.image_metrics: expected metrics of images beside real ones or texts "
+                    f"(unimodal.metrics.image_sets), got {type(metric).__name__}"
+                )
+        named = {
+            "benchmarks": [b.name for b in self.benchmarks],
+            "image_metrics": list(map(logged_name, self.image_metrics)),
+        }
+        for key, names in named.items():
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"model.{key}: expected each name once, got {twice[0]} twice: one log would mix both")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The average's weights are in; results are logged on every rank alike."""
@@ -73,9 +91,20 @@ class ValidationScores(Callback):
                 values = found if isinstance(found, dict) else {"": found}
                 for name, value in values.items():
                     pl_module.log(
-                        f"{stage}/{type(distance).__name__}{name and '/'}{name}", torch.as_tensor(value).float()
+                        f"{stage}/{logged_name(distance)}{name and '/'}{name}", torch.as_tensor(value).float()
                     )
                 distance.reset()
+
+
+def logged_name(metric: Metric) -> str:
+    """CLASS/FEATURES, or CLASS alone of a metric without a network."""
+    features = metric.features_name if isinstance(metric, SetMetric) else ""
+    return f"{type(metric).__name__}{features and '/'}{features}"
+
+
+def _taken(metric: Metric) -> set[str]:
+    """Arguments of its `update`."""
+    return set(inspect.signature(metric.update).parameters)
 
 
 def captioned_images(data: DocumentData) -> list[tuple[str, Document]]:
@@ -112,8 +141,12 @@ def compare_images(metrics: Sequence[Metric], model: UnifiedModel, documents: Se
         height, width = model.sequence.image_sizes[0]
         real = [fit_image(document.images[0], [(height, width)]) for _, document in chunk]
         for metric in metrics:
-            metric.update(_uint8(real).to(model.device), real=True)
-            metric.update(_uint8([document.images[-1] for document in drawn]).to(model.device), real=False)
+            images = _uint8([document.images[-1] for document in drawn]).to(model.device)
+            if "texts" in _taken(metric):
+                metric.update(images, texts=[prompt.text for prompt in prompts])
+            else:
+                metric.update(_uint8(real).to(model.device), real=True)
+                metric.update(images, real=False)
 
 
 def _uint8(images: Sequence[np.ndarray | Image.Image]) -> Tensor:
