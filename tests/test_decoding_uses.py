@@ -278,8 +278,13 @@ def test_a_model_scores_by_reading_its_own_image(model: UnifiedModel) -> None:
         look = Document((Part(document.images[-1], learn=False),))
         ((likelihood,),) = log_likelihoods(model, [look], [[document.parts[0].text]])
         assert score == pytest.approx(likelihood.mean, abs=1e-5)
-    with pytest.raises(ValueError, match="documents: expected a text and an image behind it"):
-        reads_back(model)([PROMPT])
+    photo = Document((PROMPT.parts[0], Part(picture(), learn=False), Part(" is it?", learn=False)))
+    for undrawn in (PROMPT, photo):  # an image that was given says nothing of the model
+        with pytest.raises(ValueError, match="documents: expected a text and a drawn image behind it"):
+            reads_back(model)([undrawn])
+        reading = DecodingSettings(max_tokens=2, max_images=0)
+        with pytest.raises(ValueError, match="documents: expected a text and a drawn image behind it"):
+            look_again(model, [undrawn], reading, [1], 1, lambda document, read: True)
 
 
 # ---- draw, look, draw again

@@ -28,7 +28,6 @@ from unimodal.model import UnifiedModel
 from unimodal.shards import write
 from unimodal.text import TextTokenizer
 from unimodal_tokenizers.base import ImageTokenizer
-from unimodal_tokenizers.quantizers import Quantizer
 
 FORMAT_VERSION = 1
 PACKAGES = ("unimodal.", "unimodal_tokenizers.", "unimodal_generators.")
@@ -160,18 +159,23 @@ def load_tokenizer_weights(tokenizer: ImageTokenizer, folder: Path, key: str) ->
     weights = read_weights(folder, key)
     with torch.random.fork_rng(devices=[]):  # what is built here draws weights that nobody keeps
         given = build(_read_json(folder, "config.json"), "tokenizer")
+    check_makes(tokenizer, given, key, folder)
+    load_weights(tokenizer, weights, str(folder), key)
+
+
+def check_makes(tokenizer: nn.Module, given: nn.Module, key: str, folder: Path) -> None:
+    """ValueError where two tokenizers differ in what no weight shows; `key` named the folder of the second."""
     own, theirs = _makes(tokenizer), _makes(given)
     if own != theirs:
         name = next(name for name in {**own, **theirs} if own.get(name) != theirs.get(name))
         expected, got = (makes.get(name, "none") for makes in (own, theirs))
         raise ValueError(f"{key}: expected {name or 'a tokenizer'} to be {expected}, {folder} has {got}")
-    load_weights(tokenizer, weights, str(folder), key)
 
 
 def _makes(tokenizer: nn.Module) -> dict[str, str]:
-    """The classes of a tokenizer and of its quantizers, by where they are."""
-    kinds = (ImageTokenizer, Quantizer)
-    return {name: type(part).__name__ for name, part in tokenizer.named_modules() if isinstance(part, kinds)}
+    """The classes of a tokenizer's parts, with those settings that no weight shows, by where they are."""
+    makes = {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in tokenizer.named_modules()}
+    return {**makes, "layout": str(tokenizer.layout)}
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, key: str = "weights") -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unimodal.decoding import DecodingSettings, decode
-from unimodal.documents import Document, Part
+from unimodal.documents import GENERATED, Document, Part
 from unimodal.evaluation.likelihood import log_likelihoods
 from unimodal.model import UnifiedModel
 
@@ -128,9 +128,10 @@ def _try_seed(seed: int, number: int) -> int:
 
 
 def _last_image(document: Document) -> int:
-    places = [i for i, part in enumerate(document.parts) if part.is_image]
+    """The last that was drawn: one that was given says nothing of the model."""
+    places = [i for i, part in enumerate(document.parts) if part.is_image and part.role == GENERATED]
     if not places:
-        raise ValueError("documents: expected a text and an image behind it, got no image")
+        raise ValueError("documents: expected a text and a drawn image behind it, got no drawn image")
     return places[-1]
 
 

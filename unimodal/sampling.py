@@ -17,15 +17,18 @@ def overridden(settings: SamplingSettings, options: Mapping[str, Any]) -> Sampli
     Raises:
         ValueError: a setting that the recipe's generator does not have, or a value it cannot have.
     """
-    return settings.override(**{name: options[name] for name in FLAGS} | _parse(options["set"] or []))
+    given = {name: options[name] for name in FLAGS if options[name] is not None}
+    return settings.override(**given, **_parse(options["set"] or [], given))
 
 
-def _parse(texts: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE, the value as YAML has it."""
+def _parse(texts: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """NAME=VALUE, the value as YAML has it: null is a value like others."""
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise ValueError(f"--set: expected NAME=VALUE, got {text}")
+        if name in given or name in found:
+            raise ValueError(f"--set: expected {name} to be given once, got it twice")
         found[name] = yaml.safe_load(value)
     return found

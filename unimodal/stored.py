@@ -95,8 +95,15 @@ def check_stored(sizes: Iterable[Sequence[int]], rules: SequenceRules) -> None:
 
 
 def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:
-    """SHA-256 of a tokenizer's class, layout and weights: two that share it make the same tokens."""
+    """SHA-256 of a tokenizer's class, layout, weights, and what its own parts say of settings that no weight shows.
+
+    Two that share it make the same tokens.
+    """
     digest = hashlib.sha256(f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__} {tokenizer.layout}".encode())
+    for name, part in tokenizer.named_modules():
+        # Of other libraries' parts settings follow from weights and layout, and their words may change.
+        if type(part).__module__.startswith("unimodal_tokenizers") and (said := part.extra_repr()):
+            digest.update(f"\n{name} {said}".encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(_bytes(value))

@@ -25,7 +25,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from tqdm import tqdm
 
-from unimodal.data.source import BrokenDocument, Source
+from unimodal.data.source import BrokenDocument, Source, identity
 from unimodal.data.token_files import (
     CORPUS,
     INDEX,
@@ -179,7 +179,10 @@ def make_plan(
         loaded.layout.grid(height, width)  # refuses what the stride does not divide
     info = read_info(tokenizer if (tokenizer / "export.json").is_file() else tokenizer / "export")
     sources: dict[str, list[SourceRecord]] = {
-        str(split): [SourceRecord(source.kind, weight, len(source)) for source, weight in split_sources(module, split)]
+        str(split): [
+            SourceRecord(source.kind, weight, len(source), identity(source))
+            for source, weight in split_sources(module, split)
+        ]
         for split in SPLITS
     }
     made = {"fingerprint": tokenizer_fingerprint(loaded), "class": type(loaded).__name__, "recipe": info.recipe}

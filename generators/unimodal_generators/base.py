@@ -165,11 +165,11 @@ class SamplingSettings:
         return guide(outputs, scales)
 
     def override(self, **settings: Any) -> "SamplingSettings":
-        """A copy with those `settings` that are not None, each of which must exist here and have its type.
+        """A copy with those `settings`, each of which must exist here and have its type.
 
         Lists are taken for tuples and whole numbers for floats, as command lines and YAML give them.
         """
-        asked = {name: value for name, value in settings.items() if value is not None}
+        asked = dict(settings)
         known = get_type_hints(type(self))
         for name, value in asked.items():
             if name not in self.__dataclass_fields__:
@@ -233,7 +233,8 @@ class DenoisingSettings(SamplingSettings):
             if self.renorm == "global":
                 one = one * (own.norm() / one.norm().clamp_min(1e-12)).clamp(self.renorm_min, 1.0)
             if self.rescale:
-                even = one * (own.std() / one.std().clamp_min(1e-12))
+                deviation = one.std(correction=0)  # of one value it is 0, and there is nothing to bring back
+                even = one * torch.where(deviation > 0, own.std(correction=0) / deviation, 1.0)
                 one = self.rescale * even + (1 - self.rescale) * one
             pieces.append(one)
         return torch.cat(pieces)

@@ -59,8 +59,8 @@ def restrict(logits: Float[Tensor, "R V"], top_k: int, top_p: float) -> Float[Te
     Top-p is nucleus sampling (arXiv 1904.09751).
     """
     if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        left = torch.ones_like(logits, dtype=torch.bool).scatter(-1, logits.topk(top_k, dim=-1).indices, False)
+        logits = logits.masked_fill(left, -torch.inf)  # of equals no more than k stay
     if top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         probability = ordered.softmax(-1)

@@ -306,10 +306,15 @@ class TokenDiffusion(ImageGenerator):
             orders, masked = [order[len(at) :] for order, at in zip(orders, now)], torch.cat(orders)
             if any(len(at) for at in now):
                 read = Corrupted(x, time, tuple(grids), where=masked.to(x.device))
-                at = torch.cat(now).to(x.device)  # (m,)
-                z = session.peek(self.embed(read), blocks, settings.active(k / steps))[:, at]  # (G, m, C)
-                guided = settings.grown((k + 1) / steps)
-                x = x.index_put((at,), self.draw(z, noise[at], guided, [len(one) for one in now]))
+                hidden = session.peek(self.embed(read), blocks, settings.active(k / steps))  # (G, T, C)
+                shares = [
+                    1 - len(order) / grid.length for order, grid in zip(orders, grids)
+                ]  # that are there behind it
+                for share in sorted(set(shares)) if settings.growth != "none" else [None]:
+                    some = [one for one, own in zip(now, shares) if share in (None, own)]
+                    at = torch.cat(some).to(x.device)  # (m,)
+                    guided = settings if share is None else settings.grown(share)
+                    x = x.index_put((at,), self.draw(hidden[:, at], noise[at], guided, [len(one) for one in some]))
             yield ImageTokens(x, tuple(grids))
 
     def _orders(

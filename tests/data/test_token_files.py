@@ -22,12 +22,13 @@ from unimodal.cli import main
 from unimodal.data.folder import FolderSource
 from unimodal.data.token_files import Shard, TokenFiles
 from unimodal.documents import Part
-from unimodal.export import ExportInfo, build, load_tokenizer, save_export
+from unimodal.export import ExportInfo, build, check_makes, load_tokenizer, save_export
 from unimodal.packing import fit_image, to_tensor
 from unimodal.stored import StoredImage, tokenizer_fingerprint
 from unimodal.training import UnifiedTraining
-from unimodal_tokenizers import PatchTokenizer
-from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+from unimodal_tokenizers import CodecTokenizer, MultiscaleVQ, PatchTokenizer, SequenceTokenizer
+from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout
+from unimodal_tokenizers.quantizers import FSQ
 
 ROOT = Path(__file__).parents[2]
 QUANTIZER = {"class_path": "unimodal_tokenizers.quantizers.VectorQuantizer", "init_args": {"entries": 16, "dim": 4}}
@@ -283,6 +284,15 @@ def test_two_tokenizers_and_two_data_are_not_mixed(
     refused(exports["vq"], pictures, out, "--size", "8x16", names="holds tokens made with image_sizes")
     refused(exports["vq"], pictures, out, "--seed", 1, names="holds tokens made with seed 0, got 1")
     same(everything(out), before)
+    changed = (
+        shutil.copytree(pictures, tmp_path / "changed") / "00.png"
+    )  # one of other bytes: as many documents as before
+    Image.new("RGB", (8, 8), "red").save(changed)
+    refused(exports["vq"], changed.parent, out, names="holds tokens made with")
+    assert tokenize(exports["vq"], changed.parent, tmp_path / "here") == 0
+    (changed.parent / "00.png").rename(changed.parent / "zz.png")
+    (changed.parent / "00.txt").rename(changed.parent / "zz.txt")
+    refused(exports["vq"], changed.parent, tmp_path / "here", names="holds tokens made with sources")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     refused(exports["vq"], pictures, tmp_path / "full", names="holds other files")
@@ -338,6 +348,10 @@ def test_broken_images_are_left_out_counted_and_named(
     shutil.copytree(pictures, folder)
     (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:100])
     refused(exports["vq"], folder, out, names="03.png: expected a whole image")
+    whole = shutil.copytree(
+        pictures, tmp_path / "mended"
+    )  # shards without 03 are there: it must not be lost in silence
+    refused(exports["vq"], whole, out, names="holds tokens made with")
     assert tokenize(exports["vq"], folder, out, "--most-broken", 0.2) == 0
     said = capsys.readouterr()
     assert "2 documents left out" in said.out  # drawn and described
@@ -363,6 +377,31 @@ def test_a_fingerprint_is_of_the_weights_and_the_class(exports: dict[str, Path])
         next(tokenizer.parameters()).flatten()[0] += 1e-3
     assert tokenizer_fingerprint(tokenizer) != before
     assert tokenizer_fingerprint(PatchTokenizer(2)) != tokenizer_fingerprint(PatchTokenizer(4))
+
+
+def test_settings_that_no_weight_shows_make_another_tokenizer(tmp_path: Path) -> None:
+    """The same names and shapes of weights; other tokens."""
+    shape: Any = {"image": (8, 8), "patch": 4, "tokens": 4, "width": 16, "depth": 1}
+
+    def row(levels: list[int], **settings: Any) -> SequenceTokenizer:
+        torch.manual_seed(0)
+        return SequenceTokenizer(FSQ(levels), **shape, **{"heads": 2, **settings})
+
+    pairs: list[tuple[Callable[[], ImageTokenizer], Callable[[], ImageTokenizer], str]] = [
+        (lambda: row([8, 6, 5]), lambda: row([5, 6, 8]), "quantizer"),
+        (lambda: row([3, 3]), lambda: row([3, 3], causal=True), "tokenizer"),
+        (lambda: row([3, 3]), lambda: row([3, 3], heads=4), "encoder"),
+        (lambda: CodecTokenizer((8, 8), 200, 25), lambda: CodecTokenizer((8, 8), 200, 90), "tokenizer"),
+    ]
+    for make, other, where in pairs:
+        one, two = make(), other()
+        assert tokenizer_fingerprint(one) == tokenizer_fingerprint(make()) != tokenizer_fingerprint(two)
+        check_makes(one, make(), "model.tokenizer_weights", tmp_path)
+        with pytest.raises(ValueError, match=rf"model\.tokenizer_weights: expected (a )?{where}.* to be .*, .* has "):
+            check_makes(one, two, "model.tokenizer_weights", tmp_path)
+    scales = [MultiscaleVQ(16, 4, [8], 1, scales=s) for s in ([1, 2, 3, 4], [1, 2, 4, 8])]
+    with pytest.raises(ValueError, match=r"expected layout to be TokenLayout\(.*scales=\(1, 2, 3, 4\)"):
+        check_makes(scales[0], scales[1], "model.tokenizer_weights", tmp_path)
 
 
 def test_large_codebooks_and_several_are_kept(tmp_path: Path) -> None:

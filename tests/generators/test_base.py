@@ -6,7 +6,13 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from unimodal_generators import ChoiceSettings, FlowSettings, SamplingSettings, TokenDiffusionSettings
+from unimodal_generators import (
+    ChoiceSettings,
+    DiffusionSettings,
+    FlowSettings,
+    SamplingSettings,
+    TokenDiffusionSettings,
+)
 from unimodal_generators.base import Block, Branch, DenoisingSettings, Grid, TokenKind, guide
 from unimodal_tokenizers import diffusion
 
@@ -55,7 +61,9 @@ def test_a_scale_a_condition() -> None:
 def test_override_changes_what_is_given() -> None:
     settings = FlowSettings(guidance=2.0, steps=5)
     assert settings.override(steps=9, solver="heun") == FlowSettings(guidance=2.0, steps=9, solver="heun")
-    assert settings.override(steps=None, guidance=None) == settings
+    assert DiffusionSettings(clip=1.0).override(clip=None).clip is None  # None is a value where a setting may have it
+    with pytest.raises(ValueError, match="steps: expected int, got None"):
+        settings.override(steps=None)
     assert settings.override() == settings
     assert settings.override(guidance=0.0).guidance == 0.0  # 0 is a value, not an absence
     assert settings == FlowSettings(guidance=2.0, steps=5)
@@ -68,7 +76,6 @@ def test_override_refuses_another_generator_s_settings() -> None:
         FlowSettings().override(guidance=1.0, temperature=0.5)
     with pytest.raises(ValueError, match="sampler"):
         SamplingSettings().override(sampler="ddim")
-    assert ChoiceSettings().override(steps=None) == ChoiceSettings()
 
 
 def test_pieces_of_a_block() -> None:
@@ -172,6 +179,12 @@ def test_rescaling_brings_the_deviation_back() -> None:
     torch.testing.assert_close(out.std(), found[0].std())
     half = DenoisingSettings(guidance=5.0, rescale=0.5).guide_images(found, [3])
     torch.testing.assert_close(half, (out + DenoisingSettings(guidance=5.0).guide(found)) / 2)
+
+
+def test_an_image_of_one_value_has_no_deviation_to_bring_back() -> None:
+    found = torch.tensor([[[1.0], [2.0]], [[3.0], [5.0]]])  # two branches, two images of one token of one channel
+    settings = DenoisingSettings(guidance=3.0, rescale=0.5)
+    torch.testing.assert_close(settings.guide_images(found, [1, 1]), settings.guide(found))
 
 
 @pytest.mark.parametrize(("settings", "named"), [

@@ -14,7 +14,7 @@ def rngs(*seeds: int) -> list[torch.Generator]:
 
 
 def slow(scores: np.ndarray, top_k: int, top_p: float) -> list[int]:
-    """Ids that stay, of one row without ties, in plain steps."""
+    """Ids that stay, of one row without ties at the k-th, in plain steps."""
     ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
     if top_k:
         ranked = ranked[:top_k]
@@ -117,3 +117,11 @@ def test_what_is_ruled_out_is_never_drawn() -> None:
 def test_settings_that_mean_nothing_are_refused(settings: tuple[float, int, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose(torch.zeros(1, 3), rngs(0), *settings)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (2, 1.0), (3, 0.99)])
+def test_of_equals_no_more_than_k_stay(top_k: int, top_p: float) -> None:
+    """Scores of half precision are often equal."""
+    left = restrict(torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0], [0.0, 2.0, 2.0, 2.0, 2.0]]), top_k, top_p)
+    assert left.isfinite().sum(-1).tolist() == [top_k, top_k]
+    assert left[left.isfinite()].unique().tolist() == [1.0, 2.0]

@@ -331,11 +331,11 @@ def test_random_order_by_hand(make: Callable[..., UnifiedModel]) -> None:
         Block(grid, TokenKind.LEARNED, bidirectional=True, private=True),
     )
     with torch.no_grad():
-        for k, count in enumerate(cosine_counts(16, 16, 3)):
+        for count in cosine_counts(16, 16, 3):
             left = [i for i in range(16) if i in order]
             rows = [generator.mask if i in left else generator.token_in(x[i]) for i in range(16)]
             hidden = session.peek(Embeddings(torch.stack(rows)), [block])
-            scale = 1 + (k + 1) / 3 * 1.5
+            scale = 1 + (16 - len(order) + count) / 16 * 1.5  # by the tokens that are there, not by the steps
             for i in order[:count]:
                 token = noise[i]
                 for step in range(2):

@@ -50,6 +50,10 @@ class CodecTokenizer(ImageTokenizer):
         start = file.index(START_OF_SCAN) + 2
         self.header = file[: start + int.from_bytes(file[start : start + 2], "big")]  # which says its own length
 
+    def extra_repr(self) -> str:
+        """What the header follows from; there are no weights."""
+        return f"quality={self.quality}, mode={self.mode}"
+
     def encode_batch(
         self, images: Float[Tensor, "B 3 H W"], rng: torch.Generator | None = None
     ) -> Int64[Tensor, "B N"]:

@@ -154,6 +154,10 @@ class SequenceTokenizer(RowTokenizer):
 
     no_weight_decay = (*RowTokenizer.no_weight_decay, "queries")
 
+    def extra_repr(self) -> str:
+        """Who sees whom, which no weight shows."""
+        return f"causal={self.causal}"
+
     def forward(self, images: Float[Tensor, "B 3 H W"], texts: Float[Tensor, "B E"] | None = None) -> Reconstruction:
         """Images `(B, 3, H, W)` in [-1, 1] through their ids and back, with the terms of the loss.
 

@@ -65,6 +65,10 @@ class StagedTokenizer(TrainableTokenizer):
         """The decoder's last weight."""
         return self.pixels_out.get_parameter("weight")
 
+    def extra_repr(self) -> str:
+        """Who sees whom, which no weight shows."""
+        return f"causal={self.causal}"
+
     def forward(self, images: Float[Tensor, "B 3 H W"], texts: Float[Tensor, "B E"] | None = None) -> Reconstruction:
         """Images `(B, 3, H, W)` in [-1, 1] through all three stages, with the terms of the loss.
 

@@ -31,8 +31,13 @@ class Transformer(nn.Module):
             raise ValueError(f"width: expected a multiple of 4 and of heads = {heads}, got {width}")
         if depth < 0:
             raise ValueError(f"depth: expected at least 0 layers, got {depth}")
+        self.heads = heads
         self.layers = nn.ModuleList(Block(width, heads, init_values=None) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
+
+    def extra_repr(self) -> str:
+        """What no weight shows."""
+        return f"heads={self.heads}"
 
     def forward(self, x: Float[Tensor, "B L C"], mask: Bool[Tensor, "*B1 L L"] | None = None) -> Float[Tensor, "B L C"]:
         """Args:

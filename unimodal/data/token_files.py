@@ -48,11 +48,12 @@ _TYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "I64": np.int64, "F
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """A source as it was when its documents were written."""
+    """A source as it was when its documents were written; `identity` tells it from others with as many documents."""
 
     kind: str
     weight: float | None
     documents: int
+    identity: str = ""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ class FSQ(Quantizer):
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
         self.places = list(itertools.accumulate([1, *levels[:-1]], lambda a, b: a * b))  # of the levels in an id
 
+    def extra_repr(self) -> str:
+        """The order of the levels, which no weight shows."""
+        return f"levels={self.levels.int().tolist()}"
+
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
         """round(f(z)), with the gradient of f(z)."""
         bounded = self.bound(z)
