@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 
 from unimodal.training.tokenizer import CodebookCounts, TokenizerTraining, write_reconstructions
 from unimodal_tokenizers import GridTokenizer, MultiscaleVQ, PatchTokenizer
-from unimodal_tokenizers.quantizers import MovingAverageQuantizer, ResidualQuantizer, VectorQuantizer
+from unimodal_tokenizers.frozen import FrozenEncoder
+from unimodal_tokenizers.quantizers import MovingAverageQuantizer, ResidualQuantizer, TextCodebook, VectorQuantizer
+from unimodal_tokenizers.semantic import SemanticHead
 
 CODES: dict[str, Any] = {"dim": 4, "revive_after": 2}
 SMALL: dict[str, Any] = {"channels": [8, 16], "blocks": 1}
@@ -175,3 +177,14 @@ def test_weights_that_cannot_be_are_refused(changed: dict[str, Any], said: str) 
 def test_a_tokenizer_without_weights_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tokenizer: expected one that is trained .* got PatchTokenizer"):
         TokenizerTraining(PatchTokenizer(2), lr=1.0, l1_weight=1.0, l2_weight=0.0)
+
+
+def test_a_teacher_without_weights_is_said(tmp_path: Path) -> None:
+    """It would be distilled as if it knew something."""
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    semantic = SemanticHead(16, 1, 2, 4, teacher=FrozenEncoder("vit_tiny_patch16_224", options))
+    tokenizer = GridTokenizer(VectorQuantizer(8, 4), [8], 1, semantic=semantic)
+    with pytest.warns(UserWarning, match=r"model\.encoder_weights: none given: what the FrozenEncoder holds"):
+        TokenizerTraining(tokenizer, lr=1e-3, l1_weight=1.0, l2_weight=0.0)
+    with pytest.warns(UserWarning, match=r"model\.text_embeddings: none given: what the TextCodebook holds"):
+        TokenizerTraining(GridTokenizer(TextCodebook(8, 4, 6), [8], 1), lr=1e-3, l1_weight=1.0, l2_weight=0.0)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from lightning import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -138,6 +139,10 @@ class TokenizerTraining(L.LightningModule):
             _only(FrozenEncoder, tokenizer, "encoder_weights", encoder_weights).load(encoder_weights)
         if text_embeddings is not None:
             _only(TextCodebook, tokenizer, "text_embeddings", text_embeddings).load(text_embeddings)
+        given = ("encoder_weights", FrozenEncoder, encoder_weights), ("text_embeddings", TextCodebook, text_embeddings)
+        for key, kind, path in given:
+            if path is None and any(isinstance(module, kind) for module in tokenizer.modules()):
+                rank_zero_warn(f"model.{key}: none given: what the {kind.__name__} holds of it is random, and stays so")
         own = _own_weights(tokenizer, weights or {})
         error = {"l1_weight": l1_weight, "l2_weight": l2_weight, "perceptual_weight": perceptual_weight}
         for name, weight in [*error.items(), *((f"weights.{name}", weight) for name, weight in own.items())]:

@@ -97,8 +97,9 @@ def check_ids(ids: Shaped[Tensor, "*shape"], entries: int) -> None:
     """Refuse what is no id of a codebook of so many entries."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"tokens: expected integer ids of a codebook of {entries}, got {ids.dtype}")
-    # Elsewhere than on the host, looking would wait for the device at every token; its kernel checks by itself.
-    if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= entries):
+    if ids.device.type == "cuda":  # looking would wait for the device at every token; it ends the process by itself
+        torch._assert_async(((ids >= 0) & (ids < entries)).all(), f"tokens: expected ids from 0 to {entries - 1}")
+    elif ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= entries):
         raise ValueError(f"tokens: expected ids from 0 to {entries - 1}, got {int(ids.min())} to {int(ids.max())}")
 
 
