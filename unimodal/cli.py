@@ -176,8 +176,14 @@ def _add_tokenize(commands: "argparse._SubParsersAction[_OneLine]") -> None:
 
 
 def _add_importers(commands: "argparse._SubParsersAction[_OneLine]") -> None:
-    importer = commands.add_parser("import", help="text models of others: which backbone fits; GenEval's detector")
-    sources = importer.add_subparsers(metavar="hf|mask2former", required=True)
+    importer = commands.add_parser("import", help="text models and tokenizers of others; GenEval's detector")
+    sources = importer.add_subparsers(metavar="hf|tokenizer|mask2former", required=True)
+    tokenizer = sources.add_parser("tokenizer", help="a tokenizer that is not trained here, as an export")
+    tokenizer.add_argument(
+        "source", metavar="DIR|hub:NAME|YAML", help="published weights, or class_path and init_args of any tokenizer"
+    )
+    tokenizer.add_argument("--out", type=Path, required=True, help="new folder that --tokenizer reads")
+    tokenizer.set_defaults(run="import_tokenizer")
     detector = sources.add_parser("mask2former", help="GenEval's detector, from mmdetection's checkpoint")
     detector.add_argument("checkpoint", type=Path, help="mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_...pth")
     detector.add_argument("--out", type=Path, required=True, help="new folder that --detector reads")

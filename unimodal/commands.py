@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from PIL import Image
@@ -18,7 +19,8 @@ from tqdm import tqdm
 from unimodal import processes
 from unimodal.decoding import DecodingSettings, Inpaint, decode, stream
 from unimodal.documents import GENERATED, Document, Part, load_image, read_markdown, write_html, write_markdown
-from unimodal.export import load_run, open_model
+from unimodal.export import ExportInfo, instantiate, load_run, open_model, save_export
+from unimodal.files import read_yaml
 from unimodal.model import UnifiedModel
 from unimodal.sampling import overridden
 from unimodal.text import SPECIAL_TOKENS, TextTokenizer
@@ -172,6 +174,23 @@ def import_mask2former(args: argparse.Namespace) -> int:
 
     convert_checkpoint(args.checkpoint, args.out)
     print(f"detector in {args.out}: unimodal evaluate geneval --detector {args.out} ...")
+    return 0
+
+
+def import_tokenizer(args: argparse.Namespace) -> int:
+    """`unimodal import tokenizer`: an export of a tokenizer of published weights, or of one that has none."""
+    from unimodal.training.run import git_commit
+
+    if args.out.exists():
+        raise ValueError(f"--out: expected a new folder, got {args.out}, which exists")
+    config: Any = {"class_path": "unimodal_tokenizers.from_pretrained", "init_args": {"source": args.source}}
+    if args.source.endswith((".yaml", ".yml")):
+        config = read_yaml(Path(args.source), "source")
+        if not isinstance(config, dict) or set(config) - {"class_path", "init_args"} or "class_path" not in config:
+            raise ValueError(f"source: expected class_path and init_args of a tokenizer in {args.source}, got others")
+    module = instantiate(config, "tokenizer", f"source: {args.source}")
+    save_export(args.out, module, config, ExportInfo("tokenizer", "raw", Path(args.source).stem, git_commit()))
+    print(f"{type(module).__name__} in {args.out}: unimodal tokenize --tokenizer {args.out} ...")
     return 0
 
 

@@ -106,16 +106,22 @@ def load_export(folder: Path, kind: str) -> nn.Module:
 
 
 def build(config: dict[str, Any], kind: str) -> nn.Module:
-    """Instantiate from class_path and init_args; only classes of this project are imported."""
+    """Instantiate from class_path and init_args of an export; only classes of this project are imported."""
     _check_class_paths(config)
+    return instantiate(config, kind, "export: config.json")
+
+
+def instantiate(config: dict[str, Any], kind: str, source: str) -> nn.Module:
+    """Instantiate from class_path and init_args that the user wrote; `source` names where, for messages."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(KINDS[kind], kind, required=True)
     try:
         parsed = parser.parse_object({kind: config})
         module = getattr(parser.instantiate(parsed), kind)
     except ArgumentError as error:
-        raise ValueError(f"export: config.json does not build a {kind}: {one_line(str(error))}") from error
-    module.config = config
+        raise ValueError(f"{source} does not build a {kind}: {one_line(str(error))}") from error
+    if module.config is None:  # published weights come with settings of their own
+        module.config = config
     return module
 
 

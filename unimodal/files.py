@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,3 +128,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights: expected names to tensors in {path}, got {type(state).__name__}")
     return state
+
+
+def read_yaml(path: Path, key: str) -> Any:
+    """What a YAML file holds; ValueError naming the setting `key` for a file that is missing or is none."""
+    if not path.is_file():
+        raise ValueError(f"{key}: {path} does not exist")
+    import yaml  # here, so that commands that read none start without it
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key}: {path} is no YAML ({error})") from None

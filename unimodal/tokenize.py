@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from tqdm import tqdm
 
@@ -42,7 +41,7 @@ from unimodal.data.token_files import (
 )
 from unimodal.documents import write_jsonl
 from unimodal.export import load_tokenizer, one_line, read_info
-from unimodal.files import write_atomically
+from unimodal.files import read_yaml, write_atomically
 from unimodal.packing import fit_image, to_tensor
 from unimodal.stored import tokenizer_fingerprint
 from unimodal_tokenizers.base import ImageTokenizer
@@ -138,10 +137,7 @@ def data_config(data: Path) -> dict[str, Any]:
         }  # fmt: skip
     if not data.is_file():
         raise ValueError(f"--data: expected a folder or a YAML file, got {data}, which does not exist")
-    try:
-        record = yaml.safe_load(data.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--data: {data} is no YAML ({error})") from None
+    record = read_yaml(data, "--data")
     config = record.get("data") if isinstance(record, dict) else None
     if not isinstance(config, dict) or "class_path" not in config:
         raise ValueError(f"--data: expected a data block with a class_path in {data}, got none")

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from published_cases import autoencoder_kl
 from safetensors.torch import load_file
 
 from unimodal.cli import main
@@ -296,6 +297,55 @@ def test_two_tokenizers_and_two_data_are_not_mixed(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     refused(exports["vq"], pictures, tmp_path / "full", names="holds other files")
+
+
+@pytest.mark.parametrize("kind", ["patch", "codec", "kl"])
+def test_what_is_not_trained_here_is_imported_tokenized_and_measured(
+    kind: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Published weights, and tokenizers that have none, are exports like any other."""
+    source = tmp_path / "tokenizer.yaml"
+    if kind == "kl":
+        source = tmp_path / "published"
+        autoencoder_kl(source)
+    else:
+        names = {
+            "patch": ("PatchTokenizer", {"patch": 4}),
+            "codec": ("CodecTokenizer", {"image": [8, 8], "length": 400}),
+        }
+        name, options = names[kind]
+        source.write_text(yaml.safe_dump({"class_path": f"unimodal_tokenizers.{name}", "init_args": options}))
+    assert main(["import", "tokenizer", str(source), "--out", str(tmp_path / "export")]) == 0
+    if kind == "kl":
+        shutil.rmtree(source)  # an export stands alone
+    sizes = ["--size", "8x8", "--batch", "3", "--device", "cpu"]
+    given = ["--tokenizer", str(tmp_path / "export"), "--data", str(pictures), "--out", str(tmp_path / "tokens")]
+    assert main(["tokenize", *given, *sizes]) == 0
+    assert json.loads((tmp_path / "tokens" / "index.json").read_text())["images"] == 22 // 2
+    measured = ["--tokenizer", str(tmp_path / "export"), "--images", str(pictures), "--out", str(tmp_path / "scores")]
+    assert main(["evaluate", "reconstruction", *measured, "--size", "8x8", "--device", "cpu", "--workers", "0"]) == 0
+    psnr = json.loads((tmp_path / "scores" / "summary.json").read_text())["measures"]["psnr"]["value"]
+    assert psnr > 60 if kind == "patch" else psnr > 0
+    capsys.readouterr()
+    assert main(["import", "tokenizer", str(source), "--out", str(tmp_path / "export")]) == 2
+    assert "--out: expected a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1", "is no YAML"), ("trainer: {}", "expected class_path and init_args of a tokenizer"),
+        ("class_path: unimodal_tokenizers.PatchTokenizer", "patch"), ("class_path: os.path.join", "os.path.join"),
+    ],
+)  # fmt: skip
+def test_what_is_no_tokenizer_is_not_imported(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.yaml").write_text(text)
+    assert main(["import", "tokenizer", str(tmp_path / "t.yaml"), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_refuses_tokens_that_its_tokenizer_did_not_make(
