@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import shape_checks  # noqa: F401 - before anything that it checks
+import shape_checks  # before anything that it checks
 import torch
 from generator_cases import CASES, TIMED, WHOLE
 from PIL import Image
@@ -23,6 +23,12 @@ from unimodal.vision import VisionEncoder
 from unimodal_generators import Flow
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_of_this_file() -> None:
+    """Every file checks the shapes of its own calls."""
+    shape_checks.begin_file()
 
 
 CORPUS = ["a handwritten seven", "a handwritten three", "three plus seven equals ten", "grün, 数字 and \U0001f600"]

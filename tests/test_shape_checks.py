@@ -56,6 +56,25 @@ def test_the_packages_are_checked() -> None:
         Grid(2, 2, ((1, 1),)).first("1")  # type: ignore[arg-type]
 
 
+def test_of_many_calls_the_first_and_some_are_checked_in_every_file() -> None:
+    def refused() -> list[int]:
+        found = []
+        for call in range(1, 100):
+            try:
+                half(str(call))  # type: ignore[arg-type]
+            except TypeError:
+                pass
+            except Exception:  # noqa: BLE001 - of the checks
+                found.append(call)
+        return found
+
+    expected = [*range(1, 17), 31, 62, 93]
+    for _ in range(2):
+        shape_checks.begin_file()  # as before each
+        assert refused() == expected
+    shape_checks.begin_file()
+
+
 def test_a_long_loop_is_checked_at_first_and_what_follows_it_again() -> None:
     refused = []
     for step in shape_checks.first_checked(range(6), 2):

@@ -1,5 +1,6 @@
 """Plain images for tokenizers: all of a document, each once an epoch wherever a run stops, and what is broken skipped."""
 
+import contextlib
 import logging
 import os
 import re
@@ -26,7 +27,8 @@ from torch import Tensor
 from unimodal.cli import main
 from unimodal.data import DigitImageData, FolderImageData, MixtureImageData, ShapesImageData, TarSource
 from unimodal.data.broken import Exchange
-from unimodal.data.digits import digit_images
+from unimodal.data.digits import caption_digit, digit_images
+from unimodal.data.folder import FolderSource
 from unimodal.data.image_stream import BEHIND, HeldOutImages, ImagePosition, ImageStream
 from unimodal.data.images import Pictures
 from unimodal.data.mixture import Entry
@@ -259,6 +261,70 @@ def test_held_out_images_come_once_and_what_is_broken_is_named_once(caplog: pyte
     assert caplog.text.count("1 held-out documents left out, such as album 1") == 1
     with pytest.raises(ValueError, match="data: expected held-out documents with images, got none"):
         list(HeldOutImages([Albums([0, -1])], (4, 4), 3, seed=0))
+
+
+def said(source: Any) -> list[tuple[str, int]]:
+    """What is said of each image of a source, and the red of a corner of it."""
+    documents = [source.document(i, np.random.default_rng(0)) for i in range(len(source))]
+    return sorted((document.text, np.asarray(image)[0, 0, 0]) for document in documents for image in document.images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_texts_come_with_the_images_they_are_said_of(workers: int) -> None:
+    albums = Albums([2, 1, 3])
+    plain, captioned = (
+        list(islice(stream(albums, 4, captions=captions, workers=workers), 3)) for captions in (False, True)
+    )
+    assert all(torch.equal(a, b.images) for a, b in zip(plain, captioned, strict=True))
+    assert {text for batch in captioned for text in batch.texts} == {"an album"}
+    assert [len(batch.texts) for batch in captioned] == [4, 4, 4]
+    silent = Pictures(3, lambda index: Image.new("RGB", (5, 4)), 0)
+    with pytest.raises(ValueError, match=r"image 0: data\.captions: expected text with the images, got none"):
+        next(iter(stream(silent, 2, captions=True)))
+    assert len(next(iter(stream(silent, 2)))) == 2
+
+
+@pytest.mark.parametrize("kind", ["digits", "shapes", "folder", "mixture"])
+def test_every_module_gives_captions_if_asked(kind: str, tmp_path: Path) -> None:
+    for i in range(5):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"shade {i}\n")
+    folder = FolderSource(tmp_path, "all")
+    data = {
+        "digits": lambda: DigitImageData(4, captions=True),
+        "shapes": lambda: ShapesImageData(4, validation_scenes=8, captions=True),
+        "folder": lambda: FolderImageData(tmp_path, (8, 8), 4, 0.5, captions=True),
+        "mixture": lambda: MixtureImageData({"a": Entry(folder)}, (8, 8), 4, {"v": Entry(folder)}, captions=True),
+    }[kind]()
+    batches = list(data.val_dataloader())
+    found = [(text, image) for batch in batches for text, image in zip(batch.texts, batch.images, strict=True)]
+    (source,) = data.validation_sources()
+    reds = [(text, round(float((image[0, 0, 0] + 1) * 127.5))) for text, image in found]
+    assert sorted(reds) == said(source)
+    texts = {text for text, _ in found}
+    if kind == "digits":
+        assert {caption_digit(text) for text in texts} == set(range(10))
+    elif kind == "shapes":
+        assert len(texts) > 1
+    else:
+        assert texts <= {f"shade {i}" for i in range(5)}
+        assert all(text == f"shade {red}" for text, red in reds)
+
+
+def test_a_caption_that_is_missing_is_a_broken_document(tmp_path: Path) -> None:
+    for i in range(6):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        if i:
+            (tmp_path / f"{i}.txt").write_text(f"shade {i}")
+    data = FolderImageData(tmp_path, (8, 8), 1, 0.5, captions=True)
+    found = [text for batch in data.val_dataloader() for text in batch.texts]
+    for weighted in data.training_sources():
+        for i in range(len(weighted.source)):
+            with contextlib.suppress(BrokenDocument):
+                found.append(weighted.source.document(i, np.random.default_rng(0)).text)
+    assert sorted(found) == [f"shade {i}" for i in range(1, 6)]
+    plain = FolderImageData(tmp_path, (8, 8), 1, 0.5)
+    assert len(plain.training_sources()[0].source) + len(plain.validation_sources()[0]) == 6
 
 
 def test_documents_without_images_end_in_a_line() -> None:

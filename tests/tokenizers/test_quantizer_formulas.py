@@ -370,3 +370,51 @@ def test_terms_weigh_what_their_papers_say() -> None:
     assert MovingAverageQuantizer(16, 4).weights == {"commitment": 0.25}
     assert SubCodebooks(VectorQuantizer(16, 4), 2).weights == {"codebook": 1.0, "commitment": 0.25}
     assert IBQ(16, 4).weights == {"double": 1.0, "commitment": 1.0, "codebook": 0.25, "entropy": 0.05}
+
+
+# Against the library's vector quantizers: ours differ in what the project needs of them (search in parts, one move a step)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_nearest_code_is_the_library_s(cosine: bool) -> None:
+    ours = (VectorQuantizer if cosine else EuclideanQuantizer)(32, 4).eval()
+    theirs = library.VectorQuantize(4, 32, use_cosine_sim=cosine, freeze_codebook=True, kmeans_init=False).eval()
+    codes = F.normalize(ours.codebook.weight.detach(), dim=-1) if cosine else ours.codebook.weight.detach()
+    theirs._codebook.embed.copy_(codes[None])
+    z = some(0, 200, 4, dtype=torch.float32)
+    quantized, ids, _ = theirs(z[None])
+    assert torch.equal(ours(z).ids, ids[0])
+    torch.testing.assert_close(ours(z).quantized, quantized[0])
+
+
+def test_codes_that_move_are_the_library_s_without_its_smoothing() -> None:
+    ours = MovingAverageQuantizer(8, 4, decay=0.9, revive_after=100).train()
+    theirs = library.VectorQuantize(4, 8, decay=0.9, kmeans_init=False, eps=1e-12, threshold_ema_dead_code=0).train()
+    start = some(0, 8, 4, dtype=torch.float32)
+    ours.codes.copy_(start)
+    ours.mass.fill_(1.0)
+    ours.idle.zero_()
+    theirs._codebook.embed.copy_(start[None])
+    theirs._codebook.embed_avg.copy_(start[None])
+    theirs._codebook.cluster_size.fill_(1.0)
+    for step in range(5):
+        z = some(step + 1, 300, 4, dtype=torch.float32)
+        result, (quantized, ids, _) = ours(z), theirs(z[None])
+        assert torch.equal(result.ids, ids[0])
+        torch.testing.assert_close(result.quantized, quantized[0])
+        ours.after_step()
+        torch.testing.assert_close(ours.codes, theirs._codebook.embed[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.mass, theirs._codebook.cluster_size[0])
+
+
+def test_residuals_are_the_library_s() -> None:
+    ours = ResidualQuantizer(32, codebooks=3, dim=4).eval()
+    theirs = library.ResidualVQ(
+        dim=4, codebook_size=32, num_quantizers=3, freeze_codebook=True, kmeans_init=False
+    ).eval()
+    for mine, layer in zip(ours.quantizers, theirs.layers, strict=True):
+        layer._codebook.embed.copy_(mine.codebook.weight.detach()[None])
+    z = some(0, 200, 4, dtype=torch.float32)
+    quantized, ids, _ = theirs(z[None])
+    assert torch.equal(ours(z).ids, ids[0])
+    torch.testing.assert_close(ours(z).quantized, quantized[0])

@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from unimodal_tokenizers import FrozenEncoder, Grid, GridTokenizer, SemanticHead, SequenceTokenizer, StagedTokenizer
+from unimodal_tokenizers import (
+    FrozenEncoder,
+    Grid,
+    GridTokenizer,
+    SemanticHead,
+    SequenceTokenizer,
+    StagedTokenizer,
+    TextEncoder,
+)
 from unimodal_tokenizers.quantizers import VectorQuantizer
 from unimodal_tokenizers.semantic import contrastive_loss, cosine_distance
 
@@ -20,6 +28,14 @@ OPTIONS = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_hea
 def teacher() -> FrozenEncoder:
     torch.manual_seed(7)
     return FrozenEncoder(NAME, OPTIONS)
+
+
+TEXTS = ["a cat", "two dogs", "a cat", ""]
+
+
+def reader(length: int = 8) -> TextEncoder:
+    torch.manual_seed(3)
+    return TextEncoder(8, 1, 2, length)
 
 
 def head(**options: Any) -> SemanticHead:
@@ -57,7 +73,7 @@ def test_cosines_and_clips_loss_by_hand() -> None:
     a, t = random(5, 4), random(5, 4, seed=3)
     s = 3.0 * F.normalize(a, dim=1) @ F.normalize(t, dim=1).T  # CLIP, figure 3
     clip = (F.cross_entropy(s, torch.arange(5)) + F.cross_entropy(s.T, torch.arange(5))) / 2
-    torch.testing.assert_close(contrastive_loss(a, t, torch.tensor(3.0)), clip)
+    torch.testing.assert_close(contrastive_loss(a, t, torch.arange(5), torch.tensor(3.0)), clip)
 
 
 def test_a_text_said_twice_is_one_text() -> None:
@@ -66,14 +82,14 @@ def test_a_text_said_twice_is_one_text() -> None:
     s = 2.0 * F.normalize(a, dim=1) @ F.normalize(two, dim=1).T
     finds = -sum(s[i].log_softmax(0)[u] for i, u in enumerate(said)) / 3
     found = -(s[:, 0].log_softmax(0)[[0, 2]].mean() + s[:, 1].log_softmax(0)[1]) / 2
-    torch.testing.assert_close(contrastive_loss(a, two[said], torch.tensor(2.0)), (finds + found) / 2)
+    torch.testing.assert_close(contrastive_loss(a, two, torch.tensor(said), torch.tensor(2.0)), (finds + found) / 2)
 
 
 @pytest.mark.parametrize("grid", [Grid(1, 3), Grid(4, 4), Grid(2, 2)])
 def test_a_head_reads_its_channels_wherever_the_vectors_lie(grid: Grid) -> None:
-    semantic = head(dim=3, first=2, teacher=teacher(), text_dim=5)
+    semantic = head(dim=3, first=2, teacher=teacher(), text=reader())
     vectors = random(4, grid.length, 8).requires_grad_()
-    terms = semantic(vectors, grid, images(), random(4, 5))
+    terms = semantic(vectors, grid, images(), TEXTS)
     assert set(terms) == set(semantic.weights) == {"semantic", "contrastive"}
     for term in terms.values():
         (grad,) = torch.autograd.grad(term, vectors, retain_graph=True)
@@ -89,6 +105,23 @@ def test_the_teacher_stays_as_it_is() -> None:
     assert semantic.training
     assert not semantic.teacher.network.training
     assert torch.equal(semantic.teacher(images()), semantic.teacher(images()))
+
+
+def test_texts_are_read_by_themselves_to_their_end() -> None:
+    encoder = reader()
+    said = encoder(TEXTS)
+    assert torch.equal(said[0], said[2])
+    assert not said[3].any()  # nothing
+    for text, vector in zip(TEXTS, said, strict=True):  # what stands beside a text, or behind it, changes nothing
+        torch.testing.assert_close(encoder([text])[0], vector)
+    padded = reader(12)
+    padded.load_state_dict({**encoder.state_dict(), "places": torch.cat([encoder.places, torch.ones(4, 8)])})
+    torch.testing.assert_close(padded(TEXTS), said)
+    assert torch.equal(encoder(["two dogs and more"])[0], said[1])  # eight bytes of it
+    assert not torch.equal(encoder(["tac a"])[0], said[0])  # an order
+    assert encoder(["grün"]).isfinite().all()
+    with pytest.raises(ValueError, match=r"text\.length: expected at least 1 byte, got 0"):
+        reader(0)
 
 
 # ---- in tokenizers
@@ -116,37 +149,36 @@ def test_vectors_come_to_mean_what_the_teacher_says(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["grid", "sequence", "staged"])
 def test_texts_come_with_the_images(kind: str) -> None:
     wide = 16 if kind == "staged" else 4
-    made = tokenizer(kind, head(dim=wide, text_dim=5)).train()
-    result = made(images(), random(4, 5))
+    made = tokenizer(kind, head(dim=wide, text=reader())).train()
+    result = made(images(), TEXTS)
     assert set(made.weights) >= set(result.terms) >= {"contrastive"}
-    with pytest.raises(ValueError, match=r"texts: expected embeddings \(4, 5\) with the images, got none"):
+    with pytest.raises(ValueError, match="texts: expected 4 with 4 images, got none"):
         made(images())
-    with pytest.raises(ValueError, match=r"texts: .* got \(4, 3\)"):
-        made(images(), random(4, 3))
-    with pytest.raises(ValueError, match="texts: expected embeddings of none"):
-        tokenizer(kind, head(dim=wide, teacher=teacher())).train()(images(), random(4, 5))
+    with pytest.raises(ValueError, match="texts: expected 4 with 4 images, got 3"):
+        made(images(), TEXTS[:3])
+    with pytest.raises(ValueError, match="texts: expected none with 4 images, got 4"):
+        tokenizer(kind, head(dim=wide, teacher=teacher())).train()(images(), TEXTS)
 
 
 # ---- what cannot be
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({}, "semantic: expected a teacher, text_dim or both, got none"),
-    ({"text_dim": 0}, "semantic.text_dim: expected at least 1, got 0"),
-    ({"text_dim": 4, "depth": 0}, "semantic.depth: expected at least 1, got 0"),
-    ({"text_dim": 4, "dim": 0}, "semantic: expected dim from 1 and first from 0, got 0 and 0"),
-    ({"text_dim": 4, "first": -1}, "got 4 and -1"),
+    ({"text": None}, "semantic: expected a teacher, a text encoder or both, got none"),
+    ({"depth": 0}, "semantic.depth: expected at least 1, got 0"),
+    ({"dim": 0}, "semantic: expected dim from 1 and first from 0, got 0 and 0"),
+    ({"first": -1}, "got 4 and -1"),
 ])  # fmt: skip
 def test_bad_heads_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        head(**options)
+        head(**{"text": reader(), **options})
 
 
 @pytest.mark.parametrize("kind", ["grid", "sequence", "staged"])
 def test_channels_that_are_not_there_are_refused(kind: str) -> None:
     has = 16 if kind == "staged" else 4
     with pytest.raises(ValueError, match=f"semantic.dim: expected channels of the tokenizer's {has}, got 16 from 1 on"):
-        tokenizer(kind, head(dim=16, first=1, text_dim=4))
+        tokenizer(kind, head(dim=16, first=1, text=reader()))
 
 
 def test_teachers_are_loaded_whole_or_not_at_all(tmp_path: Path) -> None:

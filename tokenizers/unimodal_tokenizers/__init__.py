@@ -21,7 +21,7 @@ from unimodal_tokenizers.multiscale import MultiscaleVQ
 from unimodal_tokenizers.patch import PatchTokenizer
 from unimodal_tokenizers.pretrained import from_pretrained
 from unimodal_tokenizers.representation import Representation
-from unimodal_tokenizers.semantic import SemanticHead
+from unimodal_tokenizers.semantic import SemanticHead, TextEncoder
 from unimodal_tokenizers.sequence import SequenceTokenizer
 from unimodal_tokenizers.staged import StagedTokenizer
 
@@ -49,6 +49,7 @@ __all__ = [
     "SemanticHead",
     "SequenceTokenizer",
     "StagedTokenizer",
+    "TextEncoder",
     "TokenLayout",
     "TrainableTokenizer",
     "WanTokenizer",

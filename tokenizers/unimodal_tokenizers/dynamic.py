@@ -4,8 +4,10 @@ LaVIT (arXiv 2309.04669), whose decoder draws features; here it draws pixels.
 
 Letters: B images, H height, W width (pixels); h, w the grid of patches, N = h w of them, and ids of an image at most; S
 patches of all images that are kept; T ids of all images end to end; K entries of the codebook; C width, D channels of a
-code, E of a text's embedding.
+code.
 """
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
@@ -65,12 +67,12 @@ class DynamicTokenizer(RowTokenizer):
         self.merger = Transformer(width, depth, heads)
         self._build_drawer(quantizer, width, depth, heads, semantic, {"sparsity": 1.0})
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], texts: Float[Tensor, "B E"] | None = None) -> Reconstruction:
+    def forward(self, images: Float[Tensor, "B 3 H W"], texts: Sequence[str] | None = None) -> Reconstruction:
         """Images `(B, 3, H, W)` in [-1, 1] through their ids and back, with the terms of the loss.
 
         Args:
             images: of the one size.
-            texts: embeddings of what is said of each, for a `semantic` that asks for them.
+            texts: what is said of each, for a `semantic` that asks for it.
 
         Raises:
             ValueError: images of another size; texts that are missing or not asked for.

@@ -1,8 +1,7 @@
 """An image as a grid of ids: a convolutional encoder, a quantizer that is passed in, a convolutional decoder.
 
 Letters: B images, H height, W width (pixels); h, w the token grid; N tokens of one image, T of all images end to end, P
-encoder outputs of all of them (B h w); Q codebooks, D channels of an encoder output, E
-of a text's embedding.
+encoder outputs of all of them (B h w); Q codebooks, D channels of an encoder output.
 """
 
 from abc import abstractmethod
@@ -170,12 +169,12 @@ class GridTokenizer(CodebookTokenizer):
         if semantic is not None:
             semantic.check(quantizer.dim)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], texts: Float[Tensor, "B E"] | None = None) -> Reconstruction:
+    def forward(self, images: Float[Tensor, "B 3 H W"], texts: Sequence[str] | None = None) -> Reconstruction:
         """Images `(B, 3, H, W)` in [-1, 1] through the quantizer and back, with the terms of the loss.
 
         Args:
             images: of one size.
-            texts: embeddings of what is said of each, for a `semantic` that asks for them.
+            texts: what is said of each, for a `semantic` that asks for it.
 
         Raises:
             ValueError: the stride does not divide the height and width; texts that are missing or not asked for.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unimodal_tokenizers.base import Reconstruction, TrainableTokenizer
 from unimodal_tokenizers.latents import LatentTokenizer, check_colours, diffusers_network
+from unimodal_tokenizers.quantizers.base import step_generator
 from unimodal_tokenizers.squares import Squares, check_space_to_depth
 
 MOMENTUM = 0.02  # share of a training batch in the measured scale and shift, once fifty were seen
@@ -104,7 +105,7 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
         m, log_s2 = posterior.mean.float(), posterior.logvar.float()
         z = m
         if self.training:
-            noise = torch.randn(m.shape, generator=self._noise_generator()).to(m)
+            noise = torch.randn(m.shape, generator=step_generator(self.seed, int(self.steps))).to(m)
             z = m + torch.exp(log_s2 / 2) * noise
             self._count(z.detach())
         return Reconstruction(self.latent_to_image(z), {"kl": kl_to_normal(m, log_s2)})
@@ -133,10 +134,6 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
         posterior = self.network.encode(self.squares.fold(images)).latent_dist
         posterior.mean = posterior.mean + self.squares.analysis(images)
         return posterior
-
-    def _noise_generator(self) -> torch.Generator:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        return torch.Generator().manual_seed(1_000_003 * (1_000_003 * self.seed + rank) + int(self.steps))
 
     @torch.no_grad()
     def _count(self, z: Float[Tensor, "B D h w"]) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from unimodal_tokenizers.base import Grid, Reconstruction, TokenLayout, TrainableTokenizer
 from unimodal_tokenizers.frozen import FrozenEncoder
+from unimodal_tokenizers.normalise import Normalise
+from unimodal_tokenizers.quantizers.base import step_generator
 from unimodal_tokenizers.transformer import Transformer, patches_to_images, places
 
 
@@ -48,7 +50,7 @@ class Representation(TrainableTokenizer):
         decoder_depth: its layers.
         decoder_heads: its attention heads.
         noise: tau of the noise on tokens that the decoder learns to draw from, so that it bears what a generator gets wrong.
-            It depends on a counter among the buffers only.
+            It depends on a counter among the buffers, and on the process, only.
         """
         super().__init__()
         if decoder_width % 4 or decoder_width % decoder_heads:
@@ -60,7 +62,7 @@ class Representation(TrainableTokenizer):
         width, p = self.encoder.layout.dim, self.encoder.layout.stride
         self.layout = TokenLayout("continuous", dim=dim or width, stride=p)
         self.project = nn.Identity() if dim is None else nn.Linear(width, dim, bias=False)
-        self.normalise = nn.BatchNorm1d(self.layout.dim, affine=False, momentum=0.02)
+        self.normalise = Normalise(self.layout.dim)
         self.noise = noise
         self.token_in = nn.Linear(self.layout.dim, decoder_width)
         self.decoder = Transformer(decoder_width, decoder_depth, decoder_heads)
@@ -112,7 +114,7 @@ class Representation(TrainableTokenizer):
 
     def _noised(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """z + sigma n with n ~ N(0, 1) and, image by image, sigma ~ |N(0, tau^2)| (RAE, section 4.3)."""
-        rng = torch.Generator().manual_seed(int(self.steps))
+        rng = step_generator(0, int(self.steps))
         self.steps.add_(1)
         sigma = self.noise * torch.randn(len(tokens), 1, 1, generator=rng).abs()
         return tokens + (sigma * torch.randn(tokens.shape, generator=rng)).to(tokens)

@@ -4,10 +4,10 @@ TiTok (arXiv 2406.07550); causal queries as SEED's (arXiv 2307.08041); prefixes 
 1402.0915; FlexTok, arXiv 2502.13967; One-D-Piece, arXiv 2501.10064).
 
 Letters: B images, H height, W width (pixels); h, w the grid of patches, P = h w; N tokens of an image, n those of a prefix,
-T of all images end to end; Q codebooks; C width, D channels of a code, E of a text's embedding.
+T of all images end to end; Q codebooks; C width, D channels of a code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -158,12 +158,12 @@ class SequenceTokenizer(RowTokenizer):
         """Who sees whom, which no weight shows."""
         return f"causal={self.causal}"
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], texts: Float[Tensor, "B E"] | None = None) -> Reconstruction:
+    def forward(self, images: Float[Tensor, "B 3 H W"], texts: Sequence[str] | None = None) -> Reconstruction:
         """Images `(B, 3, H, W)` in [-1, 1] through their ids and back, with the terms of the loss.
 
         Args:
             images: of the one size.
-            texts: embeddings of what is said of each, for a `semantic` that asks for them.
+            texts: what is said of each, for a `semantic` that asks for it.
 
         Raises:
             ValueError: images of another size; texts that are missing or not asked for.

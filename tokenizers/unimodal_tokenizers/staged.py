@@ -3,14 +3,17 @@
 Generators learn the compact tokens; what understands reads the features they unfold into.
 
 Letters: B images, H height, W width (pixels); h, w the token grid, N = h w; T tokens of all images end to end; D channels of
-a token, C width of the features, E channels of a text's embedding.
+a token, C width of the features.
 """
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from unimodal_tokenizers.base import Grid, ImageTokens, Reconstruction, TokenLayout, TrainableTokenizer
+from unimodal_tokenizers.normalise import Normalise
 from unimodal_tokenizers.semantic import SemanticHead
 from unimodal_tokenizers.transformer import Transformer, images_to_patches, patches_to_images, places
 
@@ -50,7 +53,7 @@ class StagedTokenizer(TrainableTokenizer):
         self.patches_in = nn.Linear(3 * patch * patch, width)
         self.encoder = Transformer(width, depths[0], heads)
         self.tokens_out = nn.Linear(width, dim)
-        self.normalise = nn.BatchNorm1d(dim, affine=False, momentum=0.02)
+        self.normalise = Normalise(dim)
         self.tokens_in = nn.Linear(dim, width)
         self.expansion = Transformer(width, depths[1], heads)
         self.decoder = Transformer(width, depths[2], heads)
@@ -69,12 +72,12 @@ class StagedTokenizer(TrainableTokenizer):
         """Who sees whom, which no weight shows."""
         return f"causal={self.causal}"
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], texts: Float[Tensor, "B E"] | None = None) -> Reconstruction:
+    def forward(self, images: Float[Tensor, "B 3 H W"], texts: Sequence[str] | None = None) -> Reconstruction:
         """Images `(B, 3, H, W)` in [-1, 1] through all three stages, with the terms of the loss.
 
         Args:
             images: of one size.
-            texts: embeddings of what is said of each, for a `semantic` that asks for them.
+            texts: what is said of each, for a `semantic` that asks for it.
 
         Raises:
             ValueError: the patch does not divide the height and width; texts that are missing or not asked for.

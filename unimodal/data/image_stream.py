@@ -1,4 +1,4 @@
-"""Plain images: all those of documents, texts left aside, in batches whose position is a few integers a lane.
+"""Plain images: all those of documents, with their texts or without, in batches whose position is a few integers a lane.
 
 Documents are numbered and dealt out to lanes as in `unimodal.data.stream`; a lane gives the images of its documents one
 after another, so that a batch may end within a document.
@@ -34,6 +34,24 @@ class ImagePosition(NamedTuple):
     given: Lanes = ()
 
 
+class CaptionedImages(NamedTuple):
+    """A batch of images, each with all that its document says."""
+
+    images: Float[Tensor, "B 3 H W"]
+    texts: tuple[str, ...]
+
+
+ImageBatch = Float[Tensor, "B 3 H W"] | CaptionedImages
+
+
+def taken_apart(batch: ImageBatch) -> tuple[Float[Tensor, "B 3 H W"], tuple[str, ...] | None]:
+    """Images of a batch, and what is said of them, if that came along."""
+    return (batch.images, batch.texts) if isinstance(batch, CaptionedImages) else (batch, None)
+
+
+Item = tuple[Pixels, str]  # an image and what its document says
+
+
 class ImageStream:
     """Batches for one rank, from a position on, for ever.
 
@@ -48,6 +66,7 @@ class ImageStream:
         rank: whose batches these are.
         ranks: how many there are.
         accumulate: batches of a rank in a step.
+        captions: whether batches are `CaptionedImages`; a document without text is then a broken one.
         workers: processes that read documents; the batches are the same for any number.
         broken_share: of a source's documents, how many may be broken before reading stops.
         left_out: `BrokenItems.state` of the run that is continued.
@@ -56,10 +75,11 @@ class ImageStream:
 
     def __init__(
         self, mixture: Mixture, image_size: tuple[int, int], batch: int, position: ImagePosition,
-        *, rank: int = 0, ranks: int = 1, accumulate: int = 1, workers: int = 0, broken_share: float = 0.0,
-        left_out: Mapping[str, Any] | None = None, exchange: Exchange | None = None,
+        *, rank: int = 0, ranks: int = 1, accumulate: int = 1, captions: bool = False, workers: int = 0,
+        broken_share: float = 0.0, left_out: Mapping[str, Any] | None = None, exchange: Exchange | None = None,
     ) -> None:  # fmt: skip
         self.mixture, self.image_size, self.batch, self.workers = mixture, image_size, batch, workers
+        self.captions = captions
         self.exchange = Exchange() if exchange is None else exchange
         self.broken = BrokenItems(broken_share, mixture.lengths, left_out)
         pairs = zip(position.lanes, position.given, strict=True)
@@ -70,17 +90,18 @@ class ImageStream:
         self._cut = 0  # steps whose batches were made
         self._step = ranks * accumulate  # from one number of a lane to the next
 
-    def __iter__(self) -> Iterator[Float[Tensor, "B 3 H W"]]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         positions = self._behind[-1][0].lanes
-        reader = Reader(self.mixture, _Images(self.mixture, self.image_size), positions, self._step, self.workers)
+        images = _Images(self.mixture, self.image_size, self.captions)
+        reader = Reader(self.mixture, images, positions, self._step, self.workers)
         lanes = [
             _Lane(reader, self.broken, i, position, self._given, self._step) for i, position in enumerate(positions)
         ]
         while True:
-            batches: list[Tensor] = []
+            batches: list[ImageBatch] = []
             failed: ValueError | None = None
             try:
-                batches = [to_tensor(lane.cut(self.batch)).contiguous() for lane in lanes]
+                batches = [batch_of(lane.cut(self.batch), self.captions) for lane in lanes]
             except ValueError as error:
                 failed = error  # the others would wait for this rank
             self.broken.settle(self.exchange, {}, failed)
@@ -102,14 +123,14 @@ class _Lane:
     """The document whose images are being given."""
 
     def __init__(
-        self, reader: Reader[list[Pixels]], broken: BrokenItems, lane: int, position: tuple[int, ...],
+        self, reader: Reader[list[Item]], broken: BrokenItems, lane: int, position: tuple[int, ...],
         given: dict[int, int], step: int,
     ) -> None:  # fmt: skip
         self.reader, self.broken, self.lane, self.step = reader, broken, lane, step
         self.next, self.unread = position[0], deque(position[1:])
         self._given = {number: given.get(number, 0) for number in self.unread}
         self._number, self._used = -1, 0
-        self._images: deque[Pixels] = deque()
+        self._images: deque[Item] = deque()
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -121,9 +142,9 @@ class _Lane:
         """Of each of the latter, images that it gave."""
         return *([self._used] if self._images else []), *(self._given[number] for number in self.unread)
 
-    def cut(self, count: int) -> list[Pixels]:
+    def cut(self, count: int) -> list[Item]:
         """The next images."""
-        held: list[Pixels] = []
+        held: list[Item] = []
         while len(held) < count:
             self._fill()
             held.append(self._images.popleft())
@@ -151,23 +172,34 @@ class _Lane:
                 raise ValueError("data: expected documents with images, got none")
 
 
-class _Images(Dataset[tuple[Place, list[Pixels] | BrokenDocument]]):
+class _Images(Dataset[tuple[Place, list[Item] | BrokenDocument]]):
     """The images of documents by their place; runs in the workers."""
 
-    def __init__(self, mixture: Mixture, size: tuple[int, int]) -> None:
-        self.sources, self.seed, self.size = [s.source for s in mixture.sources], mixture.seed, size
+    def __init__(self, mixture: Mixture, size: tuple[int, int], captions: bool) -> None:
+        self.sources, self.seed = [s.source for s in mixture.sources], mixture.seed
+        self.size, self.captions = size, captions
 
-    def __getitem__(self, place: Place) -> tuple[Place, list[Pixels] | BrokenDocument]:
+    def __getitem__(self, place: Place) -> tuple[Place, list[Item] | BrokenDocument]:
         key = (self.seed, place.epoch, place.slot)
         try:
-            return place, images_of(self.sources[place.source], place.document, key, self.size)
+            return place, images_of(self.sources[place.source], place.document, key, self.size, self.captions)
         except BrokenDocument as error:
             return place, error
 
 
-def images_of(source: Source, index: int, key: Sequence[int], size: tuple[int, int]) -> list[Pixels]:
-    """All images of a document, scaled and cropped; BrokenDocument where one cannot be read."""
-    return [fit_image(image, [size]) for image in source.document(index, np.random.default_rng(key)).images]
+def images_of(source: Source, index: int, key: Sequence[int], size: tuple[int, int], captions: bool) -> list[Item]:
+    """All images of a document, scaled and cropped; BrokenDocument where one cannot be read or lacks an asked text."""
+    document = source.document(index, np.random.default_rng(key))
+    text = document.text if captions else ""
+    if captions and document.images and not text.strip():
+        raise BrokenDocument(f"{source.kind} {index}", "data.captions: expected text with the images, got none")
+    return [(fit_image(image, [size]), text) for image in document.images]
+
+
+def batch_of(items: Sequence[Item], captions: bool) -> ImageBatch:
+    """What a tokenizer is trained on."""
+    images = to_tensor([image for image, _ in items]).contiguous()
+    return CaptionedImages(images, tuple(text for _, text in items)) if captions else images
 
 
 class HeldOutImages:
@@ -178,31 +210,35 @@ class HeldOutImages:
         image_size: (height, width) that images are scaled and cropped to.
         batch: images of a batch.
         seed: of the documents' draws.
+        captions: whether batches are `CaptionedImages`.
     """
 
-    def __init__(self, sources: Sequence[Source], image_size: tuple[int, int], batch: int, seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[Source], image_size: tuple[int, int], batch: int, seed: int, captions: bool = False
+    ) -> None:
         self.sources, self.image_size, self.batch, self.seed = sources, image_size, batch, seed
+        self.captions = captions
         self._named = False
 
-    def __iter__(self) -> Iterator[Float[Tensor, "B 3 H W"]]:
-        held: list[Pixels] = []
+    def __iter__(self) -> Iterator[ImageBatch]:
+        held: list[Item] = []
         none = True
         for s, source in enumerate(self.sources):
             broken: list[str] = []
             for index in range(len(source)):
                 try:
-                    held += images_of(source, index, (self.seed, s, index), self.image_size)
+                    held += images_of(source, index, (self.seed, s, index), self.image_size, self.captions)
                 except BrokenDocument as error:
                     broken.append(str(error))
                 while len(held) >= self.batch:
-                    yield to_tensor(held[: self.batch]).contiguous()
+                    yield batch_of(held[: self.batch], self.captions)
                     held, none = held[self.batch :], False
             if broken and not self._named:
                 _log.warning(
                     "data: %s: %d held-out documents left out, such as %s", source.kind, len(broken), broken[0]
                 )
         if held:
-            yield to_tensor(held).contiguous()
+            yield batch_of(held, self.captions)
         elif none:
             raise ValueError("data: expected held-out documents with images, got none")
         self._named = True

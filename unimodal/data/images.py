@@ -1,4 +1,4 @@
-"""LightningDataModules of plain images, for training tokenizers. Batches are float32 (B, 3, H, W) in [-1, 1]."""
+"""LightningDataModules of images, for training tokenizers: float32 (B, 3, H, W) in [-1, 1], with texts if asked."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -12,8 +12,8 @@ from lightning import LightningDataModule
 from PIL import Image
 
 from unimodal.data.broken import BrokenItems, Exchange
-from unimodal.data.digits import digit_images
-from unimodal.data.folder import FolderSource
+from unimodal.data.digits import Split, caption, digit_images
+from unimodal.data.folder import FolderSource, Task
 from unimodal.data.image_stream import HeldOutImages, ImagePosition, ImageStream
 from unimodal.data.mixture import Entry, MixtureData
 from unimodal.data.module import of_all_ranks, refuse_limit, refuse_other
@@ -32,11 +32,13 @@ class ImageData(LightningDataModule):
         seed: of every draw; linked to `seed_everything`.
         workers: processes that read documents beside the training process; what is trained on is the same for any number.
         broken_share: of a source's documents, how many may be broken; those are skipped and named, more stop the run.
+        captions: whether texts of a document come with its images, for a tokenizer that reads them; one without is broken.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], batch_size: int, seed: int = 0, workers: int = 0, broken_share: float = 0.01
-    ) -> None:
+        self, image_size: tuple[int, int], batch_size: int, seed: int = 0, workers: int = 0, broken_share: float = 0.01,
+        captions: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         BrokenItems(broken_share)  # refuses what is no share, where it enters
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
@@ -45,7 +47,7 @@ class ImageData(LightningDataModule):
         if min(image_size) < 1:
             raise ValueError(f"data.image_size: expected (height, width) of at least 1, got {list(image_size)}")
         self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
-        self.workers, self.broken_share = workers, broken_share
+        self.workers, self.broken_share, self.captions = workers, broken_share, captions
         # Of the run that is continued: where all its lanes stood, what its epochs were made of, what it left out.
         self._resumed = ImagePosition()
         self._counts: list[int] = []
@@ -72,8 +74,8 @@ class ImageData(LightningDataModule):
         _refuse_tokens([weighted.source for weighted in mixture.sources])
         self._stream = ImageStream(
             mixture, self.image_size, self.batch_size, self._resumed, rank=trainer.global_rank,
-            ranks=trainer.world_size, accumulate=trainer.accumulate_grad_batches, workers=self.workers,
-            broken_share=self.broken_share, left_out=self._left_out, exchange=Exchange.over_ranks(),
+            ranks=trainer.world_size, accumulate=trainer.accumulate_grad_batches, captions=self.captions,
+            workers=self.workers, broken_share=self.broken_share, left_out=self._left_out, exchange=Exchange.over_ranks(),
         )  # fmt: skip
         self._counts, self._identities, self._first = mixture.counts, mixture.identities, trainer.global_step
         return self._stream
@@ -82,7 +84,7 @@ class ImageData(LightningDataModule):
         """Every held-out image once, on every rank."""
         sources = self.validation_sources()
         _refuse_tokens(sources)
-        return HeldOutImages(sources, self.image_size, self.batch_size, self.seed)
+        return HeldOutImages(sources, self.image_size, self.batch_size, self.seed, self.captions)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -127,19 +129,23 @@ class Pictures:
         count: how many.
         picture: the one of a number.
         seed: of their order.
+        text: what is said of it; None: nothing.
     """
 
     kind = "image"
 
-    def __init__(self, count: int, picture: Callable[[int], Image.Image], seed: int) -> None:
-        self.count, self.picture, self.seed = count, picture, seed
+    def __init__(
+        self, count: int, picture: Callable[[int], Image.Image], seed: int, text: Callable[[int], str] | None = None
+    ) -> None:
+        self.count, self.picture, self.seed, self.text = count, picture, seed, text
 
     def __len__(self) -> int:
         return self.count
 
     def document(self, index: int, rng: np.random.Generator) -> Document:
         """The image at `index`; nothing is drawn from `rng`."""
-        return Document((Part(self.picture(index)),), self.kind)
+        said = () if self.text is None else (Part(self.text(index), learn=False),)
+        return Document((*said, Part(self.picture(index))), self.kind)
 
     def order(self, epoch: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
         """Any order; the one that the numbers in the recipes were measured with."""
@@ -156,20 +162,24 @@ class DigitImageData(ImageData):
     Args:
         batch_size: images of a batch on one device.
         seed: of the order; linked to `seed_everything`.
+        captions: whether the caption of each scan comes with it.
     """
 
-    def __init__(self, batch_size: int, seed: int = 0) -> None:
-        super().__init__((8, 8), batch_size, seed)
+    def __init__(self, batch_size: int, seed: int = 0, captions: bool = False) -> None:
+        super().__init__((8, 8), batch_size, seed, captions=captions)
 
     def training_sources(self) -> list[Weighted]:
         """Training scans."""
-        images = digit_images("train").images()
-        return [Weighted(Pictures(len(images), images.__getitem__, self.seed), 1.0)]
+        return [Weighted(self._pictures("train"), 1.0)]
 
     def validation_sources(self) -> list[Source]:
         """Those no training ever sees."""
-        images = digit_images("test").images()
-        return [Pictures(len(images), images.__getitem__, self.seed)]
+        return [self._pictures("test")]
+
+    def _pictures(self, split: Split) -> Pictures:
+        scans = digit_images(split)
+        images = scans.images()
+        return Pictures(len(images), images.__getitem__, self.seed, lambda index: caption(int(scans.labels[index])))
 
 
 class ShapesImageData(ImageData):
@@ -183,12 +193,14 @@ class ShapesImageData(ImageData):
         scenes: training scenes, each drawn at its first use and kept.
         validation_scenes: held-out scenes.
         seed: of the order; linked to `seed_everything`. The scenes are the same whatever it is.
+        captions: whether a caption of each scene comes with it.
     """
 
     def __init__(
-        self, batch_size: int, size: int = 32, scenes: int = 10_000, validation_scenes: int = 400, seed: int = 0
-    ) -> None:
-        super().__init__((size, size), batch_size, seed)
+        self, batch_size: int, size: int = 32, scenes: int = 10_000, validation_scenes: int = 400, seed: int = 0,
+        captions: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__((size, size), batch_size, seed, captions=captions)
         self.training = ShapesSource("text_to_image", "train", size, scenes, seed=0)
         self.held_out = ShapesSource("text_to_image", "test", size, validation_scenes, seed=0)
 
@@ -202,10 +214,10 @@ class ShapesImageData(ImageData):
 
     def _pictures(self, scenes: ShapesSource) -> Pictures:
         @cache
-        def scene(index: int) -> Image.Image:
-            return scenes.document(index, np.random.default_rng()).images[0]
+        def scene(index: int) -> Document:
+            return scenes.document(index, np.random.default_rng())
 
-        return Pictures(len(scenes), scene, self.seed)
+        return Pictures(len(scenes), lambda index: scene(index).images[0], self.seed, lambda index: scene(index).text)
 
 
 class FolderImageData(ImageData):
@@ -219,6 +231,7 @@ class FolderImageData(ImageData):
         seed: of every draw; linked to `seed_everything`.
         workers: processes that read documents beside the training process; what is trained on is the same for any number.
         broken_share: of the documents, how many may be broken; those are skipped and named, more stop the run.
+        captions: whether texts of a document come with its images, for a tokenizer that reads them; one without is broken.
     """
 
     def __init__(
@@ -230,21 +243,23 @@ class FolderImageData(ImageData):
         seed: int = 0,
         workers: int = 0,
         broken_share: float = 0.01,
+        captions: bool = False,
     ) -> None:
-        super().__init__(image_size, batch_size, seed, workers, broken_share)
+        super().__init__(image_size, batch_size, seed, workers, broken_share, captions)
         self.root, self.validation_share = Path(root), validation_share
+        self.task: Task = "text_to_image" if captions else "image"
 
     def training_sources(self) -> list[Weighted]:
         """Every document that is not held out."""
-        return [Weighted(FolderSource(self.root, "train", "image", self.validation_share))]
+        return [Weighted(FolderSource(self.root, "train", self.task, self.validation_share))]
 
     def validation_sources(self) -> list[Source]:
         """The others."""
-        return [FolderSource(self.root, "val", "image", self.validation_share)]
+        return [FolderSource(self.root, "val", self.task, self.validation_share)]
 
 
 class MixtureImageData(ImageData):
-    """The images of any sources, mixed by weight as in `unimodal.data.MixtureData`; texts are left aside.
+    """The images of any sources, mixed by weight as in `unimodal.data.MixtureData`.
 
     Args:
         sources: by name.
@@ -255,6 +270,7 @@ class MixtureImageData(ImageData):
         seed: of every draw; linked to `seed_everything`.
         workers: processes that read documents beside the training process; what is trained on is the same for any number.
         broken_share: of a source's documents, how many may be broken; those are skipped and named, more stop the run.
+        captions: whether texts of a document come with its images, for a tokenizer that reads them; one without is broken.
     """
 
     def __init__(
@@ -267,8 +283,9 @@ class MixtureImageData(ImageData):
         seed: int = 0,
         workers: int = 0,
         broken_share: float = 0.01,
+        captions: bool = False,
     ) -> None:
-        super().__init__(image_size, batch_size, seed, workers, broken_share)
+        super().__init__(image_size, batch_size, seed, workers, broken_share, captions)
         self.documents = MixtureData(1, sources, validation, validation_share)  # nothing is packed
 
     def training_sources(self) -> list[Weighted]:

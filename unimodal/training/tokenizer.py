@@ -24,6 +24,7 @@ from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio
 from torchvision.utils import make_grid, save_image
 
+from unimodal.data.image_stream import ImageBatch, taken_apart
 from unimodal.metrics.perceptual import Perceptual
 from unimodal.training.adversary import Adversary
 from unimodal.training.ema import EMA
@@ -32,6 +33,7 @@ from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
 from unimodal_tokenizers.base import ImageTokenizer, Reconstruction, TrainableTokenizer
 from unimodal_tokenizers.frozen import FrozenEncoder
 from unimodal_tokenizers.quantizers import TextCodebook, codebook_perplexity, codebook_usage
+from unimodal_tokenizers.semantic import TextEncoder
 
 PICTURE_SIDE = 64  # pixels an image has at least in a reconstruction grid; small ones are enlarged
 
@@ -155,6 +157,7 @@ class TokenizerTraining(L.LightningModule):
         self.own_weights, self.ema_decay = own, ema_decay
         self.lr, self.lr_floor, self.weight_decay, self.betas = lr, lr_floor, weight_decay, betas
         self.schedule, self.warmup_steps, self.samples = schedule, warmup_steps, samples
+        self.reads_texts = any(isinstance(module, TextEncoder) for module in tokenizer.modules())
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3))  # clamps; the mean over images
         books = tokenizer.layout.codebooks
         self.counts = CodebookCounts(books[0], len(books)) if books else None
@@ -175,16 +178,16 @@ class TokenizerTraining(L.LightningModule):
         state = np.random.SeedSequence((seed, number, self.global_rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0]) >> 1)
 
-    def training_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> Float[Tensor, ""]:
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Float[Tensor, ""]:
         """One batch: every term logged by itself, and how the batch used the codebook."""
-        result = self.tokenizer(batch)
-        terms = self._terms(batch, result)
+        x, result = self._reconstructed(batch)
+        terms = self._terms(x, result)
         error, loss = self._sums(terms)
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
         self.log("train/loss", loss.detach(), prog_bar=True)
         if result.counts is not None:
             self._log_codebook(result.counts, "train")
-        return loss if self.adversary is None else loss + self._contest(self.adversary, batch, result, error)
+        return loss if self.adversary is None else loss + self._contest(self.adversary, x, result, error)
 
     def _contest(
         self, adversary: Adversary, x: Float[Tensor, "B 3 H W"], result: Reconstruction, error: Float[Tensor, ""]
@@ -244,16 +247,17 @@ class TokenizerTraining(L.LightningModule):
 
     # ---- validation
 
-    def validation_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """The same terms on held-out images (an adversary's excepted), PSNR in dB, and a picture of the first of them."""
-        reconstruction = self._evaluate(batch, "val")
+        x, reconstruction = self._evaluate(batch, "val")
         dry = self.trainer.sanity_checking or self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if batch_idx == 0 and not dry:
-            self._draw(batch, reconstruction, f"samples/reconstruction_step_{self.global_step}.png")
+            self._draw(x, reconstruction, f"samples/reconstruction_step_{self.global_step}.png")
 
-    def predict_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """A picture of a batch of held-out images beside their reconstructions, in `predictions/`."""
-        self._draw(batch, self.tokenizer(batch).images.float(), f"predictions/reconstruction_{batch_idx:04d}.png")
+        x, result = self._reconstructed(batch)
+        self._draw(x, result.images.float(), f"predictions/reconstruction_{batch_idx:04d}.png")
 
     def _draw(self, images: Float[Tensor, "B 3 H W"], reconstruction: Float[Tensor, "B 3 H W"], name: str) -> None:
         if self.samples and self.trainer.is_global_zero:
@@ -261,7 +265,7 @@ class TokenizerTraining(L.LightningModule):
             with spared(str(path), "this picture is lost"):
                 write_reconstructions(images[: self.samples], reconstruction[: self.samples], path)
 
-    def test_step(self, batch: Float[Tensor, "B 3 H W"], batch_idx: int) -> None:
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """The same terms and PSNR on test images."""
         self._evaluate(batch, "test")
 
@@ -273,9 +277,9 @@ class TokenizerTraining(L.LightningModule):
         """Usage and perplexity of the codebooks over all test images."""
         self._log_epoch("test")
 
-    def _evaluate(self, x: Float[Tensor, "B 3 H W"], stage: str) -> Float[Tensor, "B 3 H W"]:
-        """Log one batch of held-out images; their reconstruction."""
-        result = self.tokenizer(x)
+    def _evaluate(self, batch: ImageBatch, stage: str) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B 3 H W"]]:
+        """Log one batch of held-out images; those, and their reconstruction."""
+        x, result = self._reconstructed(batch)
         terms, y = self._terms(x, result), result.images.float()
         self.psnr.update(y, x)
         if self.counts is not None and result.counts is not None:
@@ -283,7 +287,7 @@ class TokenizerTraining(L.LightningModule):
         logged = {f"{stage}/{name}": term for name, term in {**terms, "loss": self._sums(terms)[1]}.items()}
         self.log_dict(logged, batch_size=len(x), sync_dist=True)
         self.log(f"{stage}/psnr", self.psnr, prog_bar=True, batch_size=len(x))
-        return y
+        return x, y
 
     def _log_epoch(self, stage: str) -> None:
         """Log how the images of the whole epoch used the codebooks, if there are any, and start counting anew."""
@@ -292,6 +296,15 @@ class TokenizerTraining(L.LightningModule):
             self.counts.reset()
 
     # ---- both
+
+    def _reconstructed(self, batch: ImageBatch) -> tuple[Float[Tensor, "B 3 H W"], Reconstruction]:
+        """The images, and what the tokenizer makes of them, and of their texts if it reads them."""
+        x, texts = taken_apart(batch)
+        if not self.reads_texts:
+            return x, self.tokenizer(x)
+        if texts is None:
+            raise ValueError("data.captions: expected true, because the tokenizer reads texts, got images alone")
+        return x, self.tokenizer(x, texts)
 
     def _terms(self, x: Float[Tensor, "B 3 H W"], result: Reconstruction) -> dict[str, Float[Tensor, ""]]:
         """The terms of the loss by name, unweighted: those of the error, then the tokenizer's own."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from unimodal.data.image_stream import ImageBatch, taken_apart
 from unimodal.packing import PackedSequence
 from unimodal.shards import together
 from unimodal.training.flops import image_flops, modulation_flops, pair_flops, target_flops, token_flops
@@ -136,17 +137,18 @@ class ImageWork(Work):
         self._module: TokenizerTraining = module  # type: ignore[assignment]
         self.rates = {}
 
-    def begin(self, batch: Tensor) -> None:
+    def begin(self, batch: ImageBatch) -> None:
         """Whether the adversary learns from it is known before the step."""
         adversary = self._module.adversary
         against = adversary is not None and self._module.global_step >= adversary.start_step
-        height, width = batch.shape[-2:]
+        height, width = taken_apart(batch)[0].shape[-2:]
         self._unit = f"image {height}x{width}{' against' if against else ''}"
 
-    def units(self, batch: Tensor) -> dict[str, int]:
+    def units(self, batch: ImageBatch) -> dict[str, int]:
         """Images, and the tokens that they are made into."""
-        tokens = len(batch) * self._module.tokenizer.layout.grid(*batch.shape[-2:]).length
-        return {"tokens": tokens, "images": len(batch), self._unit: len(batch)}
+        images, _ = taken_apart(batch)
+        tokens = len(images) * self._module.tokenizer.layout.grid(*images.shape[-2:]).length
+        return {"tokens": tokens, "images": len(images), self._unit: len(images)}
 
     def missing(self, units: Mapping[str, int]) -> list[str]:
         """Sizes that are new."""
@@ -159,12 +161,12 @@ class ImageWork(Work):
             return {name: float(self._flops(name)) for name in missing}
 
     def _flops(self, unit: str) -> int:
-        """Of a step over an image: every term and its gradient."""
+        """Of a step over an image, and a text where texts are read: every term and its gradient."""
         module, (_, size, *against) = self._module, unit.split()
         images = torch.zeros(1, 3, *map(int, size.split("x")), device=module.device)
         tokenizer, perceptual, adversary = copy.deepcopy((module.tokenizer, module.perceptual, module.adversary))
         with FlopCounterMode(display=False) as counter:
-            result = tokenizer(images)
+            result = tokenizer(images, ("",)) if module.reads_texts else tokenizer(images)
             y = result.images.float()
             loss = F.l1_loss(y, images) + sum(result.terms.values())
             if perceptual is not None:

@@ -113,6 +113,12 @@ def processes() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Of one training batch of one process: training that was stopped and resumed draws the same."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return torch.Generator().manual_seed(1_000_003 * (1_000_003 * seed + rank) + step)
+
+
 def squared_distance(a: Float[Tensor, "P D"], b: Float[Tensor, "P D"]) -> Float[Tensor, ""]:
     """|a - b|^2, summed over channels and averaged over the rest; on the unit sphere it is 2 - 2 cos, from 0 to 4."""
     return (a - b).square().sum(-1).mean()
