@@ -3,12 +3,15 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
+from conftest import picture
+from generator_cases import WHOLE
 
 from unimodal.backbone import SCHEMES, Experts, Lora, Moe
 from unimodal.decoding import DecodingSettings, Session, decode
-from unimodal.documents import Document
+from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, Run, SequencedDocument, pack
 from unimodal_generators.base import Block, Branch, Embeddings, TokenKind
@@ -232,6 +235,35 @@ def test_guidance_zero_ignores_the_prompt(model: UnifiedModel) -> None:
         model.float()
     torch.testing.assert_close(a.double(), b.double(), atol=1e-9, rtol=0)
     assert not torch.equal(b, c)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_two_conditions_have_scales_and_intervals_of_their_own(make: Callable[..., UnifiedModel], name: str) -> None:
+    model = make(name, drop_images=0.1).double()
+    prompt = Document((Part(picture(5), learn=False), Part("a handwritten seven", learn=False)))
+
+    def drawn(**settings: object) -> torch.Tensor:
+        image = model.generator.sampling.override(**settings)
+        (answer,) = decode(model, [prompt], DecodingSettings("image", max_tokens=0, max_images=1, image=image), [3])
+        return torch.from_numpy(np.array(answer.images[-1])).float()
+
+    text, images, both = drawn(guidance=4.0), drawn(image_guidance=5.0), drawn(guidance=4.0, image_guidance=5.0)
+    assert not torch.equal(text, images)
+    assert not torch.equal(text, both)
+    assert not torch.equal(images, both)
+    assert not torch.equal(both, drawn(guidance=4.0, image_guidance=5.0, combine="additive"))
+    close = {"atol": 1.0, "rtol": 0.0}  # a level of 256
+    if getattr(model.generator, "order", "") == "parallel":  # which has one step
+        with pytest.raises(ValueError, match="image_interval: in parallel there is one step"):
+            drawn(image_guidance=5.0, image_interval=[1.0, 1.0])
+        return
+    never = [1.0, 1.0]  # behind the last step
+    torch.testing.assert_close(drawn(guidance=4.0, image_guidance=5.0, image_interval=never), text, **close)
+    only = drawn(guidance=4.0, interval=never, image_guidance=5.0, image_interval=[0.0, 1.0])
+    torch.testing.assert_close(only, images, **close)
+    plain = drawn()
+    torch.testing.assert_close(drawn(guidance=4.0, image_guidance=5.0, interval=never), plain, **close)
+    assert not torch.equal(drawn(guidance=12.0, interval=[0.0, 0.5]), plain)
 
 
 def test_peek_leaves_no_trace(model: UnifiedModel) -> None:

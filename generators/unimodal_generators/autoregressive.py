@@ -214,8 +214,9 @@ class Autoregressive(ImageGenerator):
                 continue
             ends = at + 1 < len(line) and line[at + 1] < 0
             squares = None if given is None else [x[:, first * step : (first + 1) * step] for x in given]
-            states = hidden[: settings.active(first * step / n)]
-            drawn.append(self._draw(states, settings, rngs, squares))
+            progress = first * step / n
+            states = hidden[: settings.active(progress)]
+            drawn.append(self._draw(states, settings, progress, rngs, squares))
             x = self._merged(drawn[-1].flatten(0, 1))[:, None]  # (R, 1, C)
             if ends:
                 assert self.row_end is not None
@@ -229,6 +230,7 @@ class Autoregressive(ImageGenerator):
         self,
         hidden: Float[Tensor, "G R C"],
         settings: ChoiceSettings,
+        progress: float,
         rngs: Sequence[torch.Generator],
         given: Sequence[Tensor] | None,
     ) -> Int[Tensor, "R s Q"]:
@@ -238,7 +240,8 @@ class Autoregressive(ImageGenerator):
         for j, state in enumerate(parted.unbind(2)):
             codes = torch.empty(state.shape[1], 0, dtype=torch.long, device=state.device)  # (R, q)
             for q in range(len(self.codebooks)):
-                logits = settings.guide(self.head.logits(state, codes.expand(len(state), -1, -1)))  # (R, V)
+                scores = self.head.logits(state, codes.expand(len(state), -1, -1))
+                logits = settings.guide(scores, progress)  # (R, V)
                 code = choose(logits, rngs, settings.temperature, settings.top_k, settings.top_p)
                 if given is not None:
                     code = torch.where(given[1][:, j].to(code.device), given[0][:, j, q].to(code.device), code)

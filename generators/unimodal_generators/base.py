@@ -123,17 +123,19 @@ class SamplingSettings:
             neither, then the one that sees images alone).
         interval: where guidance acts (arXiv 2404.07724): between two times t, where a sampler has them, or shares of its
             steps.
+        image_interval: where that of the prompt's images does; None: there, too.
     """
 
     guidance: float = 1.0
     image_guidance: float = 1.0
     combine: Literal["nested", "additive"] = "nested"
     interval: tuple[float, float] = (0.0, 1.0)
+    image_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"interval: expected two shares, 0 <= low <= high <= 1, got {low}, {high}")
+        for name, ends in (("interval", self.interval), ("image_interval", self.image_interval or self.interval)):
+            if not 0 <= ends[0] <= ends[1] <= 1:
+                raise ValueError(f"{name}: expected two shares, 0 <= low <= high <= 1, got {ends[0]}, {ends[1]}")
 
     @property
     def branches(self) -> tuple["Branch", ...]:
@@ -145,24 +147,30 @@ class SamplingSettings:
             return whole, no_text, Branch(text=False, images=False)
         return (whole, Branch(images=False)) if self.guidance == 1 else (whole, no_text, Branch(images=False))
 
-    def active(self, progress: float) -> int:
-        """How many branches are needed at a time or share of the steps: all of them, or the whole condition alone."""
-        low, high = self.interval
-        return len(self.branches) if low <= progress <= high else 1
+    def scales(self, progress: float) -> tuple[float, float]:
+        """Of the text and of the images at a time or share of the steps: 1 where they do not act."""
+        text, images = self.interval, self.image_interval or self.interval
+        return (
+            self.guidance if text[0] <= progress <= text[1] else 1.0,
+            self.image_guidance if images[0] <= progress <= images[1] else 1.0,
+        )
 
-    def guide(self, outputs: Float[Tensor, "G *rest"]) -> Float[Tensor, "*rest"]:
-        """One output of those of the branches, or of the first alone where guidance does not act."""
-        if len(outputs) == 1:
-            return outputs[0]
-        if len(outputs) != len(self.branches):
-            raise ValueError(f"guidance: expected outputs of {len(self.branches)} branches, got {len(outputs)}")
-        if self.combine == "additive" and len(outputs) == 3:
+    def active(self, progress: float) -> int:
+        """How many of the branches, from the first on, are needed there."""
+        text, images = self.scales(progress)
+        return len(self.branches) if images != 1 else 2 if text != 1 else 1
+
+    def guide(self, outputs: Float[Tensor, "G *rest"], progress: float) -> Float[Tensor, "*rest"]:
+        """One output of those of the active branches."""
+        (text, images), active = self.scales(progress), self.active(progress)
+        if len(outputs) != active:
+            raise ValueError(f"guidance: expected outputs of {active} branches, got {len(outputs)}")
+        if active == 3 and self.combine == "additive":
             c, image, none = outputs  # e(T, I), e(0, I), e(0, 0)
-            return none + self.image_guidance * (image - none) + self.guidance * (c - image)
-        scales = [self.guidance, self.image_guidance] if len(outputs) == 3 else [self.guidance]
-        if len(outputs) == 2 and self.guidance == 1:
-            scales = [self.image_guidance]
-        return guide(outputs, scales)
+            return none + images * (image - none) + text * (c - image)
+        if active == 2 and images != 1:  # with the branch that lacks them alone
+            return guide(outputs, [images])
+        return guide(outputs, [text, images][: active - 1])
 
     def override(self, **settings: Any) -> "SamplingSettings":
         """A copy with those `settings`, each of which must exist here and have its type.
@@ -220,9 +228,11 @@ class DenoisingSettings(SamplingSettings):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
 
-    def guide_images(self, outputs: Float[Tensor, "G T D"], lengths: Sequence[int]) -> Float[Tensor, "T D"]:
+    def guide_images(
+        self, outputs: Float[Tensor, "G T D"], lengths: Sequence[int], progress: float
+    ) -> Float[Tensor, "T D"]:
         """`guide` for tokens of several images end to end; each is normalised by itself."""
-        c, out = outputs[0], self.guide(outputs)
+        c, out = outputs[0], self.guide(outputs, progress)
         if len(outputs) == 1 or (self.renorm == "none" and not self.rescale):
             return out
         if self.renorm == "channel":
@@ -387,6 +397,11 @@ class ImageGenerator(nn.Module, ABC):
         """
 
 
+def exact(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """In single precision at least: bf16 has eight bits, and knows a few hundred times between noise and data."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def per_token(values: Shaped[Tensor, "N *rest"], grids: Sequence[Grid]) -> Shaped[Tensor, "T *rest"]:
     """What each image has, for each of its tokens."""
     lengths = torch.tensor([g.length for g in grids], device=values.device, dtype=torch.long)
@@ -407,5 +422,5 @@ def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[T
 __all__ = [
     "Block", "Branch", "Corrupted", "DecodingSession", "DenoisingSettings", "Embeddings", "Grid", "ImageGenerator",
     "ImageRows", "ImageTokens", "Known", "LossBreakdown", "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout",
-    "guide", "per_token",
+    "exact", "guide", "per_token",
 ]  # fmt: skip

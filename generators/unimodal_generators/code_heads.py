@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from unimodal_generators.base import ImageRows
+from unimodal_generators.base import ImageRows, exact
 from unimodal_generators.cross_entropy import linear_cross_entropy
 
 
@@ -70,8 +70,3 @@ class SharedHeads:
             terms.append(linear_cross_entropy(hidden, tables, i + first))
             first += entries
         return torch.stack(terms).mean()
-
-
-def exact(scores: Float[Tensor, "*rest V"]) -> Float[Tensor, "*rest V"]:
-    """In fp32 or better."""
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))

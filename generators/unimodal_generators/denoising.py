@@ -29,6 +29,7 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
+    exact,
     per_token,
 )
 from unimodal_generators.patch_coders import LinearCoder, PatchCoder
@@ -124,7 +125,7 @@ class DenoisingGenerator(ImageGenerator):
 
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
         """x_t of every image, and what is learned of it."""
-        data = tokens.values
+        data = exact(tokens.values)
         noise = torch.cat(
             [data.new_empty(0, data.shape[1])] + [self._noise(b.grid, b.seed, data) for b in blocks]
         )  # (T, D)
@@ -161,7 +162,7 @@ class DenoisingGenerator(ImageGenerator):
         skips = embeddings.skips.repeat(branches, 1)  # (G*T, K)
         time = self._time(corrupted).repeat(branches, 1)  # (G*N, C)
         out = self.coder.decode(hidden.flatten(0, -2), skips, time, corrupted.grids * branches)  # (G*T, D)
-        out = out.to(torch.promote_types(out.dtype, torch.float32)).view(*hidden.shape[:-1], out.shape[-1])
+        out = exact(out).view(*hidden.shape[:-1], out.shape[-1])
         return self.convert(out, corrupted.inputs, per_token(corrupted.time, corrupted.grids)[:, None])
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
@@ -205,7 +206,7 @@ class DenoisingGenerator(ImageGenerator):
             embedded = self.embed(at)
             hidden = session.peek(embedded, blocks, settings.active(t))  # (G, T and prefixes, C)
             hidden = hidden[:, own] if self.prefix else hidden
-            return settings.guide_images(self.predict(hidden, embedded, at), lengths)  # (T, D)
+            return settings.guide_images(self.predict(hidden, embedded, at), lengths, t)  # (T, D)
 
         for t, x in self.solve(estimate, noise, grids, settings, rngs):
             yield ImageTokens(given(x, t), tuple(grids))

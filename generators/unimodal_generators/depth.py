@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from unimodal_generators.code_heads import exact
+from unimodal_generators.base import exact
 from unimodal_generators.cross_entropy import linear_cross_entropy
 
 

@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from unimodal_generators.base import ImageGenerator
-from unimodal_generators.code_heads import exact
+from unimodal_generators.base import ImageGenerator, exact
 from unimodal_generators.cross_entropy import linear_cross_entropy
 from unimodal_tokenizers.base import TokenLayout
 

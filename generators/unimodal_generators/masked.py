@@ -134,8 +134,9 @@ class Masked(Discrete):
 
         def score(ids: Int[Tensor, " T"], step: int) -> Float[Tensor, "T V"]:
             corrupted = Corrupted(ids, self.hidden.new_zeros(len(grids)), tuple(grids))
-            hidden = session.peek(self.embed(corrupted), blocks, settings.active(step / settings.steps))  # (G, T, C)
-            return settings.guide(self.logits(self._read(hidden, session, lengths)))
+            progress = step / settings.steps
+            hidden = session.peek(self.embed(corrupted), blocks, settings.active(progress))  # (G, T, C)
+            return settings.guide(self.logits(self._read(hidden, session, lengths)), progress)
 
         for drawn in unmask(score, ids, masked, lengths, self.schedule, settings, rngs, self.entries):
             yield ImageTokens(drawn, tuple(grids))

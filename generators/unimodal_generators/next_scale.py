@@ -33,9 +33,10 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
+    exact,
 )
 from unimodal_generators.choice import ChoiceSettings, choose
-from unimodal_generators.code_heads import ParallelHeads, exact
+from unimodal_generators.code_heads import ParallelHeads
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, MultiscaleTokenizer, TokenLayout
 
 
@@ -185,7 +186,8 @@ class NextScale(ImageGenerator):
                 read = resized(self.accumulate(ids, grid.first(k))[-1], grid.sizes[k])
             embedded = self._embed(read.flatten(0, 1), torch.full((documents * count,), k))
             hidden = session.append(embedded, [block.piece(offset, count)] * documents)  # (G, R n_k, C)
-            logits = settings.guide(self.logits(hidden)[: settings.active(k / len(grid.lengths))])  # (R n_k, V)
+            progress = k / len(grid.lengths)
+            logits = settings.guide(self.logits(hidden)[: settings.active(progress)], progress)  # (R n_k, V)
             each = [rng for rng in rngs for _ in range(count)]
             drawn = choose(logits, each, settings.temperature, settings.top_k, settings.top_p)
             ids = torch.cat([ids, drawn.unflatten(0, (documents, -1))], dim=1)

@@ -27,6 +27,7 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
+    exact,
     per_token,
 )
 from unimodal_generators.denoisers import Denoiser
@@ -102,7 +103,7 @@ class Queries(ImageGenerator):
 
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
         """x_t of every image, which the denoiser reads, and the velocity there."""
-        data = tokens.values
+        data = exact(tokens.values)
         rngs = [torch.Generator().manual_seed(block.seed) for block in blocks]
         drawn = [torch.randn(n, data.shape[1], generator=rng) for n, rng in zip(tokens.lengths, rngs, strict=True)]
         noise = torch.cat([data[:0], *(x.to(data) for x in drawn)])  # (T, D)
@@ -139,7 +140,7 @@ class Queries(ImageGenerator):
         for grid in dict.fromkeys(grids):
             members = [i for i, g in enumerate(grids) if g == grid]
             v = self.denoiser(torch.stack([images[i] for i in members]), t[members], condition[members], grid)
-            found |= zip(members, v.to(torch.promote_types(v.dtype, torch.float32)))
+            found |= zip(members, exact(v))
         return torch.cat([found[i] for i in range(len(grids))])
 
     def loss(self, hidden: Float[Tensor, "NQ LC"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
@@ -169,14 +170,13 @@ class Queries(ImageGenerator):
         asked = Embeddings(self.queries.repeat(count, 1))
         ask = session.peek if self.private else session.append
         condition = self.connect(ask(asked, [self._block()] * count).flatten(0, 1))  # (G R, L, Q, K)
-        exact = torch.promote_types(condition.dtype, torch.float32)
-        noise = draw_noise(grids, rngs, self.layout.dim).to(condition.device, exact)  # (T, D)
+        noise = draw_noise(grids, rngs, self.layout.dim).to(exact(condition))  # (T, D)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             branches = settings.active(t)
             rows = branches * count
             v = self.velocity(x.repeat(branches, 1), x.new_full((rows,), t), condition[:rows], [*grids] * branches)
-            return settings.guide_images(v.unflatten(0, (branches, -1)), lengths)  # (G, T, D) -> (T, D)
+            return settings.guide_images(v.unflatten(0, (branches, -1)), lengths, t)  # (G, T, D) -> (T, D)
 
         for _, x in solve_flow(velocity, noise, grids, settings):
             yield ImageTokens(x, tuple(grids))

@@ -26,6 +26,7 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
+    exact,
 )
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
@@ -108,7 +109,7 @@ class Regression(ImageGenerator):
     def predict(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest D"]:
         """Tokens of hidden states, in fp32 or better."""
         out = self.head(hidden)
-        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        out = exact(out)
         return out if self.metric == "mse" else unit_variance(out)
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
@@ -136,15 +137,16 @@ class Regression(ImageGenerator):
         if self.order == "raster":
             yield self._one_by_one(session, grids, settings, known)
             return
-        if settings.interval != (0.0, 1.0):
-            raise ValueError(f"interval: in parallel there is one step, expected 0.0 to 1.0, got {settings.interval}")
+        for name, ends in (("interval", settings.interval), ("image_interval", settings.image_interval)):
+            if ends not in (None, (0.0, 1.0)):
+                raise ValueError(f"{name}: in parallel there is one step, expected 0.0 to 1.0, got {ends}")
         blocks, lengths = [self._block(grid) for grid in grids], [grid.length for grid in grids]
         queries = Embeddings(self.query.expand(sum(lengths), -1))
         if self.private:
             hidden = session.peek(queries, blocks, settings.active(0.0))
         else:  # what follows sees the queries
             hidden = session.append(queries, blocks)[: settings.active(0.0)]
-        yield ImageTokens(settings.guide_images(self.predict(hidden), lengths), tuple(grids))
+        yield ImageTokens(settings.guide_images(self.predict(hidden), lengths, 0.0), tuple(grids))
 
     def _one_by_one(
         self, session: DecodingSession, grids: Sequence[Grid], settings: RegressionSettings, known: Known | None
@@ -156,7 +158,8 @@ class Regression(ImageGenerator):
         drawn: list[Tensor] = []
         hidden = session.last  # (G, R, C)
         for i in range(n):
-            token = settings.guide_images(self.predict(hidden[: settings.active(i / n)]), [1] * len(grids))  # (R, D)
+            states = self.predict(hidden[: settings.active(i / n)])
+            token = settings.guide_images(states, [1] * len(grids), i / n)  # (R, D)
             if given is not None:
                 token = torch.where(given[1][:, i, None].to(token.device), given[0][:, i].to(token), token)
             drawn.append(token)

@@ -30,6 +30,7 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
+    exact,
 )
 from unimodal_generators.denoising import draw_noise, timestep_embedding
 from unimodal_tokenizers import diffusion
@@ -168,7 +169,7 @@ class TokenDiffusion(ImageGenerator):
 
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> CorruptedTokens:
         """The tokens, which of them are masked, and for every one that is learned K draws of noise and time."""
-        data, dim = tokens.values, self.layout.dim
+        data, dim = exact(tokens.values), self.layout.dim
         masked: list[Tensor] = [torch.empty(0, dtype=torch.long)]
         read: list[Tensor] = [torch.empty(0, dim)]
         noise: list[Tensor] = [torch.empty(0, self.multiply, dim)]
@@ -226,14 +227,16 @@ class TokenDiffusion(ImageGenerator):
         noise: Float[Tensor, "m D"],
         settings: TokenDiffusionSettings,
         lengths: Sequence[int],
+        progress: float,
     ) -> Float[Tensor, "m D"]:
         """Solve dx/dt = v(x, t | z) for every token from its own noise.
 
-        Every step computes v for the hidden states of all branches and guides it. `lengths`: tokens of each image.
+        Every step computes v for the hidden states of all active branches and guides it as the image's `progress` has it.
+        `lengths`: tokens of each image.
         """
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            return settings.guide_images(self.head(z, x, x.new_full((), t)), lengths)
+            return settings.guide_images(self.head(z, x, x.new_full((), t)), lengths, progress)
 
         times = diffusion.sampling_times(settings.head_steps, settings.shift, settings.solver)
         *_, tokens = diffusion.SOLVERS[settings.solver](velocity, settings.temperature * noise, times)
@@ -272,9 +275,8 @@ class TokenDiffusion(ImageGenerator):
         drawn: list[Tensor] = []
         hidden = session.last  # (G, R, C)
         for i in range(n):
-            token = self.draw(
-                hidden[: settings.active(i / n)], noise[:, i], settings.grown((i + 1) / n), [1] * len(grids)
-            )  # (R, D)
+            z, grown = hidden[: settings.active(i / n)], settings.grown((i + 1) / n)
+            token = self.draw(z, noise[:, i], grown, [1] * len(grids), i / n)  # (R, D)
             if given is not None:
                 token = torch.where(given[1][:, i, None].to(token.device), given[0][:, i], token)
             drawn.append(token)
@@ -306,7 +308,8 @@ class TokenDiffusion(ImageGenerator):
             orders, masked = [order[len(at) :] for order, at in zip(orders, now)], torch.cat(orders)
             if any(len(at) for at in now):
                 read = Corrupted(x, time, tuple(grids), where=masked.to(x.device))
-                hidden = session.peek(self.embed(read), blocks, settings.active(k / steps))  # (G, T, C)
+                progress = k / steps
+                hidden = session.peek(self.embed(read), blocks, settings.active(progress))  # (G, T, C)
                 shares = [
                     1 - len(order) / grid.length for order, grid in zip(orders, grids)
                 ]  # that are there behind it
@@ -314,7 +317,8 @@ class TokenDiffusion(ImageGenerator):
                     some = [one for one, own in zip(now, shares) if share in (None, own)]
                     at = torch.cat(some).to(x.device)  # (m,)
                     guided = settings if share is None else settings.grown(share)
-                    x = x.index_put((at,), self.draw(hidden[:, at], noise[at], guided, [len(one) for one in some]))
+                    own = [len(one) for one in some]
+                    x = x.index_put((at,), self.draw(hidden[:, at], noise[at], guided, own, progress))
             yield ImageTokens(x, tuple(grids))
 
     def _orders(
@@ -397,7 +401,7 @@ class FlowHead(nn.Module):
             h = block(h, c)
         shift, scale = self.modulation(c).chunk(2, dim=-1)
         out = self.out(modulate(self.norm(h), shift, scale))
-        return out.to(torch.promote_types(out.dtype, torch.float32))
+        return exact(out)
 
 
 class HeadBlock(nn.Module):

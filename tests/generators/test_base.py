@@ -1,11 +1,14 @@
 """What all generators share: guidance, sampling settings, blocks."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 
+from unimodal.model import UnifiedModel
 from unimodal_generators import (
     ChoiceSettings,
     DiffusionSettings,
@@ -123,43 +126,61 @@ def test_settings_guide_by_the_papers_formulas(s_text: float, s_image: float) ->
     c, *rest = found = outputs(len(settings.branches))
     text = rest[0] + s_text * (c - rest[0]) if s_text != 1 else c
     wanted = rest[-1] + s_image * (text - rest[-1]) if s_image != 1 else text
-    torch.testing.assert_close(settings.guide(found), wanted)
+    torch.testing.assert_close(settings.guide(found, 0.5), wanted)
     additive = SamplingSettings(s_text, s_image, "additive")
     found = outputs(len(additive.branches))
     if len(found) == 3:  # InstructPix2Pix, eq. 3
         c, image, none = found
-        torch.testing.assert_close(additive.guide(found), none + s_image * (image - none) + s_text * (c - image))
+        torch.testing.assert_close(additive.guide(found, 0.5), none + s_image * (image - none) + s_text * (c - image))
 
 
 def test_both_scales_one_are_the_condition_itself() -> None:
-    assert SamplingSettings().guide(outputs(1)) is not None
+    assert SamplingSettings().guide(outputs(1), 0.5) is not None
     for combine in ("nested", "additive"):
         settings = SamplingSettings(1.0, 1.0, combine)  # type: ignore[arg-type]
         assert len(settings.branches) == 1
-        assert torch.equal(settings.guide(outputs(1)), outputs(1)[0])
+        assert torch.equal(settings.guide(outputs(1), 0.5), outputs(1)[0])
 
 
 def test_guidance_acts_within_its_interval_alone() -> None:
     settings = SamplingSettings(guidance=2.0, interval=(0.25, 0.75))
     assert [settings.active(p) for p in (0.0, 0.24, 0.25, 0.5, 0.75, 0.76, 1.0)] == [1, 1, 2, 2, 2, 1, 1]
-    assert torch.equal(settings.guide(outputs(2)[:1]), outputs(2)[0])
+    assert torch.equal(settings.guide(outputs(2)[:1], 0.2), outputs(2)[0])
     with pytest.raises(ValueError, match="guidance: expected outputs of 2 branches, got 3"):
-        settings.guide(outputs(3))
+        settings.guide(outputs(3), 0.5)
+
+
+@pytest.mark.parametrize("combine", ["nested", "additive"])
+def test_each_scale_has_an_interval_of_its_own(combine: Literal["nested", "additive"]) -> None:
+    both = SamplingSettings(3.0, 2.0, combine, interval=(0.0, 0.6), image_interval=(0.4, 1.0))
+    assert [both.active(p) for p in (0.2, 0.5, 0.8)] == [2, 3, 3]
+    text = SamplingSettings(3.0, interval=(0.0, 0.6))
+    always = SamplingSettings(3.0, 2.0, combine)
+    found = outputs(3)
+    torch.testing.assert_close(both.guide(found[:2], 0.2), text.guide(found[:2], 0.2))
+    torch.testing.assert_close(both.guide(found, 0.5), always.guide(found, 0.5))
+    c, one, other = found
+    images = other + 2 * (c - other) if combine == "nested" else other + 2 * (one - other) + c - one
+    torch.testing.assert_close(both.guide(found, 0.8), images)
+    alone = SamplingSettings(1.0, 2.0, image_interval=(0.5, 1.0))
+    assert [alone.active(p) for p in (0.2, 0.5)] == [1, 2]
+    torch.testing.assert_close(alone.guide(found[:2], 0.5), one + 2 * (c - one))
+    assert SamplingSettings(3.0, 2.0, interval=(0.5, 0.5)).active(0.2) == 1  # where nothing else is said, one for both
 
 
 @pytest.mark.parametrize("renorm", ["channel", "global"])
 def test_renormalised_guidance_is_never_longer(renorm: Literal["channel", "global"]) -> None:
     settings = DenoisingSettings(guidance=4.0, renorm=renorm)
     found, plain = outputs(2), DenoisingSettings(guidance=4.0)
-    c, out, free = found[0], settings.guide_images(found, [1, 2]), plain.guide_images(found, [1, 2])
-    assert torch.equal(free, plain.guide(found))
+    c, out, free = found[0], settings.guide_images(found, [1, 2], 0.5), plain.guide_images(found, [1, 2], 0.5)
+    assert torch.equal(free, plain.guide(found, 0.5))
     pieces = [slice(0, 1), slice(1, 3)] if renorm == "global" else [slice(i, i + 1) for i in range(3)]
     for piece in pieces:  # each image (or token) has the shorter of both lengths, and its direction
         wanted = min(c[piece].norm(), free[piece].norm())
         torch.testing.assert_close(out[piece].norm(), wanted)
         torch.testing.assert_close(out[piece] / out[piece].norm(), free[piece] / free[piece].norm())
     least = DenoisingSettings(guidance=4.0, renorm=renorm, renorm_min=1.0)
-    torch.testing.assert_close(least.guide_images(found, [1, 2]), free)  # nothing may be taken away
+    torch.testing.assert_close(least.guide_images(found, [1, 2], 0.5), free)  # nothing may be taken away
 
 
 @pytest.mark.parametrize("settings", [
@@ -168,23 +189,23 @@ def test_renormalised_guidance_is_never_longer(renorm: Literal["channel", "globa
 ])  # fmt: skip
 def test_an_image_is_normalised_by_itself(settings: DenoisingSettings) -> None:
     found = outputs(2).repeat(1, 3, 1) * torch.arange(1.0, 10.0, dtype=torch.float64)[:, None]
-    together = settings.guide_images(found, [2, 4, 3])
-    alone = [settings.guide_images(part, [part.shape[1]]) for part in found.split([2, 4, 3], dim=1)]
+    together = settings.guide_images(found, [2, 4, 3], 0.5)
+    alone = [settings.guide_images(part, [part.shape[1]], 0.5) for part in found.split([2, 4, 3], dim=1)]
     torch.testing.assert_close(together, torch.cat(alone), atol=0, rtol=0)
 
 
 def test_rescaling_brings_the_deviation_back() -> None:
     found = outputs(2)
-    out = DenoisingSettings(guidance=5.0, rescale=1.0).guide_images(found, [3])
+    out = DenoisingSettings(guidance=5.0, rescale=1.0).guide_images(found, [3], 0.5)
     torch.testing.assert_close(out.std(), found[0].std())
-    half = DenoisingSettings(guidance=5.0, rescale=0.5).guide_images(found, [3])
-    torch.testing.assert_close(half, (out + DenoisingSettings(guidance=5.0).guide(found)) / 2)
+    half = DenoisingSettings(guidance=5.0, rescale=0.5).guide_images(found, [3], 0.5)
+    torch.testing.assert_close(half, (out + DenoisingSettings(guidance=5.0).guide(found, 0.5)) / 2)
 
 
 def test_an_image_of_one_value_has_no_deviation_to_bring_back() -> None:
     found = torch.tensor([[[1.0], [2.0]], [[3.0], [5.0]]])  # two branches, two images of one token of one channel
     settings = DenoisingSettings(guidance=3.0, rescale=0.5)
-    torch.testing.assert_close(settings.guide_images(found, [1, 1]), settings.guide(found))
+    torch.testing.assert_close(settings.guide_images(found, [1, 1], 0.5), settings.guide(found, 0.5))
 
 
 @pytest.mark.parametrize(("settings", "named"), [
@@ -220,3 +241,17 @@ def test_unions_take_each_of_their_members() -> None:
     assert TokenDiffusionSettings().override(steps=8).steps == 8
     with pytest.raises(ValueError, match=r"steps: expected .*int.*None.*, got 'many'"):
         TokenDiffusionSettings().override(steps="many")
+
+
+@pytest.mark.parametrize("name", ["flow", "diffusion", "queries", "token_random", "token_raster"])
+def test_times_and_noise_are_exact_whatever_weights_are_in(make: Callable[..., UnifiedModel], name: str) -> None:
+    model = make(name).bfloat16()
+    grid, rng = model.tokenizer.layout.grid(8, 8), np.random.default_rng(0)
+    blocks = [replace(b, time=0.123456789) for _ in range(2) for b in model.generator.plan(grid, rng)]
+    tokens = model.tokenizer.encode(torch.rand(2, 3, 8, 8).bfloat16())
+    corrupted = model.generator.corrupt(tokens, blocks)
+    torch.testing.assert_close(corrupted.time, torch.full((2,), 0.123456789), rtol=1e-6, atol=0)
+    for name, value in vars(corrupted).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            assert value.dtype == torch.float32, name
+    assert model.generator.embed(corrupted).values.dtype == torch.bfloat16

@@ -184,7 +184,7 @@ def gaussian_error(solver: str, steps: int, temperature: float = 1.0) -> float:
     generator.head = Gaussian(0.7, 0.3)  # type: ignore[assignment]
     noise = torch.randn(50, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     settings = TokenDiffusionSettings(head_steps=steps, solver=solver, temperature=temperature)  # type: ignore[arg-type]
-    drawn = generator.draw(torch.zeros(1, 50, 32, dtype=torch.float64), noise, settings, [50])
+    drawn = generator.draw(torch.zeros(1, 50, 32, dtype=torch.float64), noise, settings, [50], 0.0)
     return float((drawn - (0.7 + 0.3 * temperature * noise)).square().mean().sqrt())
 
 
@@ -213,7 +213,9 @@ def test_a_head_learns_the_tokens_of_each_hidden_state() -> None:
         (term.sum / term.count).backward()
         optimizer.step()
     with torch.no_grad():
-        drawn = generator.draw(torch.eye(2).repeat(2000, 1)[None], torch.randn(4000, 2), generator.sampling, [4000])
+        drawn = generator.draw(
+            torch.eye(2).repeat(2000, 1)[None], torch.randn(4000, 2), generator.sampling, [4000], 0.0
+        )
     drawn = drawn.unflatten(0, (2000, 2))
     torch.testing.assert_close(drawn.mean(0), mean, atol=0.12, rtol=0)
     torch.testing.assert_close(drawn.std(0), deviation.expand(2, 2), atol=0.15, rtol=0)
@@ -235,7 +237,7 @@ def test_every_step_of_the_head_is_guided() -> None:
         c, u = (generator.head(branch, x, x.new_full((), i / 3)) for branch in z)
         v = u + 3.0 * (c - u)
         x = x + v * (c.norm(dim=1, keepdim=True) / v.norm(dim=1, keepdim=True)).clamp(0, 1) / 3
-    torch.testing.assert_close(generator.draw(z, noise, settings, [1, 2]), x)
+    torch.testing.assert_close(generator.draw(z, noise, settings, [1, 2], 0.5), x)
 
 
 # ---- the samplers
