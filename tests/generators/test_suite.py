@@ -17,12 +17,12 @@ from unimodal.decoding import DecodingSettings, decode, stream
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import pack
-from unimodal_generators import Queries, TokenDiffusion
+from unimodal_generators import Queries
 
 Make = Callable[..., UnifiedModel]
 NAMES = ("one", "two plus", "three three three", "seven")
 DRAWING = DecodingSettings("image", max_tokens=0, max_images=1)
-STEPS = 250
+STEPS = 180
 
 
 def picture(seed: int) -> Image.Image:
@@ -57,9 +57,8 @@ def losses(model: UnifiedModel, documents: Sequence[Document], steps: int) -> It
 def taught(request: pytest.FixtureRequest, make: Make) -> tuple[UnifiedModel, list[float]]:
     """A model that has seen four captioned images again and again, and its losses."""
     model = make(request.param, noise=0.0, drop_text=0.1)
-    steps = (
-        2 * STEPS if isinstance(model.generator, TokenDiffusion) else STEPS
-    )  # each token is drawn through a head of its own
+    slow = {"unet": 250, "next_scale": 250, "token_random": 500, "token_raster": 500}  # a head of its own for each token
+    steps = slow.get(request.param, STEPS)
     return model, list(losses(model, captioned(), steps))
 
 
