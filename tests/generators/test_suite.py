@@ -57,7 +57,12 @@ def losses(model: UnifiedModel, documents: Sequence[Document], steps: int) -> It
 def taught(request: pytest.FixtureRequest, make: Make) -> tuple[UnifiedModel, list[float]]:
     """A model that has seen four captioned images again and again, and its losses."""
     model = make(request.param, noise=0.0, drop_text=0.1)
-    slow = {"unet": 250, "next_scale": 250, "token_random": 500, "token_raster": 500}  # a head of its own for each token
+    slow = {
+        "unet": 250,
+        "next_scale": 250,
+        "token_random": 500,
+        "token_raster": 500,
+    }  # a head of its own for each token
     steps = slow.get(request.param, STEPS)
     return model, list(losses(model, captioned(), steps))
 
