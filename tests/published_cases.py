@@ -82,6 +82,18 @@ def autoencoder_wan(folder: Path) -> Any:
     return network
 
 
+def autoencoder_wan_of_patches(folder: Path) -> Any:
+    """As Wan 2.2's: squares of 2 x 2 pixels are channels."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    settings = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [True]}
+    patches = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 4}
+    network = _made(AutoencoderKLWan(**settings, **WAN, **patches))
+    network.save_pretrained(folder)
+    return network
+
+
 def autoencoder_rae(folder: Path) -> Any:
     """Images of 16 x 16 alone, read as 14 x 14."""
     from diffusers import AutoencoderRAE

@@ -41,3 +41,5 @@ def test_every_block_of_python_runs(
     assert opened == ["out/demo/run", "out/shapes/run"]
     assert (tmp_path / "seven.png").is_file()
     assert len(names["variations"]) == 4  # type: ignore[arg-type]
+    assert len(names["joined"].images) == 3  # type: ignore[attr-defined]
+    assert names["continued"].parts[-1].text.strip("n") == ""  # type: ignore[attr-defined]

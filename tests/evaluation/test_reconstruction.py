@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -17,6 +18,7 @@ from unimodal.evaluation import reconstruction
 from unimodal.evaluation.reconstruction import Tally
 from unimodal.export import ExportInfo, build, load_tokenizer, save_export
 from unimodal.metrics.features import PixelFeatures
+from unimodal.metrics.perceptual import LPIPS
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 VQ = {
@@ -121,6 +123,24 @@ def test_numbers_are_those_of_other_libraries(vq: Path, pictures: Path, tmp_path
     assert len(record["model"]["sha256"]) == 64
     page = (out / "index.html").read_text()
     assert page.index("originals/000000.png") < page.index("reconstructions/000000.png")
+
+
+def test_lpips_is_that_of_the_pictures_it_wrote(vq: Path, pictures: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeeze.pth")
+    weights = ["--lpips-weights", tmp_path / "squeeze.pth", "--lpips-network", "squeeze"]
+    assert run("--tokenizer", vq, "--images", pictures, "--out", tmp_path / "out", "--size", "40x32", *weights) == 0
+    distance = LPIPS(tmp_path / "squeeze.pth", "squeeze")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    found = []
+    for row in rows:
+        pair = [np.array(Image.open(tmp_path / "out" / file)) for file in row["files"]]
+        x, y = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1 for pixels in pair)
+        found.append(float(distance(x, y)))
+        assert row["lpips"] == pytest.approx(found[-1], rel=1e-3)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["measures"]["lpips"]["value"] == pytest.approx(np.mean(found), rel=1e-3)
+    assert summary["fingerprint"]["benchmark"]["lpips"]["network"] == "squeeze"
 
 
 def test_a_tokenizer_that_loses_nothing_is_said_to(pictures: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from published_cases import CASES, CONTINUOUS, DISCRETE, autoencoder_kl, janus
+from published_cases import CASES, CONTINUOUS, DISCRETE, WAN, autoencoder_kl, autoencoder_wan_of_patches, janus
 from safetensors.torch import load_file, save_file
 
 from unimodal.export import ExportInfo, load_export, save_export
@@ -114,6 +114,21 @@ def test_a_generator_samples_the_posterior(name: str, saved: dict[str, Any]) -> 
     found = tokenizer.encode(images(), torch.Generator().manual_seed(3)).values
     torch.testing.assert_close(found, expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found, tokenizer.encode(images()).values)
+
+
+@torch.no_grad()
+def test_a_video_autoencoder_may_see_squares_of_pixels(tmp_path: Path) -> None:
+    network = autoencoder_wan_of_patches(tmp_path)
+    tokenizer = from_pretrained(str(tmp_path))
+    assert (tokenizer.layout.stride, tokenizer.layout.dim) == (4, 4)
+    x = images()
+    tokens = tokenizer.encode(x)
+    z = network.encode(x[:, :, None]).latent_dist.mode().flatten(2).mT
+    expected = (z - torch.tensor(WAN["latents_mean"])) / torch.tensor(WAN["latents_std"])
+    torch.testing.assert_close(tokens.values, expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
+    drawn = tokenizer.decode(tokens)
+    assert drawn.shape == x.shape
+    torch.testing.assert_close(drawn, network.decode(network.encode(x[:, :, None]).latent_dist.mode()).sample[:, :, 0])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -289,6 +289,28 @@ def test_two_processes_are_one_with_twice_the_batch(name: str, processes: Path) 
         assert torch.equal(a[key], b[key]), key
 
 
+def average_in_parts(rank: int, folder: str, ranks: int, parts: int) -> None:
+    """A codebook that moves once for so many passes of so many processes."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet{ranks}-{parts}", rank=rank, world_size=ranks
+    )
+    quantizer = MovingAverageQuantizer(16, 4, revive_after=2).double().train()
+    for step in range(6):
+        for part in batch(step, 4).chunk(ranks)[rank].chunk(parts):
+            quantizer(part)
+        quantizer.after_step()
+    torch.save(quantizer.state_dict(), f"{folder}/{rank}-{ranks}-{parts}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_accumulated_passes_of_two_processes_move_a_codebook_as_one_batch(tmp_path: Path) -> None:
+    together(average_in_parts, *((ranks, (str(tmp_path), ranks, parts)) for ranks, parts in ((1, 1), (2, 2), (2, 5))))
+    one = torch.load(tmp_path / "0-1-1.pt", weights_only=True)
+    for name in ("0-2-2", "1-2-2", "0-2-5", "1-2-5"):
+        for key, value in torch.load(tmp_path / f"{name}.pt", weights_only=True).items():
+            torch.testing.assert_close(value, one[key], msg=lambda m, at=f"{name} {key}": f"{at}: {m}")
+
+
 # Bad input
 
 

@@ -305,6 +305,18 @@ def test_starting_from_an_export(tmp_path: Path, recorder: Recorder, capsys: pyt
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_tokens_that_the_generator_cannot_learn_are_refused_naming_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "--model.init_args.model.tokenizer"
+    other = [key, "unimodal_tokenizers.PatchTokenizer", f"{key}.init_args.patch", "2"]
+    assert fit(VQ, tmp_path / "run", *other) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "tokenizer: Autoregressive takes discrete or sequence tokens, got continuous" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_tokenizer_weights_are_loaded_frozen_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tmp_path / "vq.yaml"
     tokenizer.write_text(
