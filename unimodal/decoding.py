@@ -480,7 +480,7 @@ def _decoder(
     if settings.size is not None and tuple(settings.size) not in {tuple(s) for s in model.sequence.image_sizes}:
         allowed = ", ".join(f"{w}x{h}" for h, w in model.sequence.image_sizes)
         raise ValueError(f"size: this recipe draws {allowed}, got {settings.size[1]}x{settings.size[0]}")
-    _check_guidance(model, settings.image or model.generator.sampling)
+    check_guidance(model, settings.image or model.generator.sampling)
     if not documents:
         return None
     with _inference(model):
@@ -514,7 +514,7 @@ def _inference(model: UnifiedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _check_guidance(model: UnifiedModel, image: SamplingSettings) -> None:
+def check_guidance(model: UnifiedModel, image: SamplingSettings) -> None:
     """A condition that was never dropped in training has no model without it."""
     for name, key, dropped, share in (
         ("guidance", "drop_text", any(not b.text for b in image.branches), model.sequence.drop_text),

@@ -317,6 +317,16 @@ def test_tokens_that_the_generator_cannot_learn_are_refused_naming_both(
     assert not (tmp_path / "run").exists()
 
 
+def test_guidance_that_no_training_makes_possible_is_refused_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(FLOW, tmp_path / "run", "--model.init_args.model.sequence.drop_text", "0") == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "guidance: this recipe never dropped text in training (sequence.drop_text), got 1.5" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_tokenizer_weights_are_loaded_frozen_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tmp_path / "vq.yaml"
     tokenizer.write_text(

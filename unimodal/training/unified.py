@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import DecodingSettings, check_guidance, decode
 from unimodal.documents import Document
 from unimodal.environment import can_compile
 from unimodal.evaluation.benchmark import Benchmark
@@ -87,6 +87,7 @@ class UnifiedTraining(LightningModule):
         super().__init__()
         self._validated = (benchmarks, image_metrics)  # in a tuple: metrics are no part of what is trained
         self.model = model
+        check_guidance(model, model.generator.sampling)  # here: the first validation may be hours away
         self.compiles = compile
         model.backbone.checkpointing = checkpoint_layers
         if muon_lr is not None and muon_lr <= 0:
