@@ -372,6 +372,13 @@ def test_terms_weigh_what_their_papers_say() -> None:
     assert IBQ(16, 4).weights == {"double": 1.0, "commitment": 1.0, "codebook": 0.25, "entropy": 0.05}
 
 
+def test_ibq_begins_with_codes_that_are_all_chosen() -> None:
+    """Largest products prefer long codes: of random lengths, few would be chosen, and the others never learn."""
+    quantizer = IBQ(256, 8)
+    assert codebook_usage(quantizer(some(0, 20_000, 8, dtype=torch.float32)).counts) > 0.99
+    torch.testing.assert_close(quantizer.codebook.weight.norm(dim=-1), torch.ones(256))
+
+
 # Against the library's vector quantizers: ours differ in what the project needs of them (search in parts, one move a step)
 
 

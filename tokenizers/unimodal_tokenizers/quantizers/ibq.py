@@ -31,7 +31,7 @@ class IBQ(Quantizer):
     matrix of vectors x codes exceeds `SEARCH_BYTES`. Over several processes the entropy is that of all their vectors.
     """
 
-    keeps = "directions"  # the code of the largest product is the same for every length of z
+    keeps = "levels"  # only what lies around zero on all sides finds every code
 
     def __init__(
         self, entries: int, dim: int, temperature: float = 0.01, diversity: float = 1.0, seed: int = 0
@@ -52,6 +52,7 @@ class IBQ(Quantizer):
         self.weights = {"double": 1.0, "commitment": 1.0, "codebook": 0.25, "entropy": 0.05}
         self.temperature, self.diversity = temperature, diversity
         start = torch.randn(entries, dim, generator=torch.Generator().manual_seed(seed), device="cpu")
+        start = F.normalize(start, dim=-1)  # of one length: the longest would be chosen by all, and no other learns then
         self.codebook = nn.Embedding.from_pretrained(start, freeze=False)  # an embedding: weight decay leaves it alone
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
