@@ -52,7 +52,9 @@ class IBQ(Quantizer):
         self.weights = {"double": 1.0, "commitment": 1.0, "codebook": 0.25, "entropy": 0.05}
         self.temperature, self.diversity = temperature, diversity
         start = torch.randn(entries, dim, generator=torch.Generator().manual_seed(seed), device="cpu")
-        start = F.normalize(start, dim=-1)  # of one length: the longest would be chosen by all, and no other learns then
+        start = F.normalize(
+            start, dim=-1
+        )  # of one length: the longest would be chosen by all, and no other learns then
         self.codebook = nn.Embedding.from_pretrained(start, freeze=False)  # an embedding: weight decay leaves it alone
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
