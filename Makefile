@@ -76,7 +76,7 @@ designs: checked ## train ten published designs on the same digits and compare t
 	@$(PY) -m experiments.designs --world $(WORLD) $(if $(filter digits,$(WORLD)),--quick) --jobs 2 \
 		--out out/designs$(if $(filter digits,$(WORLD)),,-$(WORLD))
 
-tokenizers: checked ## train every tokenizer on photographs, three held out in turn: about 4 hours of one core; leaves out/tokenizers/report.md
+tokenizers: checked ## train every tokenizer on photographs, three held out in turn: about 6 hours of one core; leaves out/tokenizers/report.md
 	@$(PY) -m experiments.tokenizers --out out/tokenizers
 
 evaluate-demo: checked ## ask the digits and shapes recipes all that needs nothing of others; leaves out/evaluate-demo/index.html
