@@ -310,15 +310,13 @@ class TokenDiffusion(ImageGenerator):
                 read = Corrupted(x, time, tuple(grids), where=masked.to(x.device))
                 progress = k / steps
                 hidden = session.peek(self.embed(read), blocks, settings.active(progress))  # (G, T, C)
-                shares = [
-                    1 - len(order) / grid.length for order, grid in zip(orders, grids)
-                ]  # that are there behind it
+                # Guidance grows with the share of an image's tokens that is there behind the step.
+                shares = [1 - len(order) / grid.length for order, grid in zip(orders, grids)]
                 for share in sorted(set(shares)) if settings.growth != "none" else [None]:
-                    some = [one for one, own in zip(now, shares) if share in (None, own)]
-                    at = torch.cat(some).to(x.device)  # (m,)
+                    some = [one for one, reached in zip(now, shares) if share in (None, reached)]
+                    at, lengths = torch.cat(some).to(x.device), [len(one) for one in some]  # (m,)
                     guided = settings if share is None else settings.grown(share)
-                    own = [len(one) for one in some]
-                    x = x.index_put((at,), self.draw(hidden[:, at], noise[at], guided, own, progress))
+                    x = x.index_put((at,), self.draw(hidden[:, at], noise[at], guided, lengths, progress))
             yield ImageTokens(x, tuple(grids))
 
     def _orders(
