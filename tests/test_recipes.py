@@ -6,16 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from published_cases import RECIPES
 
 from experiments.digits import words
 from unimodal.cli import main
+from unimodal.export import load_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
+
+
+def set_in(path: Path) -> set[str]:
+    return set(yaml.safe_load(path.read_text()))
+
+
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
-TOKENIZERS = sorted((CONFIGS / "tokenizers").glob("*.yaml"))
+TOKENIZERS = sorted(path for path in (CONFIGS / "tokenizers").glob("*.yaml") if "class_path" not in set_in(path))
+SOURCES = sorted(path for path in (CONFIGS / "tokenizers").glob("*.yaml") if "class_path" in set_in(path))
+"""Tokenizers that learn nothing: `import` makes them."""
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
 FOLDER = CONFIGS / "data" / "folder.yaml"
 ONE_OF_EACH = [
@@ -72,12 +82,27 @@ def test_there_is_something_to_test() -> None:
     assert {"digits_mot_flow", "digits_var_nextscale", "digits_vq_ar", "shapes_mot_flow"} <= {
         name(path) for path in MODELS
     }
-    digits = "bsq", "ema", "fsq", "ibq", "kl", "lfq", "multiscale", "rvq", "simvq", "subcodebooks", "text", "vq"
+    digits = (
+        "bsq",
+        "ema",
+        "fsq",
+        "ibq",
+        "kl",
+        "lfq",
+        "multiscale",
+        "rvq",
+        "simvq",
+        "subcodebooks",
+        "text",
+        "vq",
+        "vqvae",
+    )
     assert {f"digits_{kind}" for kind in digits} <= {name(path) for path in TOKENIZERS}
+    assert {"codec", "patch"} <= {name(path) for path in SOURCES}
     assert {"folder"} <= {name(path) for path in DATA}
 
 
-@pytest.mark.parametrize("recipe", [*MODELS, *TOKENIZERS, *DATA], ids=name)
+@pytest.mark.parametrize("recipe", [*MODELS, *TOKENIZERS, *SOURCES, *DATA], ids=name)
 def test_the_head_of_a_recipe_says_what_paper_command_and_measured(recipe: Path) -> None:
     head = [line.split(":")[0] for line in recipe.read_text().splitlines()[:4]]
     assert head == ["# What", "# Paper", "# Command", "# Measured"]
@@ -101,6 +126,16 @@ def test_a_tokenizer_recipe_builds_and_takes_a_step(recipe: Path, tmp_path: Path
         assert words.main(["--out", str(tmp_path / "words")]) == 0
         options += ["--model.init_args.text_embeddings", str(tmp_path / "words")]
     assert main(["fit", *files(recipe), *options, "--trainer.fast_dev_run", "true"]) == 0
+
+
+@pytest.mark.parametrize("recipe", SOURCES, ids=name)
+def test_a_tokenizer_that_learns_nothing_is_made_and_read(recipe: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", yaml.safe_load(recipe.read_text())
+    assert main(["import", "tokenizer", str(recipe), "--out", str(out)]) == 0
+    tokenizer = load_tokenizer(out)
+    assert type(tokenizer).__name__ == settings["class_path"].rsplit(".")[-1]
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert tokenizer.decode(tokenizer.encode(images)).shape == images.shape
 
 
 def test_a_dry_run_leaves_a_run_alone(tmp_path: Path) -> None:

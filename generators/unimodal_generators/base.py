@@ -397,11 +397,6 @@ class ImageGenerator(nn.Module, ABC):
         """
 
 
-def exact(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """In single precision at least: bf16 has eight bits, and knows a few hundred times between noise and data."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def per_token(values: Shaped[Tensor, "N *rest"], grids: Sequence[Grid]) -> Shaped[Tensor, "T *rest"]:
     """What each image has, for each of its tokens."""
     lengths = torch.tensor([g.length for g in grids], device=values.device, dtype=torch.long)
@@ -422,5 +417,5 @@ def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[T
 __all__ = [
     "Block", "Branch", "Corrupted", "DecodingSession", "DenoisingSettings", "Embeddings", "Grid", "ImageGenerator",
     "ImageRows", "ImageTokens", "Known", "LossBreakdown", "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout",
-    "exact", "guide", "per_token",
+    "guide", "per_token",
 ]  # fmt: skip

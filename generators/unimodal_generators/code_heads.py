@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from unimodal_generators.base import ImageRows, exact
+from unimodal_generators.base import ImageRows
 from unimodal_generators.cross_entropy import linear_cross_entropy
+from unimodal_tokenizers.base import precise
 
 
 class CodeHeads(Protocol):
@@ -34,7 +35,7 @@ class ParallelHeads(nn.Sequential):
 
     def logits(self, hidden: Float[Tensor, "*rest C"], codes: Int[Tensor, "*rest q"]) -> Float[Tensor, "*rest V"]:
         """Scores of the next codebook, whatever the codes of the others are."""
-        return exact(self(hidden).split(self.codebooks, dim=-1)[codes.shape[-1]])
+        return precise(self(hidden).split(self.codebooks, dim=-1)[codes.shape[-1]])
 
     def loss(self, hidden: Float[Tensor, "T C"], ids: Int[Tensor, "T Q"]) -> Float[Tensor, ""]:
         """Cross-entropy, a mean over a token's codebooks and a sum over tokens."""
@@ -59,7 +60,7 @@ class SharedHeads:
     def logits(self, hidden: Float[Tensor, "*rest C"], codes: Int[Tensor, "*rest q"]) -> Float[Tensor, "*rest V"]:
         """Scores of the next codebook's rows, and of no others."""
         own = self.rows().head[-1].split(self.codebooks)[codes.shape[-1]]
-        return exact(F.linear(hidden, own))
+        return precise(F.linear(hidden, own))
 
     def loss(self, hidden: Float[Tensor, "T C"], ids: Int[Tensor, "T Q"]) -> Float[Tensor, ""]:
         """Cross-entropy over the whole vocabulary, a mean over a token's codebooks and a sum over tokens."""

@@ -29,11 +29,10 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
-    exact,
     per_token,
 )
 from unimodal_generators.patch_coders import LinearCoder, PatchCoder
-from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout, precise
 
 TimeInput = Literal["add", "token", "adaln"]
 Estimate = Callable[[Tensor, float], Tensor]  # of x (T, D) at t
@@ -125,7 +124,7 @@ class DenoisingGenerator(ImageGenerator):
 
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
         """x_t of every image, and what is learned of it."""
-        data = exact(tokens.values)
+        data = precise(tokens.values)
         noise = torch.cat(
             [data.new_empty(0, data.shape[1])] + [self._noise(b.grid, b.seed, data) for b in blocks]
         )  # (T, D)
@@ -162,7 +161,7 @@ class DenoisingGenerator(ImageGenerator):
         skips = embeddings.skips.repeat(branches, 1)  # (G*T, K)
         time = self._time(corrupted).repeat(branches, 1)  # (G*N, C)
         out = self.coder.decode(hidden.flatten(0, -2), skips, time, corrupted.grids * branches)  # (G*T, D)
-        out = exact(out).view(*hidden.shape[:-1], out.shape[-1])
+        out = precise(out).view(*hidden.shape[:-1], out.shape[-1])
         return self.convert(out, corrupted.inputs, per_token(corrupted.time, corrupted.grids)[:, None])
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:

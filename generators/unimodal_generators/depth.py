@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from unimodal_generators.base import exact
 from unimodal_generators.cross_entropy import linear_cross_entropy
+from unimodal_tokenizers.base import precise
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DepthTransformer(nn.Module):
         """Scores of the next codebook, given the codes of those before it; few codes, so nothing is cached."""
         q = codes.shape[-1]
         last = self.states(hidden.flatten(0, -2), codes.flatten(0, -2))[:, -1]  # (N, W)
-        return exact(self.heads[q](last)).unflatten(0, hidden.shape[:-1])
+        return precise(self.heads[q](last)).unflatten(0, hidden.shape[:-1])
 
     def loss(self, hidden: Float[Tensor, "N C"], ids: Int[Tensor, "N Q"]) -> Float[Tensor, ""]:
         """Cross-entropy, a mean over a token's codebooks and a sum over tokens."""

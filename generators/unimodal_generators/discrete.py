@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from unimodal_generators.base import ImageGenerator, exact
+from unimodal_generators.base import ImageGenerator
 from unimodal_generators.cross_entropy import linear_cross_entropy
-from unimodal_tokenizers.base import TokenLayout
+from unimodal_tokenizers.base import TokenLayout, precise
 
 
 class Discrete(ImageGenerator):
@@ -44,7 +44,7 @@ class Discrete(ImageGenerator):
 
     def logits(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest V"]:
         """Scores over the codebook, in fp32 or better."""
-        return exact(self.head(hidden))
+        return precise(self.head(hidden))
 
     def cross_entropy(
         self, hidden: Float[Tensor, "M C"], targets: Int[Tensor, " M"], weights: Float[Tensor, " M"] | None = None

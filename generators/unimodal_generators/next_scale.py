@@ -33,11 +33,10 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
-    exact,
 )
 from unimodal_generators.choice import ChoiceSettings, choose
 from unimodal_generators.code_heads import ParallelHeads
-from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, MultiscaleTokenizer, TokenLayout
+from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, MultiscaleTokenizer, TokenLayout, precise
 
 
 class NextScale(ImageGenerator):
@@ -152,7 +151,7 @@ class NextScale(ImageGenerator):
 
     def logits(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest V"]:
         """Scores over the codebook, in fp32 or better."""
-        return exact(self.head(hidden))
+        return precise(self.head(hidden))
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
         """Cross-entropy of each id given all coarser scales; ids of one scale do not see each other."""

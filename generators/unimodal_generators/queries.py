@@ -27,14 +27,13 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
-    exact,
     per_token,
 )
 from unimodal_generators.denoisers import Denoiser
 from unimodal_generators.denoising import draw_noise
 from unimodal_generators.flow import FlowSettings, solve_flow
 from unimodal_tokenizers import diffusion
-from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout, precise
 
 
 class Queries(ImageGenerator):
@@ -103,7 +102,7 @@ class Queries(ImageGenerator):
 
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> Corrupted:
         """x_t of every image, which the denoiser reads, and the velocity there."""
-        data = exact(tokens.values)
+        data = precise(tokens.values)
         rngs = [torch.Generator().manual_seed(block.seed) for block in blocks]
         drawn = [torch.randn(n, data.shape[1], generator=rng) for n, rng in zip(tokens.lengths, rngs, strict=True)]
         noise = torch.cat([data[:0], *(x.to(data) for x in drawn)])  # (T, D)
@@ -140,7 +139,7 @@ class Queries(ImageGenerator):
         for grid in dict.fromkeys(grids):
             members = [i for i, g in enumerate(grids) if g == grid]
             v = self.denoiser(torch.stack([images[i] for i in members]), t[members], condition[members], grid)
-            found |= zip(members, exact(v))
+            found |= zip(members, precise(v))
         return torch.cat([found[i] for i in range(len(grids))])
 
     def loss(self, hidden: Float[Tensor, "NQ LC"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
@@ -170,7 +169,7 @@ class Queries(ImageGenerator):
         asked = Embeddings(self.queries.repeat(count, 1))
         ask = session.peek if self.private else session.append
         condition = self.connect(ask(asked, [self._block()] * count).flatten(0, 1))  # (G R, L, Q, K)
-        noise = draw_noise(grids, rngs, self.layout.dim).to(exact(condition))  # (T, D)
+        noise = draw_noise(grids, rngs, self.layout.dim).to(precise(condition))  # (T, D)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             branches = settings.active(t)

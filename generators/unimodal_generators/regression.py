@@ -26,9 +26,8 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
-    exact,
 )
-from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout, precise
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Regression(ImageGenerator):
     def predict(self, hidden: Float[Tensor, "*rest C"]) -> Float[Tensor, "*rest D"]:
         """Tokens of hidden states, in fp32 or better."""
         out = self.head(hidden)
-        out = exact(out)
+        out = precise(out)
         return out if self.metric == "mse" else unit_variance(out)
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:

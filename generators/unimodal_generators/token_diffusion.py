@@ -30,11 +30,10 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
-    exact,
 )
 from unimodal_generators.denoising import draw_noise, timestep_embedding
 from unimodal_tokenizers import diffusion
-from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
+from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout, precise
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class TokenDiffusion(ImageGenerator):
 
     def corrupt(self, tokens: ImageTokens, blocks: Sequence[Block]) -> CorruptedTokens:
         """The tokens, which of them are masked, and for every one that is learned K draws of noise and time."""
-        data, dim = exact(tokens.values), self.layout.dim
+        data, dim = precise(tokens.values), self.layout.dim
         masked: list[Tensor] = [torch.empty(0, dtype=torch.long)]
         read: list[Tensor] = [torch.empty(0, dim)]
         noise: list[Tensor] = [torch.empty(0, self.multiply, dim)]
@@ -270,7 +269,7 @@ class TokenDiffusion(ImageGenerator):
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: raster-order images of one call need one size, got {sorted(set(grids))}")
         block, n, dim = self._block(grids[0]), grids[0].length, self.layout.dim
-        noise = draw_noise(grids, rngs, dim).to(self._exact()).unflatten(0, (len(grids), n))  # (R, n, D)
+        noise = draw_noise(grids, rngs, dim).to(self._precise()).unflatten(0, (len(grids), n))  # (R, n, D)
         given = None if known is None else (known.tokens.values.to(noise).view(-1, n, dim), known.mask.view(-1, n))
         drawn: list[Tensor] = []
         hidden = session.last  # (G, R, C)
@@ -294,7 +293,7 @@ class TokenDiffusion(ImageGenerator):
     ) -> Iterator[ImageTokens]:
         blocks = [self._block(grid) for grid in grids]
         orders = self._orders(grids, rngs, known)
-        noise = draw_noise(grids, rngs, self.layout.dim).to(self._exact())  # (T, D)
+        noise = draw_noise(grids, rngs, self.layout.dim).to(self._precise())  # (T, D)
         x = torch.zeros_like(noise)
         if known is not None:
             x = torch.where(known.mask.to(x.device)[:, None], known.tokens.values.to(x), x)
@@ -330,7 +329,7 @@ class TokenDiffusion(ImageGenerator):
             first += grid.length
         return orders
 
-    def _exact(self) -> Tensor:
+    def _precise(self) -> Tensor:
         """An empty tensor on the weights' device, in fp32 or better."""
         weight = self.token_in.weight
         return weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -399,7 +398,7 @@ class FlowHead(nn.Module):
             h = block(h, c)
         shift, scale = self.modulation(c).chunk(2, dim=-1)
         out = self.out(modulate(self.norm(h), shift, scale))
-        return exact(out)
+        return precise(out)
 
 
 class HeadBlock(nn.Module):

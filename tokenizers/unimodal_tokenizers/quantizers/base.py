@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from unimodal_tokenizers.base import precise
 from unimodal_tokenizers.quantizers.search import SEARCH_BYTES
 from unimodal_tokenizers.squares import Keeps
 
@@ -101,11 +102,6 @@ def check_ids(ids: Shaped[Tensor, "*shape"], entries: int) -> None:
         torch._assert_async(((ids >= 0) & (ids < entries)).all(), f"tokens: expected ids from 0 to {entries - 1}")
     elif ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= entries):
         raise ValueError(f"tokens: expected ids from 0 to {entries - 1}, got {int(ids.min())} to {int(ids.max())}")
-
-
-def precise(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """In single precision at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def processes() -> int:

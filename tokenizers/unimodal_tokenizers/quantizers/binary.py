@@ -18,7 +18,6 @@ from unimodal_tokenizers.quantizers.base import (
     Quantizer,
     entropy,
     mean_over_processes,
-    squared_distance,
     straight_through,
 )
 from unimodal_tokenizers.quantizers.search import SEARCH_BYTES, rows_at_once
@@ -115,14 +114,14 @@ class LFQ(BinaryQuantizer):
         return z
 
     def terms(self, z: Float[Tensor, "P D"], c: Float[Tensor, "P D"]) -> dict[str, Float[Tensor, ""]]:
-        """Entropy, a mean over codebooks, and |z - c|^2 (MAGVIT-v2)."""
+        """Entropy, a mean over codebooks, and |z - c|^2 (MAGVIT-v2), a mean over channels: a sum holds each at its sign."""
         logits = self.logits(z).unflatten(-1, (-1, self.bits))  # (P, Q, b)
         each = bit_entropy(logits).sum(-1).mean()
         together = []
         for book in logits.unbind(1):
             p = mean_code_probability(book)
             together.append(entropy(mean_over_processes(p) if self.training else p))
-        return {"entropy": each - self.diversity * torch.stack(together).mean(), "commitment": squared_distance(z, c)}
+        return {"entropy": each - self.diversity * torch.stack(together).mean(), "commitment": F.mse_loss(z, c)}
 
 
 class BSQ(BinaryQuantizer):
