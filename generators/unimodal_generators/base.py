@@ -350,6 +350,9 @@ class ImageGenerator(nn.Module, ABC):
         if known is not None and not self.inpaints:
             raise ValueError(f"known: {type(self).__name__} cannot keep given tokens, expected none")
 
+    def check_sampling(self, settings: SamplingSettings, grids: Sequence[Grid]) -> None:
+        """Refuse settings with which `sample` could not draw images of these grids."""
+
     @abstractmethod
     def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
         """Every random choice of one learned image. Needs no weights: runs in the loader.

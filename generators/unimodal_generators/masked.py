@@ -115,6 +115,12 @@ class Masked(Discrete):
         weights = 1 / (1 - per_token(corrupted.time, corrupted.grids)[where])  # (M,): n / k
         return {"image": LossTerm(self.cross_entropy(hidden[where], targets, weights), len(hidden))}
 
+    def check_sampling(self, settings: SamplingSettings, grids: Sequence[Grid]) -> None:
+        """Every step shows one id at least."""
+        least, steps = min(grid.length for grid in grids), masked_settings(settings).steps
+        if steps > least:
+            raise ValueError(f"steps: expected at most one an id ({least}), got {steps}")
+
     def sample(
         self,
         session: DecodingSession,
@@ -124,6 +130,7 @@ class Masked(Discrete):
         known: Known | None = None,
     ) -> Iterator[ImageTokens]:
         """`unmask` with a peek a step; previews are what it yields. Given ids are kept from the start."""
+        self.check_sampling(settings, grids)
         settings = masked_settings(settings)
         lengths, device = [grid.length for grid in grids], self.hidden.device
         masked = torch.ones(sum(lengths), dtype=torch.bool) if known is None else ~known.mask.cpu()  # (T,)

@@ -241,6 +241,15 @@ class TokenDiffusion(ImageGenerator):
         *_, tokens = diffusion.SOLVERS[settings.solver](velocity, settings.temperature * noise, times)
         return tokens
 
+    def check_sampling(self, settings: SamplingSettings, grids: Sequence[Grid]) -> None:
+        """Raster order takes no steps; random order draws one token at least in each."""
+        if not isinstance(settings, TokenDiffusionSettings):
+            raise ValueError(f"sampling: expected TokenDiffusionSettings, got {type(settings).__name__}")
+        check_steps(settings, self.order)
+        least = min(grid.length for grid in grids)
+        if settings.steps is not None and settings.steps > least:
+            raise ValueError(f"steps: expected at most one a token ({least}), got {settings.steps}")
+
     def sample(
         self,
         session: DecodingSession,
@@ -253,9 +262,8 @@ class TokenDiffusion(ImageGenerator):
 
         Given tokens are never drawn: raster order reads them in their place, random order never masks them.
         """
-        if not isinstance(settings, TokenDiffusionSettings):
-            raise ValueError(f"sampling: expected TokenDiffusionSettings, got {type(settings).__name__}")
-        check_steps(settings, self.order)
+        self.check_sampling(settings, grids)
+        assert isinstance(settings, TokenDiffusionSettings)
         yield from (self._raster if self.order == "raster" else self._random)(session, grids, settings, rngs, known)
 
     def _raster(
@@ -348,12 +356,7 @@ def cosine_counts(tokens: int, length: int, steps: int | None) -> list[int]:
 
     After step k of K, floor(tokens cos(pi k / 2 K)) are left, and one fewer than before at the most. `length` tokens are
     in the image; `steps` None is one a token. With fewer unknown tokens than steps, the last steps have nothing to draw.
-
-    Raises:
-        ValueError: more steps than the image has tokens.
     """
-    if steps is not None and steps > length:
-        raise ValueError(f"steps: expected at most one a token ({length}), got {steps}")
     k_max = min(tokens, length if steps is None else steps)
     counts, left = [], tokens
     for k in range(1, k_max + 1):

@@ -84,7 +84,7 @@ def unmask(
         masked: which are hidden; on the host, which counts them.
         lengths: of the rows, whose results depend on their own ids alone.
         schedule: how many are hidden after each step.
-        settings: its `steps` are K.
+        settings: its `steps` are K, at most one an id of the shortest row.
         rngs: one a row.
         hidden: what stands for a hidden id.
 
@@ -92,8 +92,6 @@ def unmask(
         After each step, what is kept and what was drawn for the rest.
     """
     steps = settings.steps
-    if steps > min(lengths):
-        raise ValueError(f"steps: expected at most one an id ({min(lengths)}), got {steps}")
     left = [remaining(schedule, int(m.sum()), steps) for m in masked.split(list(lengths))]  # a list a row
     masked = masked.to(ids.device)
     drawing = [rng for rng, n in zip(rngs, lengths, strict=True) for _ in range(n)]  # of each id

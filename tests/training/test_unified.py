@@ -31,6 +31,7 @@ from unimodal.training.ema import EMA
 ROOT = Path(__file__).parents[2]
 FLOW = ROOT / "lightning_configs" / "models" / "digits_mot_flow.yaml"
 VQ = ROOT / "lightning_configs" / "models" / "digits_vq_ar.yaml"
+MASKED = ROOT / "lightning_configs" / "models" / "digits_showo_masked.yaml"
 TINY = """
 model:
   init_args:
@@ -317,13 +318,26 @@ def test_tokens_that_the_generator_cannot_learn_are_refused_naming_both(
     assert not (tmp_path / "run").exists()
 
 
-def test_guidance_that_no_training_makes_possible_is_refused_before_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("recipe", "key", "value", "message"),
+    [
+        (
+            FLOW,
+            "sequence.drop_text",
+            "0",
+            "guidance: this recipe never dropped text in training (sequence.drop_text), got 1.5",
+        ),
+        (MASKED, "generator.init_args.sampling.steps", "17", "steps: expected at most one an id (16), got 17"),
+    ],
+    ids=["guidance", "steps"],
+)
+def test_sampling_that_no_training_makes_possible_is_refused_before_it(
+    recipe: Path, key: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fit(FLOW, tmp_path / "run", "--model.init_args.model.sequence.drop_text", "0") == 2
+    assert fit(recipe, tmp_path / "run", f"--model.init_args.model.{key}", value) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
-    assert "guidance: this recipe never dropped text in training (sequence.drop_text), got 1.5" in said
+    assert message in said
     assert not (tmp_path / "run").exists()
 
 

@@ -88,6 +88,8 @@ class UnifiedTraining(LightningModule):
         self._validated = (benchmarks, image_metrics)  # in a tuple: metrics are no part of what is trained
         self.model = model
         check_guidance(model, model.generator.sampling)  # here: the first validation may be hours away
+        for height, width in model.sequence.image_sizes:
+            model.generator.check_sampling(model.generator.sampling, [model.tokenizer.layout.grid(height, width)])
         self.compiles = compile
         model.backbone.checkpointing = checkpoint_layers
         if muon_lr is not None and muon_lr <= 0:
