@@ -13,7 +13,6 @@ from unimodal_tokenizers.quantizers import (
     LFQ,
     EuclideanQuantizer,
     ResidualQuantizer,
-    SphericalIBQ,
     SubCodebooks,
     VectorQuantizer,
 )
@@ -127,7 +126,6 @@ def test_a_tokenizer_begins_as_its_quantizer_keeps_vectors() -> None:
         (ResidualQuantizer(16, 2, 4), "vectors", 1),
         (VectorQuantizer(16, 4), "directions", 1),
         (IBQ(16, 4), "levels", 1),
-        (SphericalIBQ(16, 4), "directions", 1),
         (SubCodebooks(VectorQuantizer(16, 2), 2), "directions", 2),
         (FSQ([3, 3, 3, 3]), "levels", 1),
         (LFQ(4), "levels", 1),

@@ -3,7 +3,7 @@
 from unimodal_tokenizers.quantizers.base import Quantized, Quantizer, codebook_perplexity, codebook_usage
 from unimodal_tokenizers.quantizers.binary import BSQ, LFQ
 from unimodal_tokenizers.quantizers.fsq import FSQ
-from unimodal_tokenizers.quantizers.ibq import IBQ, SphericalIBQ
+from unimodal_tokenizers.quantizers.ibq import IBQ
 from unimodal_tokenizers.quantizers.moving_average import MovingAverageQuantizer
 from unimodal_tokenizers.quantizers.residual import ResidualQuantizer
 from unimodal_tokenizers.quantizers.simvq import SimVQ
@@ -22,7 +22,6 @@ __all__ = [
     "Quantizer",
     "ResidualQuantizer",
     "SimVQ",
-    "SphericalIBQ",
     "SubCodebooks",
     "TextCodebook",
     "VectorQuantizer",

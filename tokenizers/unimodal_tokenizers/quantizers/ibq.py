@@ -1,8 +1,5 @@
 """Index back-propagation: gradients reach every code through the choice itself (IBQ, arXiv 2412.02692; Emu3.5).
 
-`IBQ` has vectors and codes anywhere, as published; `SphericalIBQ` on the unit sphere of R^D, as Emu3.5 (arXiv 2510.26583)
-may have them.
-
 Letters: P vectors, K entries, D channels. z a vector, E the codebook, e its chosen row; sg[.] stops the gradient.
 """
 
@@ -23,7 +20,6 @@ from unimodal_tokenizers.quantizers.base import (
     precise,
 )
 from unimodal_tokenizers.quantizers.search import nearest_code, rows_at_once
-from unimodal_tokenizers.squares import Keeps
 
 
 class IBQ(Quantizer):
@@ -34,7 +30,7 @@ class IBQ(Quantizer):
     matrix of vectors x codes exceeds `SEARCH_BYTES`. Over several processes the entropy is that of all their vectors.
     """
 
-    keeps: Keeps = "levels"  # only what lies around zero on all sides finds every code
+    keeps = "levels"  # only what lies around zero on all sides finds every code
 
     def __init__(
         self, entries: int, dim: int, temperature: float = 0.01, diversity: float = 1.0, seed: int = 0
@@ -55,19 +51,9 @@ class IBQ(Quantizer):
         self.weights = {"double": 1.0, "commitment": 1.0, "codebook": 0.25, "entropy": 0.05}
         self.temperature, self.diversity = temperature, diversity
         start = torch.randn(entries, dim, generator=torch.Generator().manual_seed(seed), device="cpu")
-        start = F.normalize(
-            start, dim=-1
-        )  # of one length: the longest would be chosen by all, and no other learns then
+        # Of one length, that of D normal numbers: the longest would be chosen by all, and no other learns then.
+        start = dim**0.5 * F.normalize(start, dim=-1)
         self.codebook = nn.Embedding.from_pretrained(start, freeze=False)  # an embedding: weight decay leaves it alone
-
-    @property
-    def codes(self) -> Float[Tensor, "K D"]:
-        """The codebook where vectors are compared with it, in single precision at least."""
-        return self.project(self.codebook.weight)
-
-    def project(self, x: Float[Tensor, "P D"]) -> Float[Tensor, "P D"]:
-        """x itself, in single precision at least."""
-        return precise(x)
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
         """z_q = (onehot + p - sg[p]) E with p = softmax(z E^T), and twice the quantization loss (IBQ).
@@ -75,8 +61,8 @@ class IBQ(Quantizer):
         `double` is |z_q - z|^2, whose gradient goes through the choice; the other two are those of VQ-VAE. All three are
         means over channels, as published: of sums, vectors and codes shrink to nothing, which costs less than to differ.
         """
-        z, codes = self.project(z), self.codes.to(z.dtype)
-        ids = nearest_code(z.detach(), codes.detach())
+        codes = precise(self.codebook.weight).to(z.dtype)
+        ids = self.find(z.detach())
         e = F.embedding(ids, codes)  # onehot E
         again = partial(checkpoint, self._softly, use_reentrant=False, preserve_rng_state=False)
         parts = [again(part, codes) for part in z.split(rows_at_once(len(codes), z))]
@@ -104,18 +90,8 @@ class IBQ(Quantizer):
 
     def find(self, z: Float[Tensor, "P D"]) -> Int64[Tensor, " P"]:
         """argmax_k <z, e_k>."""
-        return nearest_code(self.project(z), self.codes.detach().to(z.dtype))
+        return nearest_code(z, precise(self.codebook.weight).detach().to(z.dtype))
 
     def say(self, ids: Int64[Tensor, " P"]) -> Float[Tensor, "P D"]:
         """Rows of the codebook."""
-        return F.embedding(ids, self.codes)  # (P, D)
-
-
-class SphericalIBQ(IBQ):
-    """Vectors and codes of length 1: inner products are cosines, and neither can shrink."""
-
-    keeps = "directions"
-
-    def project(self, x: Float[Tensor, "P D"]) -> Float[Tensor, "P D"]:
-        """x / |x|, in single precision at least."""
-        return F.normalize(precise(x), dim=-1)
+        return F.embedding(ids, precise(self.codebook.weight))
