@@ -51,8 +51,8 @@ class IBQ(Quantizer):
         self.weights = {"double": 1.0, "commitment": 1.0, "codebook": 0.25, "entropy": 0.05}
         self.temperature, self.diversity = temperature, diversity
         start = torch.randn(entries, dim, generator=torch.Generator().manual_seed(seed), device="cpu")
-        # Of one length, that of D normal numbers: the longest would be chosen by all, and no other learns then.
-        start = dim**0.5 * F.normalize(start, dim=-1)
+        # Of one length: the longest would be chosen by all, and no other learns then.
+        start = F.normalize(start, dim=-1)
         self.codebook = nn.Embedding.from_pretrained(start, freeze=False)  # an embedding: weight decay leaves it alone
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
