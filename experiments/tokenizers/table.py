@@ -64,10 +64,13 @@ def _grid(quantizer: Callable[[], Quantizer]) -> Callable[[], TrainableTokenizer
 _COARSE: dict[str, Any] = {"patch": 8, "width": 192, "heads": 6, "depth": 3}
 """Of those whose tokens and patches attend to each other: a quarter of the patches, twice the width."""
 
+_DIRECTIONS = {"codebook": 16.0, "commitment": 16.0}
+"""Weights where directions are compared that begin beside a constant of 4: their squared distances are a sixteenth."""
+
 TABLE = (
     Entry("kl", "latent diffusion", lambda: KLTokenizer(dim=4, **NETWORK), "pca", {"kl": 1e-6}),
     Entry("staged", "MingTok", lambda: StagedTokenizer(4, patch=4, width=96, heads=3, depths=(2, 1, 3)), "pca"),
-    Entry("vq", "LlamaGen", _grid(lambda: VectorQuantizer(ENTRIES, 8)), "k-means"),
+    Entry("vq", "LlamaGen", _grid(lambda: VectorQuantizer(ENTRIES, 8)), "k-means", _DIRECTIONS),
     Entry("vq, any length", "VQ-VAE", _grid(lambda: EuclideanQuantizer(ENTRIES, 8)), "k-means"),
     Entry("vq, moving average", "VQ-VAE-2", _grid(lambda: MovingAverageQuantizer(ENTRIES, 8)), "k-means"),
     Entry("simvq", "SimVQ", _grid(lambda: SimVQ(ENTRIES, 8)), "k-means"),
@@ -77,7 +80,7 @@ TABLE = (
     Entry("bsq", "BSQ", _grid(lambda: BSQ(10)), "k-means"),
     Entry("residual, 2", "RQ-VAE", _grid(lambda: ResidualQuantizer(ENTRIES, 2, 8))),
     Entry("residual, 4", "RQ-VAE", _grid(lambda: ResidualQuantizer(ENTRIES, 4, 8))),
-    Entry("sub-codebooks, 2", "UniTok", _grid(lambda: SubCodebooks(VectorQuantizer(ENTRIES, 8), 2))),
+    Entry("sub-codebooks, 2", "UniTok", _grid(lambda: SubCodebooks(VectorQuantizer(ENTRIES, 8), 2)), None, _DIRECTIONS),
     Entry("multi-scale", "VAR", lambda: MultiscaleVQ(ENTRIES, 8, scales=[1, 2, 4, 8, 16], **NETWORK)),
     Entry(
         "sequence", "TiTok",

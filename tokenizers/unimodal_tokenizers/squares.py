@@ -17,6 +17,8 @@ Keeps = Literal["vectors", "directions", "levels"]
 """What of a latent its quantizer keeps: the vector, its direction alone, or each channel's level."""
 _LOG_VARIANCE = -6.0
 """Of a posterior at the start: its deviation is a twentieth of the prior's."""
+_CONSTANT = 4.0
+"""Beside which waves are small: of a smaller one, what is left of them when lengths are lost is not linear in them."""
 _BRIGHTNESS = 0.9
 """Deviation of a square's brightness times sqrt(3)."""
 
@@ -37,8 +39,8 @@ class Squares(nn.Module):
         stride: of the tokenizer, s.
         dim: channels D.
         keeps: what becomes of z on its way (`Quantizer.keeps`). Where only directions are kept, the last channel begins
-            as a constant, so that the others have something to be small beside; where each channel is rounded by itself,
-            all begin with deviations of one order.
+            as a large constant, beside which the others lose nothing with the length; where each channel is rounded by
+            itself, all begin with deviations of one order.
         slices: of the channels, each kept by itself.
         """
         super().__init__()
@@ -50,14 +52,15 @@ class Squares(nn.Module):
             constant[dim // slices - 1 :: dim // slices] = True
         basis, deviations = lowest_frequencies(stride, int((~constant).sum()))
         unit = (deviations if keeps == "levels" else torch.ones_like(deviations))[:, None, None, None]
+        length = _CONSTANT if keeps == "directions" else 1.0  # about that of a latent whose length is lost
         with torch.no_grad():
             for linear in (self.analysis, self.synthesis):
                 nn.init.zeros_(linear.weight)
                 nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
             # Averages: of a grey image the first is its value times sqrt(3), where its unit is 1.
             self.analysis.weight[~constant] = basis / (stride * unit)
-            self.synthesis.weight[~constant] = basis * (stride * unit)
-            self.analysis.bias[constant] = 1.0  # type: ignore[index]
+            self.synthesis.weight[~constant] = basis * (stride * unit * length)
+            self.analysis.bias[constant] = _CONSTANT  # type: ignore[index]
 
     @staticmethod
     def silence(*last: nn.Conv2d) -> None:

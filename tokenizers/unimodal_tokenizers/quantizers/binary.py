@@ -131,12 +131,12 @@ class BSQ(BinaryQuantizer):
     (as the paper does), an upper bound of the exact one that knows no codebooks: any number of bits costs the same a bit.
     """
 
-    def __init__(self, bits: int, codebooks: int = 1, temperature: float = 0.01, diversity: float = 1.0) -> None:
+    def __init__(self, bits: int, codebooks: int = 1, temperature: float = 1.0, diversity: float = 1.0) -> None:
         """Args:
 
         bits: channels D, one bit each; at least 2.
         codebooks: ids a position, Q, which share the bits equally.
-        temperature: of the entropy's soft choice; tau of the paper is 2 / temperature.
+        temperature: of the entropy's soft choice; 1 is the authors' own, and that of LFQ would leave bits without gradients.
         diversity: weight of the entropy of all vectors' codes within the entropy term (gamma of the paper).
         """
         if bits < 2:
