@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unimodal_generators.denoising import timestep_embedding
 from unimodal_tokenizers.base import Grid
+from unimodal_tokenizers.diffusion import timestep_embedding
 
 
 class Denoiser(nn.Module, ABC):

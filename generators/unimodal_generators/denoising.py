@@ -33,6 +33,7 @@ from unimodal_generators.base import (
 )
 from unimodal_generators.patch_coders import LinearCoder, PatchCoder
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout, precise
+from unimodal_tokenizers.diffusion import timestep_embedding
 
 TimeInput = Literal["add", "token", "adaln"]
 Estimate = Callable[[Tensor, float], Tensor]  # of x (T, D) at t
@@ -229,11 +230,3 @@ def draw_noise(grids: Sequence[Grid], rngs: Sequence[torch.Generator], dim: int)
     """Standard normal, each image from its own generator; in float64, on the host: the same on every device."""
     drawn = [torch.randn(g.length, dim, generator=rng, dtype=torch.float64) for g, rng in zip(grids, rngs, strict=True)]
     return torch.cat(drawn)
-
-
-def timestep_embedding(t: Float[Tensor, " N"], dim: int = 256) -> Float[Tensor, "N {dim}"]:
-    """Sines and cosines of 1000 t (DDPM, arXiv 2006.11239, whose times are counted to 1000)."""
-    half = dim // 2
-    frequency = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
-    angle = 1000.0 * t[:, None] * frequency  # (N, dim/2)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)

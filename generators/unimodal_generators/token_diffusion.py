@@ -31,7 +31,7 @@ from unimodal_generators.base import (
     SamplingSettings,
     TokenKind,
 )
-from unimodal_generators.denoising import draw_noise, timestep_embedding
+from unimodal_generators.denoising import draw_noise
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout, precise
 
@@ -394,7 +394,7 @@ class FlowHead(nn.Module):
     ) -> Float[Tensor, "*rest D"]:
         """Velocities, in fp32 or better."""
         weight = self.x_in.weight
-        time = self.time_in(timestep_embedding(t.flatten()).to(weight.dtype))
+        time = self.time_in(diffusion.timestep_embedding(t.flatten()).to(weight.dtype))
         c = F.silu(self.z_in(z.to(weight.dtype)) + time.view(*t.shape, time.shape[-1]))  # (*rest, W)
         h = self.x_in(x.to(weight.dtype))  # (*rest, W)
         for block in self.blocks:

@@ -25,8 +25,8 @@ from unimodal_generators import (
     UNetCoder,
 )
 from unimodal_generators.base import Block, Branch, Corrupted, Embeddings, Grid, ImageTokens, TokenKind
-from unimodal_generators.denoising import timestep_embedding
 from unimodal_tokenizers.base import TokenLayout
+from unimodal_tokenizers.diffusion import timestep_embedding
 from unimodal_tokenizers.patch import PatchTokenizer
 
 TIMES = ("add", "token", "adaln")

@@ -12,6 +12,7 @@ from unimodal_tokenizers.base import (
 )
 from unimodal_tokenizers.codec import CodecTokenizer
 from unimodal_tokenizers.codes import ChameleonTokenizer, Emu3Tokenizer, JanusTokenizer, MagvitTokenizer
+from unimodal_tokenizers.diffused import DiffusionRepresentation
 from unimodal_tokenizers.dynamic import DynamicTokenizer
 from unimodal_tokenizers.frozen import FrozenEncoder
 from unimodal_tokenizers.grid import CodebookTokenizer, GridTokenizer
@@ -30,6 +31,7 @@ __all__ = [
     "CodebookTokenizer",
     "CodecTokenizer",
     "DCTokenizer",
+    "DiffusionRepresentation",
     "DynamicTokenizer",
     "Emu3Tokenizer",
     "FrozenEncoder",

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -222,6 +222,7 @@ class TrainableTokenizer(ImageTokenizer):
     """
 
     weights: Mapping[str, float]  # the names of its terms, each with the weight it has unless a recipe says another
+    needs_error: ClassVar[bool] = True  # whether nothing but the error of pixels makes it reconstruct
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Reconstruction:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -82,20 +83,20 @@ def shift_of(shift: Shift, tokens: int) -> float:
 
 
 def interpolate(
-    noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
-) -> Float[Tensor, "T D"]:
+    noise: Float[Tensor, "*shape"], data: Float[Tensor, "*shape"], t: Float[Tensor, "*#shape"]
+) -> Float[Tensor, "*shape"]:
     """x_t = (1 - t) noise + t data (Flow Matching, arXiv 2210.02747, the optimal transport path with sigma_min = 0)."""
     return (1 - t) * noise + t * data
 
 
-def velocity(noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+def velocity(noise: Float[Tensor, "*shape"], data: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """v = dx_t/dt = data - noise."""
     return data - noise
 
 
 def velocity_to_data(
-    x: Float[Tensor, "T D"], v: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
-) -> Float[Tensor, "T D"]:
+    x: Float[Tensor, "*shape"], v: Float[Tensor, "*shape"], t: Float[Tensor, "*#shape"]
+) -> Float[Tensor, "*shape"]:
     """The data a point and its velocity point at: x + (1 - t) v."""
     return x + (1 - t) * v
 
@@ -188,3 +189,11 @@ def from_angular_velocity(x: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[T
 def from_data(x: Tensor, data: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Data and noise of x_n and its data: noise = (x - a data) / b."""
     return data, (x - a * data) / b
+
+
+def timestep_embedding(t: Float[Tensor, " N"], dim: int = 256) -> Float[Tensor, "N {dim}"]:
+    """Sines and cosines of 1000 t (DDPM, arXiv 2006.11239, whose times are counted to 1000)."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
+    angle = 1000.0 * t[:, None] * frequency  # (N, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)

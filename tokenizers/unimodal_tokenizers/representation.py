@@ -99,12 +99,16 @@ class Representation(TrainableTokenizer):
         Raises:
             ValueError: the tokens are not h w vectors of D channels an image.
         """
-        expected = (grid.length, self.layout.dim)
-        if tuple(tokens.shape[1:]) != expected:
-            raise ValueError(f"tokens: expected (N, D) = {expected} an image, got {tuple(tokens.shape[1:])}")
+        self.check_tokens(tokens, grid)
         x = self.token_in(tokens.to(self.token_in.weight.dtype))
         x = self.decoder(x + places(grid, x))  # (B, N, C)
         return patches_to_images(self.pixels_out(x), grid, self.layout.stride)
+
+    def check_tokens(self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid) -> None:
+        """Refuse what is not h w vectors of D channels an image."""
+        expected = (grid.length, self.layout.dim)
+        if tuple(tokens.shape[1:]) != expected:
+            raise ValueError(f"tokens: expected (N, D) = {expected} an image, got {tuple(tokens.shape[1:])}")
 
     def lookup(self, tokens: Shaped[Tensor, "T *channels"]) -> Float[Tensor, "T D"]:
         """Continuous tokens are their own vectors."""

@@ -150,7 +150,7 @@ class TokenizerTraining(L.LightningModule):
         for name, weight in [*error.items(), *((f"weights.{name}", weight) for name, weight in own.items())]:
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name}: expected at least 0, got {weight}")
-        if l1_weight == l2_weight == 0:
+        if l1_weight == l2_weight == 0 and tokenizer.needs_error:
             raise ValueError("l1_weight, l2_weight: expected at least one above 0, got 0 and 0: nothing to reconstruct")
         self.tokenizer, self.perceptual, self.adversary = tokenizer, perceptual, adversary
         self.error_weights = {name.removesuffix("_weight"): weight for name, weight in error.items()}
