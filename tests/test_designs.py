@@ -291,7 +291,7 @@ def test_a_tokenizer_and_its_teacher_are_trained_once(tmp_path: Path) -> None:
     for name in ("metamorph", "vargpt", "metamorph"):
         runner.train(replace(made(name, [2.0], [10]), design=chosen([name])[0]), 20.0)
     trained = [Path(c[c.index("--trainer.default_root_dir") + 1]).name for c in runner.calls if c[0] == "fit"]
-    assert trained.count("digits_representation") == trained.count("digits_multiscale") == 1
+    assert trained.count("digits_diffused") == trained.count("digits_multiscale") == 1
     assert sum(call[0] == "experiments.digits.teacher" for call in runner.calls) == 1
 
 

@@ -71,7 +71,7 @@ def test_a_tokenizer_is_what_its_recipe_trains() -> None:
             trained = yaml.safe_load((CONFIGS / "tokenizers" / f"{name}.yaml").read_text())
             assert settings(design.name)["tokenizer"] == trained["model"]["init_args"]["tokenizer"]
     assert {SHAPES.tokenizer(design) for design in DESIGNS} == {
-        None, "shapes_vq", "shapes_multiscale", "shapes_representation",
+        None, "shapes_vq", "shapes_diffused", "shapes_multiscale",
     }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_a_design_builds_and_its_cost_is_counted(name: str, monkeypatch: pytest.
 
 
 def test_the_teacher_is_what_the_recipe_says_and_names_what_it_sees() -> None:
-    trained = yaml.safe_load((CONFIGS / "tokenizers" / "shapes_representation.yaml").read_text())
+    trained = yaml.safe_load((CONFIGS / "tokenizers" / "shapes_diffused.yaml").read_text())
     encoder = trained["model"]["init_args"]["tokenizer"]["init_args"]
     assert (encoder["encoder"], encoder["options"]) == (teacher.NAME, teacher.OPTIONS)
     images, there = teacher.scenes("train", 3)

@@ -23,7 +23,7 @@ from unimodal.files import write_atomically
 Row = dict[str, Any]
 
 TEACHER = {
-    f"{world}_representation": (f"experiments.{world}.teacher", f"{world}_teacher/encoder.safetensors")
+    f"{world}_diffused": (f"experiments.{world}.teacher", f"{world}_teacher/encoder.safetensors")
     for world in ("digits", "shapes")
 }
 """Tokenizers whose frozen encoder is trained first: the module that does, and its file."""

@@ -117,7 +117,7 @@ DESIGNS = (
     Design("show-o", "digits_showo_masked", "Show-o, arXiv 2408.12528", "vq"),
     Design("unifluid", "digits_mar_tokens", "UniFluid, arXiv 2503.13436"),
     Design("vargpt", "digits_var_nextscale", "VARGPT, arXiv 2501.12327", "multiscale"),
-    Design("metamorph", "digits_metamorph_regression", "MetaMorph, arXiv 2412.14164", "representation"),
+    Design("metamorph", "digits_metamorph_regression", "MetaMorph, arXiv 2412.14164", "diffused"),
     Design(
         "metaquery", "digits_metaquery", "MetaQuery, arXiv 2504.06256",
         first=First(_TEXT, "model", ("shared", "embedding", "vision", "connector"), 1 / 2),
