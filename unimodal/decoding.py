@@ -196,14 +196,20 @@ class _Decoder:
     ) -> Iterator[tuple[Embeddings, list[Block]]]:
         """The forms in which one image a row is context, each of one block; `drawn` are the tokens of drawn ones."""
         model, generator = self.model, self.model.generator
-        planned = [model.sequencer.context_blocks(*p.shape[:2], drawn=drawn is not None) for p in pictures]
         pixels = [to_tensor([p])[0].to(model.backbone.embedding.weight) for p in pictures]
+        tokens = drawn
+        if drawn is None and generator.ends is not None:  # how many places an image takes, its tokens say
+            tokens = model.tokenizer.encode_each(pixels).until(generator.ends)
+        planned = [
+            model.sequencer.context_blocks(*p.shape[:2], drawn=drawn is not None, grid=grid)
+            for p, grid in zip(pictures, [None] * len(pictures) if tokens is None else tokens.grids, strict=True)
+        ]
         for blocks in zip(*planned, strict=True):
             if blocks[0].kind == TokenKind.UNDERSTANDING:
                 yield Embeddings(model.understand(pixels)), list(blocks)
             else:
-                tokens = model.tokenizer.encode_each(pixels) if drawn is None else drawn
-                yield generator.embed(generator.context(tokens)), list(blocks)
+                read = model.tokenizer.encode_each(pixels) if tokens is None else tokens
+                yield generator.embed(generator.context(read)), list(blocks)
 
     def run(self) -> Iterator[Piece]:
         """Write behind each prompt; pieces come where something listens."""

@@ -157,7 +157,7 @@ class Sequencer:
                 continue
             if isinstance(part, StoredImage):
                 check_stored([part.size], self.rules)
-            image = part if isinstance(part, StoredImage) else self.fit(part.image)
+            image = self._ended(part if isinstance(part, StoredImage) else self.fit(part.image))
             size, grid = self.measure(image)
             draft.add_text([self.text.special.boi, *self.size(*size)], learn=part.learn and not dropped)
             if blind and not part.learn:
@@ -172,6 +172,14 @@ class Sequencer:
             draft.add_text([self.text.special.eoi], learn=False)
         draft.add_text([self.text.special.eos], learn=bool(parts) and parts[-1].learn and not dropped)
         return SequencedDocument(draft.finish(), tuple(images), document.kind)
+
+    def _ended(self, image: Pixels | StoredImage) -> Pixels | StoredImage:
+        """Of a generator whose images end where they want to, an image's tokens up to there."""
+        if self.generator.ends is None:
+            return image
+        if not isinstance(image, StoredImage):
+            raise ValueError("generator.stops: true needs images stored as tokens (`unimodal tokenize`), got pixels")
+        return StoredImage(image.tokens.until(self.generator.ends), image.size, image.learn, image.role)
 
     def fit(self, image: Image.Image) -> UInt8[np.ndarray, "_ _ 3"]:
         """Pixels of an image in a size that the rules allow."""

@@ -239,7 +239,7 @@ def finish(out: Path, plan: Plan, module: DocumentData) -> dict[str, Any]:
         for text in module.corpus():
             file.write(json.dumps(text, ensure_ascii=False) + "\n")
     module.prompt_count, module.seed = KEPT_PROMPTS, plan.seed
-    write_jsonl(out / PROMPTS, module.prompts())
+    write_jsonl(out / PROMPTS, [prompt for prompt in module.prompts() if prompt.parts])  # not what is all to be written
     index: dict[str, Any] = {"counts": {}, "documents": 0, "images": 0, "tokens": 0, "broken": []}
     for name in (shard_name(*shard) for shard in plan.shards()):
         shard = Shard(out / name, plan.layout)

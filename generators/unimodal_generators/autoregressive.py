@@ -56,6 +56,8 @@ class Autoregressive(ImageGenerator):
             whose tokens are predicted at once.
         end_of_row: whether a learned token follows each row (Emu3, arXiv 2409.18869). The grammar of an image places it, so
             it is read and never predicted.
+        stops: whether an image ends with the tokenizer's end id and takes no places behind it, rather than as many as the
+            longest may have. It is trained on images stored as tokens, whose ends are known before they are packed.
         sampling: defaults of the sampler.
     """
 
@@ -75,6 +77,7 @@ class Autoregressive(ImageGenerator):
         depth: Depth | None = None,
         shuffle: int = 1,
         end_of_row: bool = False,
+        stops: bool = False,
         sampling: ChoiceSettings = ChoiceSettings(),
     ) -> None:
         super().__init__()
@@ -90,7 +93,7 @@ class Autoregressive(ImageGenerator):
             )
         if vocabulary == "shared" and (inputs == "codes" or depth is not None):
             raise ValueError("generator.vocabulary: shared rows need inputs: ids and no depth, got another")
-        self.layout, self.token_noise, self.sampling = layout, token_noise, sampling
+        self.layout, self.token_noise, self.stops, self.sampling = layout, token_noise, stops, sampling
         self.codebooks = list(layout.codebooks)
         self.embedding: nn.Embedding | nn.Sequential | None = None
         if vocabulary == "shared":
@@ -107,6 +110,13 @@ class Autoregressive(ImageGenerator):
     def bind(self, tokenizer: ImageTokenizer, rows: Callable[[], ImageRows] | None = None) -> None:
         """The tokenizer's code vectors, and the model's vocabulary where it is shared."""
         super().bind(tokenizer, rows)
+        if self.stops:
+            if tokenizer.end is None:
+                name = type(tokenizer).__name__
+                raise ValueError(
+                    f"generator.stops: expected false with a {name}, whose images have one length, got true"
+                )
+            self.ends = tokenizer.end
         if rows is not None:
             self.head = SharedHeads(rows, self.codebooks)
 
@@ -201,6 +211,11 @@ class Autoregressive(ImageGenerator):
             raise ValueError(f"sampling: expected ChoiceSettings, got {type(settings).__name__}")
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: autoregressive images of one call need one size, got {sorted(set(grids))}")
+        if self.ends is not None:
+            if known is not None:
+                raise ValueError("known: expected none of an image that ends where it wants to")
+            yield self._until_the_end(session, grids, settings, rngs, self.ends)
+            return
         order, block, r = windows(grids[0], self.side), self._block(grids[0]), len(grids)
         given = None
         if known is not None:
@@ -225,6 +240,34 @@ class Autoregressive(ImageGenerator):
             hidden = hidden.unflatten(1, (r, -1))[:, :, -1]  # (G, R * 1 or 2, C) -> (G, R, C)
         ids = torch.cat(drawn, dim=1)[:, order.argsort().to(hidden.device)]  # (R, n, Q), row-major
         yield ImageTokens(ids.flatten(0, 1) if len(self.codebooks) > 1 else ids.flatten(), tuple(grids))
+
+    def _until_the_end(
+        self,
+        session: DecodingSession,
+        grids: Sequence[Grid],
+        settings: ChoiceSettings,
+        rngs: Sequence[torch.Generator],
+        end: int,
+    ) -> ImageTokens:
+        """One token a step of every document whose image goes on; each has the places up to its `end`, or all of them."""
+        n, hidden = grids[0].length, session.last  # (G, R, C)
+        ids: list[list[int]] = [[] for _ in grids]
+        going = list(range(len(grids)))
+        for i in range(n):
+            drawn = self._draw(hidden[: settings.active(i / n)], settings, i / n, [rngs[d] for d in going], None)
+            values = drawn[:, 0, 0].tolist()  # (R', 1, 1)
+            for d, value in zip(going, values, strict=True):
+                ids[d].append(value)
+            # Its last token says how long an image was: what follows is placed behind that.
+            grid = [Grid(1, i + 1) if value == end else Grid(1, n) for value in values]
+            x = self._merged(drawn.flatten(0, 1))  # (R', C)
+            hidden = session.rows(going).append(Embeddings(x), [self._block(g).piece(i, 1) for g in grid])
+            on = [r for r, value in enumerate(values) if value != end]
+            going, hidden = [going[r] for r in on], hidden[:, on]
+            if not going:
+                break
+        found = torch.tensor([value for one in ids for value in one], device=hidden.device)
+        return ImageTokens(found, tuple(Grid(1, len(one)) for one in ids))
 
     def _draw(
         self,

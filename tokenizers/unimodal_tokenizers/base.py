@@ -140,6 +140,14 @@ class ImageTokens:
         parts = [values[:count] for values in self.values.split(self.lengths)]
         return ImageTokens(torch.cat([self.values[:0], *parts]), (Grid(1, count),) * len(self))
 
+    def until(self, end: int) -> "ImageTokens":
+        """The same images, of whose sequences only what stands up to the first `end` is held, which is one of it."""
+        parts = []
+        for ids in self.values.split(self.lengths):
+            ends = (ids == end).nonzero()
+            parts.append(ids[: int(ends[0]) + 1] if len(ends) else ids)
+        return ImageTokens(torch.cat([self.values[:0], *parts]), tuple(Grid(1, len(ids)) for ids in parts))
+
     @staticmethod
     def cat(items: Sequence["ImageTokens"]) -> "ImageTokens":
         """The images of all `items`, in order."""

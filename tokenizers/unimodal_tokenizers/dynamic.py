@@ -113,11 +113,12 @@ class DynamicTokenizer(RowTokenizer):
         """Ids to images, about in [-1, 1] (not clamped); what follows the first id K is not read; `rng` is not used.
 
         Raises:
-            ValueError: ids that are no integers or lie outside the codebook, or not N of them an image.
+            ValueError: ids that are no integers or lie outside the codebook, or more than N of them an image.
         """
         n = self.layout.length
-        if grid != Grid(1, n) or tuple(tokens.shape[1:]) != (n,):
-            raise ValueError(f"tokens: expected {n} ids of an image, got shape {tuple(tokens.shape)} of {grid}")
+        if grid != Grid(1, tokens.shape[1]) or tokens.dim() != 2 or not 1 <= tokens.shape[1] <= n:
+            raise ValueError(f"tokens: expected up to {n} ids of an image, got shape {tuple(tokens.shape)} of {grid}")
+        tokens = F.pad(tokens, (0, n - tokens.shape[1]), value=self.end)  # (B, N)
         valid = (tokens == self.end).cumsum(1) == 0  # (B, N)
         return self._draw(self.lookup(tokens.flatten()).unflatten(0, (-1, n)), valid)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -264,12 +264,6 @@ def structural_similarity(x: UInt8[Tensor, "3 H W"], y: UInt8[Tensor, "3 H W"]) 
     return float(found)
 
 
-def up_to(end: int, ids: Int64[Tensor, " N"]) -> Int64[Tensor, " n"]:
-    """An image's ids up to the first `end`, which is one of them; all where there is none."""
-    ends = (ids == end).nonzero()
-    return ids[: int(ends[0]) + 1] if len(ends) else ids
-
-
 @dataclass
 class Tally:
     """What a set of images came to in tokens."""
@@ -282,9 +276,7 @@ class Tally:
 
     def add(self, tokens: ImageTokens, pixels: int) -> None:
         """The tokens of images of so many pixels."""
-        values = tokens.values.cpu()
-        if self.end is not None:
-            values = torch.cat([up_to(self.end, ids) for ids in values.split(tokens.lengths)])
+        values = (tokens if self.end is None else tokens.until(self.end)).values.cpu()
         self.tokens, self.pixels = self.tokens + len(values), self.pixels + pixels
         books = self.layout.codebooks
         if not books or max(books) > MOST_COUNTED:
