@@ -56,6 +56,8 @@ def test_whatever_is_drawn_decodes(ids: list[int]) -> None:
     assert image.shape == (1, 3, 16, 24)
     assert image.abs().max() <= 1
     kept = ids[: ids.index(END)] if END in ids else ids
+    if not kept:
+        assert len(image.unique()) == 1  # grey
     if kept:  # what stands behind the end is not looked at
         assert torch.equal(tokenizer.decode_batch(torch.tensor([kept]), Grid(1, len(kept))), image)
 
