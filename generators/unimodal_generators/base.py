@@ -323,9 +323,7 @@ class ImageGenerator(nn.Module, ABC):
     inpaints: bool = False  # whether `sample` can be given some of the tokens
     layers: tuple[int, ...] = (-1,)  # of the backbone, whose hidden states it gets, side by side
     conditions: bool = False  # whether `embed` gives a condition an image, which backbone.adaln reads
-    ends: int | None = (
-        None  # the id that ends an image which takes as many places as it needs; None: as many as its grid
-    )
+    ends: int | None = None  # the id with which an image's places end; None: it has as many as its grid
     image_ids: int = 0  # rows that are added to the model's vocabulary for this generator
     layout: TokenLayout
     sampling: SamplingSettings
