@@ -28,7 +28,7 @@ from unimodal.evaluation.run import machine
 from unimodal.files import write_atomically
 from unimodal.packing import to_tensor
 from unimodal.training import TokenizerTraining
-from unimodal_tokenizers import ImageTokenizer
+from unimodal_tokenizers import ImageTokenizer, TrainableTokenizer
 
 BATCH = 16
 SHOWN = 6
@@ -59,9 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         for name, k in (("pca", 4), ("k-means", ENTRIES)):
             once(runs / f"{name}-{held_out}", {}, partial(baseline, name, k, held_out))
         for entry in entries:
-            folder = runs / f"{entry.name.replace(', ', '-').replace(' ', '-')}-{held_out}-{args.seed}-{args.steps}"
-            row = once(folder, settings(entry), partial(train, entry, held_out, args.steps, args.seed))
-            print(f"{entry.name}, without {held_out}: {row['psnr']:.2f} dB in {row['train_seconds']:.0f} s", flush=True)
+            trained = f"-{args.seed}-{args.steps}" if isinstance(entry.build(), TrainableTokenizer) else ""
+            folder = runs / f"{entry.name.replace(', ', '-').replace(' ', '-')}-{held_out}{trained}"
+            row = once(folder, settings(entry), partial(row_of, entry, held_out, args.steps, args.seed))
+            seconds = row.get("train_seconds", 0)
+            print(f"{entry.name}, without {held_out}: {row['psnr']:.2f} dB in {seconds:.0f} s", flush=True)
     found = [(path.parent, json.loads(path.read_text())) for path in sorted(runs.glob("*/row.json"))]
     write_report([(folder, row) for folder, row in found if row["steps"] in (0, args.steps)], args.out)
     print(f"{args.out / 'report.md'}, rows.json, reconstructions.png")
@@ -102,13 +104,33 @@ def baseline(name: str, k: int, held_out: str) -> tuple[dict[str, Any], list[Ten
     return {"name": name, "held_out": held_out, "seed": 0, "steps": 0, **quality(tiles, made), **rate}, made[:SHOWN]
 
 
-def train(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str, Any], list[Tensor]]:
-    """A tokenizer's row, and what it makes of the first tiles."""
+def row_of(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str, Any], list[Tensor]]:
+    """A tokenizer's row, once it is trained where it can be, and what it makes of the first tiles."""
     L.seed_everything(seed, verbose=False)
     tokenizer = entry.build()
+    place, took = torch.device("cpu"), {"steps": 0}
+    if isinstance(tokenizer, TrainableTokenizer):
+        place, took = train(tokenizer, entry.weights, held_out, steps, seed)
+    tokenizer.eval().to(place)
+    tiles, seen = held_out_tiles(held_out), training_tiles(held_out)
+    made, tally = measured(tokenizer, tiles, place)
+    _, trained = measured(tokenizer, seen, place)  # how much of a codebook is used
+    usage = {f"training_{key}": value for key, value in trained.measures().items() if "codebook" in key}
+    row = {
+        "name": entry.name, "paper": entry.paper, "baseline": entry.baseline, "held_out": held_out, "seed": seed,
+        "device": str(place), "machine": machine(), **took, "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        **quality(tiles, made), **tally.measures(), **usage, **speed(tokenizer, seen[:_TIMED], place),
+    }  # fmt: skip
+    return row, made[:SHOWN]
+
+
+def train(
+    tokenizer: TrainableTokenizer, weights: dict[str, float] | None, held_out: str, steps: int, seed: int
+) -> tuple[torch.device, dict[str, Any]]:
+    """Fit it to all photographs but one; where that was, and what it took."""
     precision, _ = choose_precision()
     module = TokenizerTraining(
-        tokenizer, lr=2e-3, l1_weight=0.5, l2_weight=1.0, weights=entry.weights, warmup_steps=min(50, steps),
+        tokenizer, lr=2e-3, l1_weight=0.5, l2_weight=1.0, weights=weights, warmup_steps=min(50, steps),
         lr_floor=0.01, samples=0,
     )  # fmt: skip
     trainer = L.Trainer(
@@ -116,27 +138,10 @@ def train(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str,
         logger=False, enable_checkpointing=False, gradient_clip_val=1.0, enable_model_summary=False, limit_val_batches=0,
         enable_progress_bar=sys.stderr.isatty(),
     )  # fmt: skip
-    started, worked = time.perf_counter(), time.process_time()
+    started, worked = time.perf_counter(), time.process_time()  # the clock runs on where a run is stopped for a while
     trainer.fit(module, datamodule=PhotographData(held_out, BATCH, seed))
-    seconds, cpu = (
-        time.perf_counter() - started,
-        time.process_time() - worked,
-    )  # a run may have been stopped for a while
-    place = trainer.strategy.root_device
-    tokenizer.eval().to(place)  # lightning brings it back to the host
-    tiles, seen = held_out_tiles(held_out), training_tiles(held_out)
-    made, tally = measured(tokenizer, tiles, place)
-    trained = measured(tokenizer, seen, place)[
-        1
-    ]  # of the photographs that were trained on: how much of a codebook is used
-    usage = {f"training_{key}": value for key, value in trained.measures().items() if "codebook" in key}
-    row = {
-        "name": entry.name, "paper": entry.paper, "baseline": entry.baseline, "held_out": held_out, "seed": seed,
-        "steps": steps, "device": str(place), "machine": machine(), "train_seconds": seconds, "cpu_seconds": cpu,
-        "parameters": sum(p.numel() for p in tokenizer.parameters()), **quality(tiles, made), **tally.measures(), **usage,
-        **speed(tokenizer, seen[:_TIMED], place),
-    }  # fmt: skip
-    return row, made[:SHOWN]
+    took = {"train_seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - worked}
+    return trainer.strategy.root_device, {"steps": steps, **took}
 
 
 def measured(tokenizer: ImageTokenizer, tiles: list[Tensor], place: torch.device) -> tuple[list[Tensor], Tally]:

@@ -51,7 +51,7 @@ def of(rows: Sequence[Row], key: str) -> float | None:
 
 def usage(rows: Sequence[Row]) -> float | None:
     """Of several codebooks, the least used one's share on the training photographs."""
-    keys = {key for row in rows for key in row if key.startswith("training_codebook_usage")}
+    keys = {key for row in rows for key in row if row["steps"] and key.startswith("training_codebook_usage")}
     return min((value for key in keys if (value := of(rows, key)) is not None), default=None)
 
 
@@ -79,7 +79,7 @@ def table(rows: Sequence[Row]) -> str:
             name, mine[0].get("paper", "baseline"), rate, f"{of(mine, 'psnr'):.2f} ({each})", f"{of(mine, 'ssim'):.3f}",
             "" if used is None else f"{100 * used:.1f} %",
             "" if encode is None else f"{encode:.0f} / {decode:.0f}",
-            f"{mine[0]['parameters'] / 1e6:.2f} M" if "parameters" in mine[0] else "",
+            f"{mine[0]['parameters'] / 1e6:.2f} M" if mine[0].get("parameters") else "",
             "" if seconds is None else f"{seconds:.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

@@ -9,13 +9,14 @@ from typing import Any
 
 from experiments.tokenizers.photographs import SIDE
 from unimodal_tokenizers import (
+    CodecTokenizer,
     DynamicTokenizer,
     GridTokenizer,
+    ImageTokenizer,
     KLTokenizer,
     MultiscaleVQ,
     SequenceTokenizer,
     StagedTokenizer,
-    TrainableTokenizer,
 )
 from unimodal_tokenizers.quantizers import (
     BSQ,
@@ -44,7 +45,7 @@ class Entry:
     Args:
         name: of its rows.
         paper: where it comes from.
-        build: makes it, untrained.
+        build: makes it, untrained; where nothing can be trained, it is measured as it is.
         baseline: what it is held against: "pca" (as many numbers a patch) or "k-means" (as many entries), none where no
             baseline has its rate.
         weights: of its own loss terms, where the tokenizer's are not used.
@@ -52,12 +53,12 @@ class Entry:
 
     name: str
     paper: str
-    build: Callable[[], TrainableTokenizer]
+    build: Callable[[], ImageTokenizer]
     baseline: str | None = None
     weights: dict[str, float] | None = None
 
 
-def _grid(quantizer: Callable[[], Quantizer]) -> Callable[[], TrainableTokenizer]:
+def _grid(quantizer: Callable[[], Quantizer]) -> Callable[[], ImageTokenizer]:
     return lambda: GridTokenizer(quantizer(), **NETWORK)
 
 
@@ -94,6 +95,7 @@ TABLE = (
             VectorQuantizer(ENTRIES, 8), image=(SIDE, SIDE), keep=0.5, **_COARSE
         ),
     ),
+    Entry("codec", "JPEG-LM", lambda: CodecTokenizer(image=(SIDE, SIDE), length=4096, quality=40)),
 )  # fmt: skip
 
 
