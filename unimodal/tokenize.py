@@ -320,6 +320,7 @@ class Writer:
                 try:
                     document = source.document(index, np.random.default_rng((self.plan.seed, s, index)))
                     images = [fit_image(image, sizes) for image in document.images]
+                    encoder.check(images)
                 except BrokenDocument as error:
                     shard.broken.append(f"{source.kind} {index}: {error}")
                     continue
@@ -341,6 +342,14 @@ class Encoder:
         self.tokenizer, self.shard, self.batch = tokenizer, shard, batch
         self._numbers: dict[bytes, int] = {}
         self._waiting: list[np.ndarray] = []
+
+    def check(self, images: Sequence[np.ndarray]) -> None:
+        """BrokenDocument if one of them has no tokens."""
+        for pixels in images:
+            try:
+                self.tokenizer.check_image(to_tensor([pixels])[0])
+            except ValueError as error:
+                raise BrokenDocument("its image", str(error)) from error
 
     def add(self, pixels: np.ndarray) -> int:
         """The number of an image in the shard."""

@@ -416,6 +416,25 @@ def test_broken_images_are_left_out_counted_and_named(
     assert sorted(texts) == sorted(2 * [f"picture {i}" for i in range(11) if i != 3])
 
 
+def test_an_image_that_needs_too_many_tokens_is_left_out(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out, codec = tmp_path / "pictures", tmp_path / "out", tmp_path / "codec"
+    shutil.copytree(pictures, folder)  # noise
+    for i in range(10):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(folder / f"{i:02d}.png")
+    (tmp_path / "codec.yaml").write_text(
+        "class_path: unimodal_tokenizers.CodecTokenizer\ninit_args: {image: [8, 8], length: 24, quality: 95}\n"
+    )
+    assert main(["import", "tokenizer", str(tmp_path / "codec.yaml"), "--out", str(codec)]) == 0
+    command = f"tokenize --tokenizer {codec} --data {folder} --out {out} --size 8x8 --most-broken 0.1"
+    assert main(command.split()) == 0
+    said = capsys.readouterr().err
+    assert said.count("expected as many ids as a JPEG of quality 95 has bytes, here ") == 2  # drawn and described
+    index = json.loads((out / "index.json").read_text())
+    assert (index["documents"], index["images"], len(index["broken"])) == (20, 10, 2)
+
+
 # ---- the parts
 
 

@@ -189,6 +189,14 @@ class ImageTokenizer(nn.Module, ABC):
         grid = self.layout.grid(*images.shape[-2:])
         return ImageTokens(self.encode_batch(images, rng).flatten(0, 1), (grid,) * len(images))  # (B*N, ...)
 
+    def check_image(self, image: Float[Tensor, "3 H W"]) -> None:
+        """Nothing, if the image has tokens: what encodes very many asks, and leaves out what has none.
+
+        Raises:
+            ValueError: an image of a size that the tokenizer cannot take, or one that needs more tokens than it holds.
+        """
+        self.layout.grid(*image.shape[-2:])
+
     def encode_each(self, images: Sequence[Float[Tensor, "3 _ _"]], rng: torch.Generator | None = None) -> ImageTokens:
         """Tokens of images of any sizes, equal sizes encoded together."""
         parts: list[ImageTokens | None] = [None] * len(images)

@@ -33,7 +33,7 @@ class CodecTokenizer(ImageTokenizer):
         """Args:
 
         image: (height, width) in pixels of every image.
-        length: ids of an image, N. An image whose JPEG has more bytes is refused.
+        length: ids of an image, N. An image whose JPEG has more bytes is refused; `unimodal tokenize` leaves it out.
         quality: of the JPEG, from 1 to 95.
         colours: 3 (YCbCr 4:2:0), or 1 for data that is grey.
         """
@@ -64,9 +64,17 @@ class CodecTokenizer(ImageTokenizer):
             ValueError: images of another size, or whose JPEG has more than N bytes.
         """
         self.layout.grid(*images.shape[-2:])
-        pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        rows = [self._ids(one) for one in pixels.permute(0, 2, 3, 1).cpu().numpy()]  # (H, W, 3) each
+        rows = [self._ids(image) for image in images]
         return torch.stack(rows).to(images.device) if rows else images.new_empty(0, self.layout.length).long()
+
+    def check_image(self, image: Float[Tensor, "3 H W"]) -> None:
+        """Nothing, if the image has tokens.
+
+        Raises:
+            ValueError: an image of another size, or whose JPEG has more than N bytes.
+        """
+        super().check_image(image)
+        self._ids(image)
 
     def decode_batch(
         self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
@@ -108,8 +116,9 @@ class CodecTokenizer(ImageTokenizer):
         image.save(file, "JPEG", quality=self.quality, subsampling="4:2:0", optimize=False, progressive=False)
         return file.getvalue()
 
-    def _ids(self, pixels: Shaped[np.ndarray, "H W 3"]) -> Int64[Tensor, " N"]:
-        file = self._file(Image.fromarray(pixels).convert(self.mode))
+    def _ids(self, image: Float[Tensor, "3 H W"]) -> Int64[Tensor, " N"]:
+        pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        file = self._file(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).convert(self.mode))  # (H, W, 3)
         scan = file[len(self.header) : -len(END_OF_IMAGE)].replace(b"\xff\x00", b"\xff")
         if len(scan) > self.layout.length:
             raise ValueError(
