@@ -1,19 +1,20 @@
 """Next-token prediction of image ids."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sampling_cases import begun, sampled
 from shape_checks import first_checked
 
-from unimodal.decoding import DecodingSettings, Session, decode
+from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run, pack, to_tensor
+from unimodal.packing import pack, to_tensor
 from unimodal_generators import Autoregressive, ChoiceSettings, FlowSettings, MaskedSettings
-from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, TokenKind
+from unimodal_generators.base import Block, Embeddings, Grid, ImageTokens, TokenKind
 from unimodal_tokenizers.base import TokenLayout
 
 LAYOUT = TokenLayout("discrete", dim=1, stride=2, codebooks=(16,))
@@ -88,27 +89,6 @@ def test_scores_are_in_full_precision() -> None:
 def test_continuous_tokenizers_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="tokenizer: Autoregressive takes discrete or sequence tokens, got continuous"):
         Autoregressive(TokenLayout("continuous", dim=12, stride=2), 32)
-
-
-def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
-    """A session in which every prompt waits for an image."""
-    branches = [Branch()] + ([Branch(text=False)] if guided else [])
-    session = Session.start(model, len(prompts), branches, 96)
-    special = model.text.special
-    runs = []
-    for prompt in prompts:
-        ids = (special.bos, *model.text.encode(prompt), special.boi)
-        runs.append(Run(ids, tuple(i in (special.bos, special.boi) for i in ids)))
-    with torch.no_grad():
-        session.append_text(runs)
-    return session
-
-
-def sampled(session: Session, model: UnifiedModel, grids: Sequence[Grid], settings: ChoiceSettings,
-            seeds: Sequence[int]) -> list[ImageTokens]:  # fmt: skip
-    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with torch.no_grad():
-        return list(model.generator.sample(session, grids, settings, rngs))
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -5,12 +5,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from sampling_cases import begun
 
-from unimodal.decoding import Session
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run
 from unimodal_generators import Diffusion, DiffusionSettings, FlowSettings
-from unimodal_generators.base import Block, Branch, Grid, ImageTokens, TokenKind
+from unimodal_generators.base import Block, Grid, ImageTokens, TokenKind
 from unimodal_tokenizers.base import TokenLayout
 from unimodal_tokenizers.diffusion import (
     alpha_bars,
@@ -104,18 +103,6 @@ def test_the_schedule_is_exact_whatever_the_weights_type(make: Callable[..., Uni
     assert float(b) == pytest.approx(float(np.sqrt(1 - generator.shares[1] ** 2)), rel=1e-4)
 
 
-def begun(model: UnifiedModel, prompts: list[str]) -> Session:
-    """A session, with the branch of guidance, in which every prompt waits for an image."""
-    session = Session.start(model, len(prompts), [Branch(), Branch(text=False)], 96)
-    special, runs = model.text.special, []
-    for prompt in prompts:
-        ids = (special.bos, *model.text.encode(prompt), special.boi)
-        runs.append(Run(ids, tuple(i in (special.bos, special.boi) for i in ids)))
-    with torch.no_grad():
-        session.append_text(runs)
-    return session
-
-
 @pytest.mark.parametrize(("generator", "settings"), [
     ("flow", FlowSettings(steps=3, solver="UniPCMultistepScheduler")),
     ("flow", FlowSettings(steps=3, solver="FlowMatchHeunDiscreteScheduler")),
@@ -135,7 +122,8 @@ def test_an_image_does_not_depend_on_its_neighbours(
         rngs = [torch.Generator().manual_seed(seeds[i]) for i in which]
         sizes = [grids[i] for i in which]
         with torch.no_grad():
-            *_, last = model.generator.sample(begun(model, [prompts[i] for i in which]), sizes, settings, rngs)
+            session = begun(model, [prompts[i] for i in which], guided=True)
+            *_, last = model.generator.sample(session, sizes, settings, rngs)
         return last.split()
 
     for i, one in enumerate(drawn([0, 1, 2])):
@@ -147,7 +135,8 @@ def test_an_image_does_not_depend_on_its_neighbours(
 
 def test_settings_of_another_generator_are_refused(make: Callable[..., UnifiedModel]) -> None:
     model = make("diffusion")
+    session = begun(model, ["seven"], guided=True)
     with pytest.raises(ValueError, match="sampling: expected DiffusionSettings, got FlowSettings"):
-        list(model.generator.sample(begun(model, ["seven"]), [Grid(4, 4)], FlowSettings(), [torch.Generator()]))
+        list(model.generator.sample(session, [Grid(4, 4)], FlowSettings(), [torch.Generator()]))
     with pytest.raises(ValueError, match="tokenizer: Diffusion takes continuous tokens, got discrete"):
         Diffusion(TokenLayout("discrete", dim=1, stride=2, codebooks=(16,)), 32)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sampling_cases import begun, sampled
 from shape_checks import first_checked
 
 from unimodal.backbone import BackboneConfig, Experts
 from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run, SequenceRules, pack
+from unimodal.packing import SequenceRules, pack
 from unimodal_generators import (
     Autoregressive,
     ChoiceSettings,
@@ -24,7 +25,7 @@ from unimodal_generators import (
     LinearCoder,
     UNetCoder,
 )
-from unimodal_generators.base import Block, Branch, Corrupted, Embeddings, Grid, ImageTokens, TokenKind
+from unimodal_generators.base import Block, Corrupted, Embeddings, Grid, ImageTokens, TokenKind
 from unimodal_tokenizers.base import TokenLayout
 from unimodal_tokenizers.diffusion import timestep_embedding
 from unimodal_tokenizers.patch import PatchTokenizer
@@ -340,27 +341,6 @@ class Counted:
 
     def rows(self, indices: Sequence[int]) -> "Counted":
         return Counted(self.session.rows(indices))
-
-
-def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
-    """A session in which every prompt waits for an image."""
-    branches = [Branch()] + ([Branch(text=False)] if guided else [])
-    session = Session.start(model, len(prompts), branches, 96)
-    special = model.text.special
-    runs = []
-    for prompt in prompts:
-        ids = (special.bos, *model.text.encode(prompt), special.boi)
-        runs.append(Run(ids, tuple(i in (special.bos, special.boi) for i in ids)))
-    with torch.no_grad():
-        session.append_text(runs)
-    return session
-
-
-def sampled(session: object, model: UnifiedModel, grids: Sequence[Grid], settings: FlowSettings,
-            seeds: Sequence[int]) -> list[ImageTokens]:  # fmt: skip
-    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with torch.no_grad():
-        return list(model.generator.sample(session, grids, settings, rngs))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("solver", "steps", "previews"), [

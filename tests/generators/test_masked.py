@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from generator_cases import GrayLevels
 from PIL import Image
+from sampling_cases import begun, sampled
 from shape_checks import first_checked
 
 from unimodal.decoding import DecodingSettings, Session, decode
@@ -18,7 +19,7 @@ from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, pack, to_tensor
 from unimodal_generators import Autoregressive, FlowSettings, Masked, MaskedSettings, ParallelNext
-from unimodal_generators.base import Block, Branch, Corrupted, Embeddings, Grid, ImageTokens, Known, TokenKind
+from unimodal_generators.base import Block, Corrupted, Embeddings, Grid, ImageTokens, Known, TokenKind
 from unimodal_generators.choice import choose
 from unimodal_generators.unmasking import SCHEDULES, least, remaining
 from unimodal_tokenizers.base import TokenLayout
@@ -275,27 +276,6 @@ class Counted:
 
     def rows(self, indices: Sequence[int]) -> "Counted":
         return Counted(self.session.rows(indices))
-
-
-def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
-    """A session in which every prompt waits for an image."""
-    branches = [Branch()] + ([Branch(text=False)] if guided else [])
-    session = Session.start(model, len(prompts), branches, 96)
-    special = model.text.special
-    runs = []
-    for prompt in prompts:
-        ids = (special.bos, *model.text.encode(prompt), special.boi)
-        runs.append(Run(ids, tuple(i in (special.bos, special.boi) for i in ids)))
-    with torch.no_grad():
-        session.append_text(runs)
-    return session
-
-
-def sampled(session: object, model: UnifiedModel, grids: Sequence[Grid], settings: MaskedSettings,
-            seeds: Sequence[int], known: Known | None = None) -> list[ImageTokens]:  # fmt: skip
-    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with torch.no_grad():
-        return list(model.generator.sample(session, grids, settings, rngs, known))  # type: ignore[arg-type]
 
 
 def scores(model: UnifiedModel, session: Session, ids: Sequence[int], grid: Grid, scale: float) -> torch.Tensor:

@@ -9,19 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sampling_cases import begun
 from shape_checks import first_checked
 
 from unimodal.backbone import Experts
-from unimodal.decoding import DecodingSettings, Session, decode, to_image
+from unimodal.decoding import DecodingSettings, decode, to_image
 from unimodal.documents import Document, Part
 from unimodal.export import ExportInfo, build, load_export, save_export
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run, pack, to_tensor
+from unimodal.packing import pack, to_tensor
 from unimodal.text import TextTokenizer
 from unimodal.training.optimizers import parameter_groups
 from unimodal.training.stages import freeze
 from unimodal_generators import ChoiceSettings
-from unimodal_generators.base import Branch, Grid, ImageTokens, Known
+from unimodal_generators.base import Grid, ImageTokens, Known
 from unimodal_generators.shuffle import windows
 
 Make = Callable[..., UnifiedModel]
@@ -31,16 +32,6 @@ GREEDY = ChoiceSettings(temperature=0.0)
 
 
 # ---- sampling
-
-
-def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
-    """A session in which every prompt waits for an image."""
-    session = Session.start(model, len(prompts), [Branch()] + [Branch(text=False)] * guided, 96)
-    special = model.text.special
-    all_ids = [(special.bos, *model.text.encode(prompt), special.boi) for prompt in prompts]
-    with torch.no_grad():
-        session.append_text([Run(ids, (True, *[False] * (len(ids) - 2), True)) for ids in all_ids])
-    return session
 
 
 def sampled(

@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sampling_cases import begun, sampled
 from shape_checks import first_checked
 
 from unimodal.backbone import BackboneConfig, Experts
-from unimodal.decoding import DecodingSettings, Session, decode
+from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import PackedSequence, Run, SequenceRules, pack, to_tensor
+from unimodal.packing import PackedSequence, SequenceRules, pack, to_tensor
 from unimodal.text import TextTokenizer
 from unimodal_generators import ChoiceSettings, FlowSettings, MaskedSettings, NextScale
-from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, Known, TokenKind
+from unimodal_generators.base import Block, Embeddings, Grid, ImageTokens, Known, TokenKind
 from unimodal_generators.choice import choose
 from unimodal_tokenizers import MultiscaleVQ
 from unimodal_tokenizers.base import TokenLayout
@@ -196,26 +197,6 @@ def test_an_image_counts_once_however_many_blocks_it_has(make: Callable[..., Uni
 
 
 # ---- sampling
-
-
-def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
-    """A session in which every prompt waits for an image."""
-    session = Session.start(model, len(prompts), [Branch()] + ([Branch(text=False)] if guided else []), 96)
-    special = model.text.special
-    runs = []
-    for prompt in prompts:
-        ids = (special.bos, *model.text.encode(prompt), special.boi)
-        runs.append(Run(ids, tuple(i in (special.bos, special.boi) for i in ids)))
-    with torch.no_grad():
-        session.append_text(runs)
-    return session
-
-
-def sampled(session: Session, model: UnifiedModel, grids: Sequence[Grid], settings: ChoiceSettings,
-            seeds: Sequence[int], known: Known | None = None) -> list[ImageTokens]:  # fmt: skip
-    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with torch.no_grad():
-        return list(model.generator.sample(session, grids, settings, rngs, known))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 8)])

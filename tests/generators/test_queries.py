@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sampling_cases import begun, sampled
 from shape_checks import first_checked
 from torch.nn import functional as F
 
@@ -16,11 +17,11 @@ from unimodal.backbone import BackboneConfig
 from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import PackedSequence, Run, SequenceRules, pack
+from unimodal.packing import PackedSequence, SequenceRules, pack
 from unimodal.training.flops import useful_flops
 from unimodal.training.stages import freeze
 from unimodal_generators import ChoiceSettings, DiT, FlowSettings, Queries, Sana
-from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, TokenKind
+from unimodal_generators.base import Block, Embeddings, Grid, ImageTokens, TokenKind
 from unimodal_generators.denoisers import Attention, grid_embedding
 from unimodal_tokenizers.base import TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
@@ -56,24 +57,6 @@ def planned(made: Queries, grids: Sequence[Grid] = GRIDS) -> list[Block]:
 def packed(model: UnifiedModel, documents: Sequence[Document], key: int = 0) -> PackedSequence:
     laid = [model.sequencer.document(d, (key, i), train=False) for i, d in enumerate(documents)]
     return pack(laid, model.backbone.config.experts, model.generator.reads)
-
-
-def begun(model: UnifiedModel, texts: Sequence[str], guided: bool = False) -> Session:
-    branches = [Branch(), Branch(text=False)] if guided else [Branch()]
-    session = Session.start(model, len(texts), branches, 64)
-    runs = []
-    for text in texts:
-        ids = model.text.encode(text)
-        special = model.text.special
-        runs.append(Run((special.bos, *ids, special.boi), (True, *[False] * len(ids), True)))
-    with torch.no_grad():
-        session.append_text(runs)
-    return session
-
-
-def sampled(session: Any, model: UnifiedModel, grids: Sequence[Grid], settings: Any, seeds: Sequence[int]) -> Any:
-    with torch.no_grad():
-        return list(model.generator.sample(session, grids, settings, [torch.Generator().manual_seed(s) for s in seeds]))
 
 
 # ---- what is laid out and learned

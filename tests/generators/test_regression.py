@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sampling_cases import begun
 
 from unimodal.decoding import Session
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run, pack
+from unimodal.packing import pack
 from unimodal_generators import FlowSettings, Regression, RegressionSettings
-from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, Known, TokenKind
+from unimodal_generators.base import Block, Embeddings, Grid, ImageTokens, Known, TokenKind
 from unimodal_tokenizers.base import TokenLayout
 
 LAYOUT = TokenLayout("continuous", dim=12, stride=2)
@@ -27,15 +28,6 @@ def made(**settings: Any) -> Regression:
 def tokens(grids: Sequence[Grid] = GRIDS) -> ImageTokens:
     rng = torch.Generator().manual_seed(1)
     return ImageTokens(torch.randn(sum(g.length for g in grids), 12, generator=rng), tuple(grids))
-
-
-def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
-    session = Session.start(model, len(prompts), [Branch(), Branch(text=False)][: 1 + guided], 96)
-    special = model.text.special
-    ids = [(special.bos, *model.text.encode(prompt), special.boi) for prompt in prompts]
-    with torch.no_grad():
-        session.append_text([Run(i, tuple(x in (special.bos, special.boi) for x in i)) for i in ids])
-    return session
 
 
 def sampled(

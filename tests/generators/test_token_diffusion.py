@@ -11,15 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sampling_cases import begun, sampled
 from scipy import stats
 from shape_checks import first_checked
 from torch import Tensor, nn
 
 from unimodal.decoding import Session
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run
 from unimodal_generators import FlowSettings, TokenDiffusion, TokenDiffusionSettings
-from unimodal_generators.base import Block, Branch, Corrupted, Embeddings, Grid, ImageTokens, Known, TokenKind
+from unimodal_generators.base import Block, Corrupted, Embeddings, Grid, ImageTokens, Known, TokenKind
 from unimodal_generators.token_diffusion import CorruptedTokens, cosine_counts
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import TokenLayout
@@ -264,26 +264,6 @@ class Counted:
 
     def rows(self, indices: Sequence[int]) -> "Counted":
         return Counted(self.session.rows(indices))
-
-
-def begun(model: UnifiedModel, prompts: Sequence[str], guided: bool = False) -> Session:
-    """A session in which every prompt waits for an image."""
-    branches = [Branch()] + ([Branch(text=False)] if guided else [])
-    session = Session.start(model, len(prompts), branches, 96)
-    special = model.text.special
-    ids = [(special.bos, *model.text.encode(prompt), special.boi) for prompt in prompts]
-    with torch.no_grad():
-        session.append_text([Run(i, tuple(x in (special.bos, special.boi) for x in i)) for i in ids])
-    return session
-
-
-def sampled(
-    session: Any, model: UnifiedModel, grids: Sequence[Grid], settings: Any, seeds: Sequence[int],
-    known: Known | None = None,
-) -> list[ImageTokens]:  # fmt: skip
-    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with torch.no_grad():
-        return list(model.generator.sample(session, grids, settings, rngs, known))
 
 
 @given(tokens=st.integers(0, 80), extra=st.integers(0, 80), steps=st.integers(1, 80))
