@@ -14,6 +14,7 @@ from published_cases import RECIPES
 from experiments.digits import words
 from unimodal.cli import main
 from unimodal.export import load_tokenizer
+from unimodal.training.lightning_cli import recipe_name
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 
@@ -126,6 +127,41 @@ def test_a_tokenizer_recipe_builds_and_takes_a_step(recipe: Path, tmp_path: Path
         assert words.main(["--out", str(tmp_path / "words")]) == 0
         options += ["--model.init_args.text_embeddings", str(tmp_path / "words")]
     assert main(["fit", *files(recipe), *options, "--trainer.fast_dev_run", "true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("tokenizers/digits_vq tokenizers/digits_fsq", "digits_fsq"),
+        ("tokenizers/digits_vq tokenizers/digits_fsq trainer/cpu data/folder_images", "digits_fsq"),
+        ("trainer/cpu models/digits_vq_ar data/tokens", "digits_vq_ar"),
+        ("trainer/cpu data/tokens", "cpu"),
+        ("", "run"),
+    ],
+)
+def test_a_run_is_called_by_its_last_recipe(given: str, expected: str) -> None:
+    assert recipe_name([CONFIGS / f"{path}.yaml" for path in given.split()]) == expected
+
+
+@pytest.mark.parametrize("recipe", [*MODELS, *TOKENIZERS], ids=name)
+def test_every_recipe_names_its_run(recipe: Path) -> None:
+    assert recipe_name([MODELS[0], recipe, CONFIGS / "trainer" / "gpu.yaml"]) == recipe.stem
+
+
+def test_settings_laid_over_a_recipe_give_no_name(tmp_path: Path) -> None:
+    nested, dotted = tmp_path / "nested.yaml", tmp_path / "dotted.yaml"
+    nested.write_text("model: {init_args: {lr: 1.0e-3, tokenizer_weights: out, model: {backbone: {width: 8}}}}")
+    dotted.write_text("model.init_args.model.generator.init_args.token_noise: 0.2")
+    assert recipe_name([MODELS[0], nested]) == MODELS[0].stem
+    assert recipe_name([MODELS[0], dotted, nested]) == "dotted"
+
+
+def test_an_export_names_the_recipe_that_was_laid_over_another(tmp_path: Path) -> None:
+    recipe = CONFIGS / "tokenizers" / "digits_fsq.yaml"
+    assert files(recipe)[1::2] == [str(recipe.with_name("digits_vq.yaml")), str(recipe)]
+    options = ["--trainer.default_root_dir", str(tmp_path), "--data.init_args.batch_size", "4", *QUICK]
+    assert main(["fit", *files(recipe), *options, "--trainer.max_steps", "1"]) == 0
+    assert json.loads((tmp_path / "export" / "export.json").read_text())["recipe"] == "digits_fsq"
 
 
 @pytest.mark.parametrize("recipe", SOURCES, ids=name)

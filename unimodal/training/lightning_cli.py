@@ -3,10 +3,12 @@
 import fcntl
 import logging
 import os
+import re
 import shlex
 import shutil
 import socket
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from io import TextIOWrapper
 from itertools import pairwise
@@ -48,6 +50,9 @@ QUIET = (
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
 """By which launchers number the processes of one run."""
+
+RECIPE = re.compile(r"model\.(model\.)?(tokenizer|generator)(\.|$)")
+"""Keys of a file that is the recipe of a tokenizer or of a model, and not settings laid over one."""
 
 
 class _Parser(LightningArgumentParser):
@@ -118,7 +123,7 @@ class UnimodalCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Settle the run folder and the checkpoint before anything is built."""
         config = self.config[self.subcommand]
-        recipe = Path(str(config.config[0])).stem if config.get("config") else "run"
+        recipe = recipe_name([Path(str(path)) for path in config.get("config") or ()])
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = f"out/{recipe}"
         root = Path(config.trainer.default_root_dir)
@@ -229,6 +234,26 @@ def run(args: list[str]) -> int:
         print(f"stopped by signal {cli.signals.received}; continue with --ckpt_path last")
         return 128 + cli.signals.received
     return 0
+
+
+def recipe_name(files: Sequence[Path]) -> str:
+    """What a run of these `-c` files is called, in its export too.
+
+    It is the last file that says something of the tokenizer or the generator (`tokenizer` or `generator` in `model`, or in
+    the `model` inside it): overlays of a trainer, of data or of sizes give no name. Where none does, it is the first file.
+    """
+    named = [path for path in files if any(RECIPE.match(key) for key in _keys(path))]
+    return (named[-1:] or [*files[:1]] or [Path("run")])[0].stem
+
+
+def _keys(path: Path) -> Iterator[str]:
+    """Where a file has values, as the command line spells it (model.tokenizer), however the file nests or dots them."""
+    levels = [("", yaml.safe_load(path.read_text(encoding="utf-8")))] if path.is_file() else []
+    while levels:
+        start, level = levels.pop()
+        for key, value in level.items() if isinstance(level, dict) else ():
+            yield (name := f"{start}{key}".replace(".init_args", ""))
+            levels.append((f"{name}.", value))
 
 
 def first_rank() -> bool:
