@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 
 from unimodal.cli import main
 from unimodal.evaluation import reconstruction
+from unimodal.evaluation.fingerprint import model_record
 from unimodal.evaluation.reconstruction import Tally
 from unimodal.export import ExportInfo, build, load_tokenizer, save_export
 from unimodal.metrics.features import PixelFeatures
@@ -196,12 +198,82 @@ def test_broken_images_are_skipped_counted_and_named(
     assert summary["label"] == "complete"
 
 
+def test_an_image_that_the_tokenizer_refuses_is_a_broken_one(
+    pictures: Path, tmp_path: Path, refused: Callable[..., None]
+) -> None:
+    """Noise, whose JPEG has more bytes than the tokenizer has ids; the rest of the images is grey."""
+    for path in pictures.rglob("*.png"):
+        if path.name != "3.png":
+            Image.new("RGB", (16, 16), (90, 90, 90)).save(path)
+    settings = {"image": [16, 16], "length": 24, "quality": 25}
+    codec = export(
+        tmp_path / "codec", {"class_path": "unimodal_tokenizers.CodecTokenizer", "init_args": settings}, "codec"
+    )
+    given = ["--tokenizer", codec, "--images", pictures, "--out", tmp_path / "out"]
+    refused(*given, names="sub/3.png: length: expected as many ids")
+    refused(*given, "--size", "16x8", names="--size: image size: expected 16x16")
+    assert run(*given, "--most-broken", "0.5") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["measures"]["broken"]["value"], summary["answers"]) == (1, 4)
+    (named,) = (tmp_path / "out" / "broken.jsonl").read_text().splitlines()
+    assert json.loads(named).startswith(f"{pictures / 'sub' / '3.png'}: length: expected")
+
+
+def test_an_image_smaller_than_the_stride_is_named(vq: Path, pictures: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (1, 9)).save(pictures / "0.png")
+    given = ["--tokenizer", vq, "--images", pictures, "--out", tmp_path / "out"]
+    assert run(*given, "--most-broken", "0.5") == 0
+    (named,) = (tmp_path / "out" / "broken.jsonl").read_text().splitlines()
+    assert json.loads(named).startswith(f"{pictures / '0.png'}: image: expected at least the stride's 2 pixels")
+
+
+def test_options_of_a_model_that_answers_are_refused(
+    vq: Path, pictures: Path, tmp_path: Path, refused: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--tokenizer", vq, "--images", pictures, "--out", tmp_path / "out"]
+    others = ["--guidance", "3", "--seed=0", "--part", "1/2", "--compile", "--no-score", "--top-k", "2", "--run", vq]
+    names = "--guidance, --seed, --part, --compile, --no-score, --top-k, --run: a folder of images is reconstructed"
+    refused(*given, *others, names=names)
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["evaluate", "reconstruction", "--help"])
+    shown = capsys.readouterr().out
+    assert "folder of images to reconstruct" in shown
+    assert not any(option in shown for option in ("--guidance", "--seed", "--part", "answers by another"))
+
+
+def test_results_say_which_weights_an_export_has(vq: Path, pictures: Path, tmp_path: Path) -> None:
+    for weights in ("raw", "ema"):
+        folder = Path(shutil.copytree(vq, tmp_path / weights))
+        record = json.loads((folder / "export.json").read_text()) | {"weights": weights}
+        (folder / "export.json").write_text(json.dumps(record))
+        assert model_record(folder, "ema")["weights"] == weights
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").touch()
+    assert model_record(folder, "raw")["weights"] == "raw"
+
+
+def test_published_weights_are_to_be_imported_first(
+    pictures: Path, tmp_path: Path, refused: Callable[..., None]
+) -> None:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    given = ["--images", pictures, "--out", tmp_path / "out", "--tokenizer", folder]
+    refused(*given, names=f"got the published weights {folder}; `unimodal import tokenizer {folder} --out EXPORT`")
+    (folder / "config.json").unlink()
+    refused(*given, names="holds no export yet")
+
+
 def test_wrong_arguments_are_one_line(vq: Path, pictures: Path, tmp_path: Path, refused: Callable[..., None]) -> None:
     out = tmp_path / "out"
-    refused("--tokenizer", vq, "--out", out, names="--run or --images")
+    refused("--tokenizer", vq, "--out", out, names="--images: expected a folder of images to reconstruct, got none")
     refused("--images", pictures, "--out", out, names="tokenizer")
     refused("--tokenizer", tmp_path / "none", "--images", pictures, "--out", out, names="tokenizer: expected a folder")
-    refused("--tokenizer", vq, "--images", pictures, "--out", out, "--size", "9x8", names="multiples of the stride 2")
+    refused(
+        "--tokenizer", vq, "--images", pictures, "--out", out, "--size", "9x8", names="--size: image size: expected"
+    )
     refused("--tokenizer", vq, "--images", pictures, "--out", out, "--size", "9", names="--size: expected WIDTHxHEIGHT")
     refused("--tokenizer", vq, "--images", pictures, "--out", out, "--limit", "3", names="--limit")
     refused("--tokenizer", vq, "--images", pictures, "--out", out, "--most-broken", "1", names="--most-broken")

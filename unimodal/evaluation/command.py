@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +90,25 @@ class Options:
         return overridden(model.generator.sampling, vars(self))
 
 
+@dataclass(frozen=True)
+class ReconstructionOptions:
+    """Those of `Options` that mean something where a tokenizer is measured and no model answers.
+
+    Args:
+        out: folder for originals/, reconstructions/, results.jsonl, summary.json, summary.md and index.html.
+        images: folder of images to reconstruct.
+        weights: of the tokenizer, averaged, or of the last step.
+        batch: images at once; changes no score.
+        device: cpu, cuda, cuda:1 ...
+    """
+
+    out: Path | None = None
+    images: Path | None = None
+    weights: Literal["ema", "raw"] = "ema"
+    batch: int = 32
+    device: str = "auto"
+
+
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         said, missing, names = one_line(message).partition("the following arguments are required: ")
@@ -125,8 +144,12 @@ def main(arguments: Sequence[str]) -> int:
 def parse(name: str, arguments: Sequence[str]) -> tuple[Benchmark, Options]:
     """The benchmark and the common options of a command line."""
     cls = benchmark_class(name)
+    common: type[Options | ReconstructionOptions] = Options
+    if issubclass(cls, ImageReconstruction):
+        common = ReconstructionOptions
+        _refuse_others(arguments, common.__dataclass_fields__)
     parser = _Parser(f"unimodal evaluate {name}", exit_on_error=False)
-    parser.add_class_arguments(Options, None, help="every benchmark's options")
+    parser.add_class_arguments(common, None, help="every benchmark's options")
     # The device is one for the model and the judge; --seed is of the answers, what is asked stays the same.
     parser.add_class_arguments(cls, None, skip={"device", "seed"}, help=f"options of {name}")
     switches = [k for c in (Options, cls) for k, kind in c.__init__.__annotations__.items() if kind in (bool, "bool")]
@@ -135,12 +158,24 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Benchmark, Options]:
     except ArgumentError as error:
         raise ValueError(f"evaluate {name}: {one_line(str(error))}") from error
     values = parsed.as_dict()
-    options = Options(**{key: values.pop(key) for key in Options.__dataclass_fields__})
+    options = Options(**{key: values.pop(key) for key in common.__dataclass_fields__})
     if "device" in cls.__init__.__annotations__:
         values["device"] = options.device
     if "cache" in values and values["cache"] is None and options.out is not None:
         values["cache"] = options.out / "judge_cache.jsonl"  # beside the scores that it belongs to
     return cls(**values), options
+
+
+def _refuse_others(arguments: Sequence[str], known: Container[str]) -> None:
+    """ValueError naming the options of a model's answers, where there is no model."""
+    typed = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    names = {option: option[2:].replace("-", "_").removeprefix("no_") for option in typed}
+    if others := [
+        option for option, name in names.items() if name in Options.__dataclass_fields__ and name not in known
+    ]:
+        raise ValueError(
+            f"{', '.join(others)}: a folder of images is reconstructed by a tokenizer alone, expected none"
+        )
 
 
 def spelt(arguments: Sequence[str], switches: Sequence[str]) -> list[str]:
@@ -207,6 +242,8 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
     """Generate where a model is given, score where that is asked; None when nothing was scored, or elsewhere."""
     if options.out is None:
         raise ValueError("--out: expected a folder for the results, got none")
+    if isinstance(benchmark, ImageReconstruction) and options.images is None:
+        raise ValueError("--images: expected a folder of images to reconstruct, got none")
     if (options.run is None) == (options.images is None):
         raise ValueError(f"--run or --images: expected one of them, got {'neither' if options.run is None else 'both'}")
     if options.batch < 1:
@@ -218,8 +255,6 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
     choice, here = options.choice(), processes.current()
     if options.run is None and not here.alone():  # scoring is the work of one
         return None
-    if isinstance(benchmark, ImageReconstruction) and options.images is None:
-        raise ValueError("--images: expected a folder of images to reconstruct, got none")
     if isinstance(benchmark, ImageSets | ImageReconstruction) and options.images is not None:
         for name, given in (("tasks", options.tasks), ("limit", options.limit), ("no-score", not options.score)):
             if given:

@@ -55,7 +55,9 @@ def model_record(run: Path, weights: str) -> dict[str, Any]:
     folder = run if (run / "export.json").is_file() else run / "export"
     info = read_info(folder)
     file = run / "checkpoints" / "last.ckpt" if weights == "raw" else folder / "model.safetensors"
-    return {"recipe": info.recipe, "commit": info.commit, "weights": weights, "sha256": file_sha256(file)}
+    # An export's may be raw too, whatever was asked for: a run without an average has no others.
+    used = "raw" if weights == "raw" else info.weights
+    return {"recipe": info.recipe, "commit": info.commit, "weights": used, "sha256": file_sha256(file)}
 
 
 def sampling_record(benchmark: Benchmark, image: SamplingSettings) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -60,9 +60,11 @@ class ImageReconstruction(Benchmark):
         lpips_weights: file of torchvision's network for LPIPS; none: no LPIPS.
         lpips_network: alex, vgg or squeeze, whichever the file is of.
         inception_weights: file pt_inception-2015-12-05-6726825d.pth for rFID, or torch-fidelity to download its own.
-        resize: Inception's: tf1 (torchmetrics, torch-fidelity, ADM), clean (clean-fid), pytorch (pytorch-fid), crop8 (COCO).
+        resize: Inception's: tf1 (torch-fidelity, ADM), clean (clean-fid), pytorch (pytorch-fid), crop8 (COCO).
+            torchmetrics' default, which is antialiased, is none of them.
         allow_few: rFID of fewer images than there are features; it is then called not comparable.
-        most_broken: share of the images that may be unreadable; they are skipped, counted and named.
+        most_broken: share of the images that may be unreadable, or refused by the tokenizer; they are skipped, counted and
+            named.
         workers: processes that read images; none given: one less than there are cores, at most 16.
         device: where networks run: auto, cpu, cuda ...
     """
@@ -132,12 +134,17 @@ class ImageReconstruction(Benchmark):
         tokenizer = load_tokenizer(self.folder, weights).to(place)
         if self.size is None and tokenizer.layout.kind == "sequence":  # it has one size
             self.size = tokenizer.layout.image
+        if self.size is not None:  # or every image would be a broken one
+            try:
+                tokenizer.layout.grid(*self.size)
+            except ValueError as error:
+                raise ValueError(f"--size: {error}") from error
         paths = image_paths(images)
         self.images_sha256 = listing_sha256(paths, images)
         rows, tally = [], Tally(tokenizer.layout, tokenizer.end)
         try:
             with tqdm(total=len(paths), desc="images", unit="image", leave=False, disable=None) as bar:
-                for numbers, group in self._read(paths, images, tokenizer.layout.stride, batch):
+                for numbers, group in self._read(paths, images, tokenizer, batch):
                     originals = [pixels.to(place) for pixels in group]
                     made, tokens = reconstruct(tokenizer, originals)
                     tally.add(tokens, sum(pixels[0].numel() for pixels in group))
@@ -158,24 +165,26 @@ class ImageReconstruction(Benchmark):
         return report(self, rows, out, out, made_by, measures)
 
     def _read(
-        self, paths: Sequence[Path], root: Path, stride: int, batch: int
+        self, paths: Sequence[Path], root: Path, tokenizer: ImageTokenizer, batch: int
     ) -> Iterator[tuple[list[int], list[UInt8[Tensor, "3 _ _"]]]]:
-        """Numbers and pixels of what could be read, some at a time."""
+        """Numbers and pixels of what could be read and has tokens, some at a time."""
         loader = DataLoader(
-            ImageFiles(paths, Fitted(self.size, stride)),
+            ImageFiles(paths, Fitted(self.size, tokenizer.layout.stride)),
             batch_size=batch,
             num_workers=min(self.loading.processes, len(paths)),
             collate_fn=list,
         )
         most = math.floor(self.most_broken * len(paths))
         for start, found in zip(range(0, len(paths), batch), loader, strict=True):
-            self.broken += [what for what in found if isinstance(what, str)]
+            # Here and not in a worker, which would need a copy of the tokenizer.
+            checked = [checked_image(tokenizer, paths[start + i], one) for i, one in enumerate(found)]
+            self.broken += [what for what in checked if isinstance(what, str)]
             if len(self.broken) > most:
                 raise ValueError(
-                    f"--images: expected at most {most} of {len(paths)} in {root} to be unreadable (--most-broken "
-                    f"{self.most_broken}), got {len(self.broken)}: {self.broken[-1]}"
+                    f"--images: expected at most {most} of {len(paths)} in {root} to be unreadable or refused by the "
+                    f"tokenizer (--most-broken {self.most_broken}), got {len(self.broken)}: {self.broken[-1]}"
                 )
-            whole = [(start + i, one) for i, one in enumerate(found) if not isinstance(one, str)]
+            whole = [(start + i, one) for i, one in enumerate(checked) if not isinstance(one, str)]
             if whole:
                 yield [number for number, _ in whole], [one for _, one in whole]
 
@@ -226,6 +235,21 @@ class Fitted:
         return torch.from_numpy(fit_image(image, [size]).copy()).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
+def checked_image(tokenizer: ImageTokenizer, path: Path, image: UInt8[Tensor, "3 _ _"] | str) -> Tensor | str:
+    """The image, or what is wrong with it and with which file: it could not be read, or has no tokens."""
+    if isinstance(image, Tensor):
+        try:
+            tokenizer.check_image(as_input(image))
+        except ValueError as error:
+            image = str(error)
+    return image if isinstance(image, Tensor) or path.name in image else f"{path}: {image}"
+
+
+def as_input(image: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
+    """8 bits as a tokenizer takes them."""
+    return to_tensor([image.permute(1, 2, 0).cpu().numpy()])[0].to(image.device)
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """(height, width) of WIDTHxHEIGHT."""
     if text is None:
@@ -241,9 +265,7 @@ def reconstruct(
     tokenizer: ImageTokenizer, images: Sequence[UInt8[Tensor, "3 _ _"]]
 ) -> tuple[list[UInt8[Tensor, "3 _ _"]], ImageTokens]:
     """8-bit images through the tokenizer and back to 8 bits, and the tokens between."""
-    tokens = tokenizer.encode_each(
-        [to_tensor([image.permute(1, 2, 0).cpu().numpy()])[0].to(image.device) for image in images]
-    )
+    tokens = tokenizer.encode_each([as_input(image) for image in images])
     made = [((y.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) for y in tokenizer.decode_each(tokens)]
     return made, tokens
 
