@@ -118,7 +118,7 @@ def instantiate(config: dict[str, Any], kind: str, source: str) -> nn.Module:
     try:
         parsed = parser.parse_object({kind: config})
         module = getattr(parser.instantiate(parsed), kind)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # of the config, or of the class that it names
         raise ValueError(f"{source} does not build a {kind}: {one_line(str(error))}") from error
     if module.config is None:  # published weights come with settings of their own
         module.config = config
@@ -255,6 +255,11 @@ def _load_run(run: Path, weights: str, kind: str) -> nn.Module:
     if not run.is_dir():
         raise ValueError(f"{_FOLDERS[kind]}: expected a folder, got {run}, which does not exist")
     if not folder.is_dir():
+        if kind == "tokenizer" and _is_published(run):
+            raise ValueError(
+                f"{_FOLDERS[kind]}: expected an export, got the published weights {run}; "
+                f"`unimodal import tokenizer {run} --out EXPORT` makes one of them"
+            )
         raise ValueError(f"{_FOLDERS[kind]}: {run} holds no export yet (it is written when training ends)")
     module = load_export(folder, kind)
     if weights == "raw":
@@ -263,6 +268,13 @@ def _load_run(run: Path, weights: str, kind: str) -> nn.Module:
         raw = {name.removeprefix(f"{kind}."): t for name, t in state.items() if name.startswith(f"{kind}.")}
         load_weights(module, raw, str(path))
     return module
+
+
+def _is_published(folder: Path) -> bool:
+    """Whether a config.json says its class as diffusers and transformers do."""
+    path = folder / "config.json"
+    said = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return any(f'"{key}"' in said for key in ("_class_name", "architectures", "model_type"))
 
 
 def open_model(run: Path, weights: str = "ema", device: str = "auto", compiled: bool = False) -> UnifiedModel:

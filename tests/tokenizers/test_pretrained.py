@@ -1,6 +1,7 @@
 """Published weights: a folder gives what the class that wrote it gives, and nothing else is taken."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from published_cases import CASES, CONTINUOUS, DISCRETE, WAN, autoencoder_kl, autoencoder_wan_of_patches, janus
 from safetensors.torch import load_file, save_file
 
+from unimodal.cli import main
 from unimodal.export import ExportInfo, load_export, save_export
 from unimodal_tokenizers import (
     ChameleonTokenizer,
@@ -226,6 +228,15 @@ def test_a_mean_and_a_deviation_of_each_channel(tmp_path: Path) -> None:
     torch.testing.assert_close(from_pretrained(str(tmp_path)).encode(images()).values, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["Emu3VQVAE", "JanusVQVAE", "ChameleonVQVAE"])
+def test_codes_are_searched_in_single_precision(name: str, saved: dict[str, Any]) -> None:
+    tokenizer = from_pretrained(str(saved[name][0])).eval()
+    vectors = torch.randn(4000, tokenizer.layout.dim, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ids = tokenizer.vectors_to_ids(vectors)
+    assert torch.equal(ids, tokenizer.vectors_to_ids(vectors))
+
+
 def test_chameleon_takes_a_decoder_or_trains_one(saved: dict[str, Any], tmp_path: Path) -> None:
     folder = copied(saved["ChameleonVQVAE"][0], tmp_path / "with")
     torch.manual_seed(5)
@@ -269,6 +280,21 @@ def test_scale_and_shift_are_never_guessed(tmp_path: Path) -> None:
     assert from_pretrained(str(tmp_path / "flux"), scale=2.0).scale.item() == 2.0  # what is given goes first
 
 
+def test_an_import_says_how_scale_and_shift_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    autoencoder_kl(tmp_path / "flux")
+    source, out = copied(tmp_path / "flux", tmp_path / "sd1", scaling_factor=None, shift_factor=None), tmp_path / "out"
+    assert main(["import", "tokenizer", str(source), "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "scale, shift: expected numbers, got none" in line
+    assert "class_path unimodal_tokenizers.from_pretrained and init_args {source, scale, shift}" in line
+    assert "Namespace" not in line
+    settings = {"source": str(source), "scale": 0.18215, "shift": 0.0}
+    record = {"class_path": "unimodal_tokenizers.from_pretrained", "init_args": settings}
+    (tmp_path / "sd1.yaml").write_text(json.dumps(record))
+    assert main(["import", "tokenizer", str(tmp_path / "sd1.yaml"), "--out", str(out)]) == 0
+    assert isinstance(load_export(out, "tokenizer"), KLTokenizer)
+
+
 @pytest.mark.parametrize(
     ("name", "gone"),
     [("AutoencoderDC", "scaling_factor"), ("AutoencoderKLWan", "latents_mean"), ("AutoencoderRAE", "latents_std")],
@@ -282,8 +308,54 @@ def test_every_latent_needs_its_scale(name: str, gone: str, saved: dict[str, Any
 def test_scale_is_for_latents(saved: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"scale, shift: expected none for the ids of JanusVQVAE, got 0\.5 and None"):
         from_pretrained(str(saved["JanusVQVAE"][0]), scale=0.5)
-    with pytest.raises(ValueError, match="shift: expected 1 number or 4"):
+    with pytest.raises(ValueError, match=r"^shift: expected 1 number or 4"):
         from_pretrained(str(saved["AutoencoderKL"][0]), shift=[0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shift": math.inf}, "^shift: expected finite numbers, got inf$"),
+        ({"shift": [0.0, 0.0, 0.0, math.nan]}, "^shift: expected finite numbers, got nan$"),
+        ({"scale": 0.0}, r"^scale: expected finite numbers other than 0, got 0\.0$"),
+    ],
+)
+def test_scale_and_shift_are_finite_numbers(given: dict[str, Any], message: str, saved: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(str(saved["AutoencoderKL"][0]), **given)
+
+
+def test_a_config_s_scale_and_shift_are_finite_numbers(saved: dict[str, Any], tmp_path: Path) -> None:
+    changes = {
+        "AutoencoderKL": ("scaling_factor", "a", "other than 0, got 'a'"),
+        "AutoencoderKLWan": ("latents_std", [1.0, 0.0, 1.0, 1.0], r"other than 0, got 0\.0"),
+        "AutoencoderDC": ("scaling_factor", 0, "other than 0, got 0"),
+    }
+    for name, (key, value, message) in changes.items():
+        folder = copied(saved[name][0], tmp_path / name, **{key: value})
+        with pytest.raises(ValueError, match=rf"^source: .*config\.json: {key}: expected finite numbers {message}$"):
+            from_pretrained(str(folder))
+    infinite = copied(saved["AutoencoderKLWan"][0], tmp_path / "infinite", latents_mean=[math.inf, 0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="latents_mean: expected finite numbers, got inf"):
+        from_pretrained(str(infinite))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "holds no object"),
+        ("{}", "weight_map: expected the file of each weight, got None"),
+        ('{"weight_map": ["a"]}', r"weight_map: expected the file of each weight, got \['a'\]"),
+        ('{"weight_map": {"a": 1}}', r"weight_map: expected the file of each weight, got \{'a': 1\}"),
+    ],
+)
+def test_a_broken_index_is_named(content: str, message: str, saved: dict[str, Any], tmp_path: Path) -> None:
+    folder = copied(saved["AutoencoderKL"][0], tmp_path / "sharded")
+    weights_of(folder).unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"^source: .*model\.safetensors\.index\.json:? {message}"):
+        from_pretrained(str(folder))
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)

@@ -98,7 +98,8 @@ class CodebookNetwork(FrozenNetwork, CodeTokenizer):
 
     def vectors_to_ids(self, vectors: Float[Tensor, "P D"]) -> Int64[Tensor, " P"]:
         """argmin_k |z - e_k|."""
-        return nearest_code_of_any_length(vectors.to(self.codes.dtype), self.codes)
+        with torch.autocast(vectors.device.type, enabled=False):
+            return nearest_code_of_any_length(vectors.to(self.codes.dtype), self.codes)
 
     def ids_to_vectors(self, ids: Int64[Tensor, "*T"]) -> Float[Tensor, "*T D"]:
         """Rows of the codebook."""
@@ -152,7 +153,8 @@ class JanusTokenizer(CodebookNetwork):
 
     def vectors_to_ids(self, vectors: Float[Tensor, "P D"]) -> Int64[Tensor, " P"]:
         """argmin_k |z / |z| - e_k / |e_k||."""
-        return nearest_code(F.normalize(vectors.to(self.codes.dtype), dim=-1), self.codes)
+        with torch.autocast(vectors.device.type, enabled=False):
+            return nearest_code(F.normalize(vectors.to(self.codes.dtype), dim=-1), self.codes)
 
     def ids_to_image(self, ids: Int64[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
         """What the decoder makes of the codes."""

@@ -5,6 +5,7 @@ and nothing is downloaded but the config and the weights that a name with `hub:`
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,15 +43,15 @@ def from_pretrained(source: str, scale: Scale = None, shift: Scale = None) -> Im
         shift: likewise.
 
     Raises:
-        ValueError: no such folder; a class that is not known here; scale or shift given nowhere, or given for codes; weights
-            that are pickled, missing, damaged, or of another tokenizer.
+        ValueError: no such folder; a class that is not known here; scale or shift given nowhere, given for codes, or no
+            finite numbers; weights that are pickled, missing, damaged, or of another tokenizer.
     """
     place = _Place.of(source)
     record = _config(place)
     published, settings = _published(record, place)
     tokenizer_class, arguments = PUBLISHED[published]
     if issubclass(tokenizer_class, KLTokenizer | DCTokenizer | WanTokenizer | RAETokenizer):
-        init_args = arguments(settings) | _scale_and_shift(published, settings, scale, shift)
+        init_args = arguments(settings) | _scale_and_shift(published, settings, scale, shift, place)
     elif scale is not None or shift is not None:
         raise ValueError(f"scale, shift: expected none for the ids of {published}, got {scale} and {shift}")
     else:
@@ -59,7 +60,9 @@ def from_pretrained(source: str, scale: Scale = None, shift: Scale = None) -> Im
     try:
         tokenizer = tokenizer_class(**init_args)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"source: {place}/config.json: {error}") from error
+        key = str(error).partition(":")[0]
+        given = {"scale": scale, "shift": shift}.get(key) is not None  # then the config is not to blame
+        raise ValueError(str(error) if given else f"source: {place}/config.json: {error}") from error
     _load(tokenizer, _tensors(place, nested="vq_config" in record), place)
     tokenizer.config = {"class_path": f"unimodal_tokenizers.{tokenizer_class.__name__}", "init_args": init_args}
     return tokenizer
@@ -128,25 +131,47 @@ def _published(record: Config, place: "_Place") -> tuple[str, Config]:
     raise ValueError(f"source: {place}/config.json: expected one of the classes {', '.join(PUBLISHED)}, got {said}")
 
 
-def _scale_and_shift(published: str, settings: Config, scale: Scale, shift: Scale) -> Arguments:
+def _scale_and_shift(published: str, settings: Config, scale: Scale, shift: Scale, place: "_Place") -> Arguments:
     """What was given, or else what the config says; nothing is taken from the defaults of a class."""
+    _check_numbers("scale", scale, divides=True)
+    _check_numbers("shift", shift)
+    if published != "AutoencoderRAE":  # whose mean and deviation are the network's own
+        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+            divides = name in ("scaling_factor", "latents_std")
+            _check_numbers(f"source: {place}/config.json: {name}", settings.get(name), divides)
     mean, std = settings.get("latents_mean"), settings.get("latents_std")
     said: dict[str, Scale] = {"scale": settings.get("scaling_factor"), "shift": settings.get("shift_factor")}
     if published == "AutoencoderRAE":
         said = {"scale": 1.0, "shift": 0.0} if mean is not None and std is not None else {"scale": None, "shift": None}
     elif mean is not None and std is not None:
         factor = settings.get("scaling_factor") or 1.0
-        said = {"scale": [factor / s for s in std], "shift": list(mean)}
+        said = {"scale": [factor / s for s in _flat(std)], "shift": _flat(mean)}
     elif published == "AutoencoderDC" or settings.get("shift_factor", 0.0) is None:
         said["shift"] = 0.0  # the class knows no shift, or the config says that there is none
     found = {"scale": said["scale"] if scale is None else scale, "shift": said["shift"] if shift is None else shift}
     found = {name: float(value) if isinstance(value, int) else value for name, value in found.items()}
     if missing := [name for name, value in found.items() if value is None]:
-        hint = "; latents are (z - shift) * scale, Stable Diffusion's have scale 0.18215 and shift 0.0"
+        hint = (
+            "; a YAML with class_path unimodal_tokenizers.from_pretrained and init_args {source, scale, shift} says them to "
+            "`unimodal import tokenizer`: latents are (z - shift) * scale, Stable Diffusion's have 0.18215 and 0.0"
+        )
         raise ValueError(
             f"{', '.join(missing)}: expected numbers, got none, and the config of this {published} has none{hint}"
         )
     return found
+
+
+def _check_numbers(key: str, value: Any, divides: bool = False) -> None:
+    """ValueError for anything but None, or one finite number or several, none of them 0 if something is divided by them."""
+    for number in () if value is None else _flat(value):
+        wrong = isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number)
+        if wrong or (divides and number == 0):
+            raise ValueError(f"{key}: expected finite numbers{' other than 0' * divides}, got {number!r:.60}")
+
+
+def _flat(value: Any) -> list[Any]:
+    """The numbers of a list, or the one that there is."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 # --- files
@@ -197,12 +222,17 @@ def _config(place: _Place) -> Config:
     path = place.file("config.json")
     if path is None:
         raise ValueError(f"source: {place}/config.json is missing")
+    return _object(path, f"{place}/config.json")
+
+
+def _object(path: Path, name: str) -> Config:
+    """What a JSON file holds; `name` is what messages call it, which may be on the hub."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"source: {place}/config.json is no JSON ({error})") from error
+        raise ValueError(f"source: {name} is no JSON ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"source: {place}/config.json holds no object")
+        raise ValueError(f"source: {name} holds no object")
     return record
 
 
@@ -231,7 +261,11 @@ def _files(place: _Place, nested: bool) -> list[str]:
         index = place.file(f"{name}.index.json")
         if index is None:
             continue
-        listed = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        listed = _object(index, f"{place}/{name}.index.json").get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise ValueError(
+                f"source: {place}/{name}.index.json: weight_map: expected the file of each weight, got {listed!r:.60}"
+            )
         files = {file for key, file in listed.items() if not nested or INSIDE.match(key)}
         if any(Path(file).name != file or not file.endswith(".safetensors") for file in files):
             raise ValueError(f"source: {place}/{name}.index.json: expected safetensors of the folder, got {files}")
