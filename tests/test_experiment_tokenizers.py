@@ -1,16 +1,20 @@
 """The comparison of tokenizers: photographs, baselines, a row from end to end."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from experiments.tokenizers import baselines, photographs
-from experiments.tokenizers.__main__ import main
+from experiments.tokenizers.__main__ import main, settings
 from experiments.tokenizers.report import aims, table
-from experiments.tokenizers.table import TABLE, chosen
+from experiments.tokenizers.table import TABLE, Entry, chosen
+from unimodal_tokenizers import CodecTokenizer, GridTokenizer, ImageTokenizer
+from unimodal_tokenizers.quantizers import BSQ
 
 
 def test_a_held_out_photograph_is_in_no_crop() -> None:
@@ -56,6 +60,21 @@ def test_every_entry_can_be_built() -> None:
         assert tokenizer.layout.grid(photographs.SIDE, photographs.SIDE).length > 0
 
 
+def test_a_setting_that_changed_makes_another_run() -> None:
+    def said(build: Callable[[], ImageTokenizer], weights: dict[str, float] | None = None) -> dict[str, Any]:
+        return settings(Entry("one", "paper", build, weights=weights))
+
+    def grid(**given: Any) -> Callable[[], ImageTokenizer]:
+        return lambda: GridTokenizer(BSQ(4, **given), channels=[8], blocks=1, groups=4)
+
+    assert said(grid()) == said(grid())
+    assert said(grid()) != said(grid(temperature=0.5))
+    assert said(grid()) != said(grid(), {"entropy": 5.0})
+    assert said(grid())["start_sha256"] == said(grid(temperature=0.5))["start_sha256"]
+    codecs = [said(lambda q=q: CodecTokenizer((16, 16), 100, q)) for q in (40, 90)]
+    assert codecs[0] != codecs[1]
+
+
 def test_a_run_ends_in_a_report_and_is_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,11 +99,15 @@ def test_a_run_ends_in_a_report_and_is_not_made_again(
     monkeypatch.setattr("experiments.tokenizers.__main__.row_of", lambda *_: made.append(1) or (row, list(pictures)))
     assert main(command) == 0
     assert not made
-    for key, other in (("start_sha256", "0"), ("precision", "64-true")):  # of an earlier version
+    for key, other in (
+        ("start_sha256", "0"),
+        ("settings_sha256", "0"),
+        ("precision", "64-true"),
+    ):  # of an earlier version
         path.write_text(json.dumps(row | {key: other}))
         assert main(command) == 0
         assert json.loads(path.read_text()) == row
-    assert len(made) == 2
+    assert len(made) == 3
 
 
 def test_aims_are_told_from_rows() -> None:

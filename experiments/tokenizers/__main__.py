@@ -73,10 +73,21 @@ def main(argv: list[str] | None = None) -> int:
 def settings(entry: Entry) -> dict[str, Any]:
     """What a row says of its run that may have changed since: of an earlier version, it is made again."""
     L.seed_everything(0, verbose=False)
+    tokenizer = entry.build()
     start = hashlib.sha256()
-    for name, value in entry.build().state_dict().items():
+    for name, value in tokenizer.state_dict().items():
         start.update(name.encode() + value.contiguous().numpy().tobytes())
-    return {"precision": choose_precision()[0], "start_sha256": start.hexdigest()[:16]}
+    plain = {
+        f"{name}.{key}": value
+        for name, part in tokenizer.named_modules() for key, value in vars(part).items()
+        if not key.startswith("_") and isinstance(value, bool | int | float | str | tuple | list | dict)
+    }  # fmt: skip
+    held = hashlib.sha256(repr((sorted(plain.items()), entry.weights)).encode())
+    return {
+        "precision": choose_precision()[0],
+        "start_sha256": start.hexdigest()[:16],
+        "settings_sha256": held.hexdigest()[:16],
+    }
 
 
 def once(
@@ -117,7 +128,7 @@ def row_of(entry: Entry, held_out: str, steps: int, seed: int) -> tuple[dict[str
     _, trained = measured(tokenizer, seen, place)  # how much of a codebook is used
     usage = {f"training_{key}": value for key, value in trained.measures().items() if "codebook" in key}
     row = {
-        "name": entry.name, "paper": entry.paper, "baseline": entry.baseline, "held_out": held_out, "seed": seed,
+        "name": entry.name, "paper": entry.paper, "held_out": held_out, "seed": seed,
         "device": str(place), "machine": machine(), **took, "parameters": sum(p.numel() for p in tokenizer.parameters()),
         **quality(tiles, made), **tally.measures(), **usage, **speed(tokenizer, seen[:_TIMED], place),
     }  # fmt: skip
