@@ -1,14 +1,21 @@
-"""The README's Python runs as it stands, on a tiny model."""
+"""What the documents say runs as it stands: the README's Python, CONTRIBUTING's example; and lists are whole."""
 
 import re
+import sys
+import textwrap
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from unimodal.cli import main
+from unimodal.export import load_tokenizer
 from unimodal.model import UnifiedModel
+from unimodal_tokenizers import quantizers
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_block_of_python_runs(
@@ -43,3 +50,26 @@ def test_every_block_of_python_runs(
     assert len(names["variations"]) == 4  # type: ignore[arg-type]
     assert len(names["joined"].images) == 3  # type: ignore[attr-defined]
     assert names["continued"].parts[-1].text.strip("n") == ""  # type: ignore[attr-defined]
+
+
+def test_every_tokenizer_recipe_stands_in_the_list_of_tokenizers() -> None:
+    listed = (ROOT / "docs" / "tokenizers.md").read_text()
+    for recipe in (ROOT / "lightning_configs" / "tokenizers").glob("*.yaml"):
+        laid_over = not re.search(r"^(data|class_path):", recipe.read_text(), re.MULTILINE)
+        assert f"`{recipe.stem}`" + " +" * laid_over in listed, recipe.stem
+
+
+def test_a_quantizer_of_ones_own_is_one_file_and_one_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONTRIBUTING.md's, as it stands there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    name = "unimodal_tokenizers.quantizers.signs"
+    module = types.ModuleType(name)
+    exec(textwrap.dedent(text.split("```python")[1].split("```")[0]), module.__dict__)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(quantizers, "signs", module, raising=False)
+    (tmp_path / "signs.yaml").write_text(textwrap.dedent(text.split("```yaml")[1].split("```")[0]))
+    files = ["-c", ROOT / "lightning_configs" / "tokenizers" / "digits_vq.yaml", "-c", tmp_path / "signs.yaml"]
+    small = ["--data.init_args.batch_size", "4", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu",
+             "--trainer.precision", "32-true", "--trainer.default_root_dir", tmp_path / "run"]  # fmt: skip
+    assert main([str(word) for word in ["fit", *files, *small]]) == 0
+    assert type(load_tokenizer(tmp_path / "run").quantizer).__name__ == "Signs"

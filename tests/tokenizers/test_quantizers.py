@@ -27,7 +27,6 @@ from unimodal_tokenizers.quantizers import (
     SubCodebooks,
     TextCodebook,
     VectorQuantizer,
-    base,
     search,
 )
 
@@ -37,7 +36,7 @@ Make = Callable[[], Quantizer]
 def contributed() -> Quantizer:
     """The example of CONTRIBUTING.md."""
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-    names: dict[str, Any] = {"torch": torch, **vars(base)}
+    names: dict[str, Any] = {}
     exec(textwrap.dedent(text.split("```python")[1].split("```")[0]), names)
     return names["Signs"](5)
 
