@@ -198,6 +198,10 @@ def test_unknown_commands_and_arguments(args: list[str], name: str, refused: Ref
         ("model: {init_args: {lr: -1}}", "learning rate"),
         ("trainer: {max_steps: many}", "max_steps"),
         ("trainer: {precision: half}", "precision"),
+        (
+            "trainer: {precision: bf16-true}",
+            "trainer.precision: expected 32-true or bf16-mixed or 16-mixed, got bf16-true",
+        ),
         ("trainer: {accelerator: abacus}", "abacus"),
         ("model: {class_path: unimodal.training.Nope}", "Nope"),
         ("model: {init_args: {model: {generator: {class_path: unimodal_generators.Nope}}}}", "Nope"),

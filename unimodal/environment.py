@@ -85,6 +85,13 @@ def choose_precision(cpuinfo: str | None = None) -> tuple[str, str]:
     return "32-true", f"no CUDA device; the processor reports neither {' nor '.join(BF16_FLAGS)}"
 
 
+def check_precision(precision: str, sharded: bool = False) -> None:
+    """ValueError for a precision that training does not have: weights, averages and codebooks are single."""
+    known = ("32-true", "bf16-mixed", *(() if sharded else ("16-mixed",)))
+    if precision not in known:
+        raise ValueError(f"trainer.precision: expected {' or '.join(known)}, got {precision}")
+
+
 def cpp_compiler() -> str | None:
     """The C++ compiler `torch.compile` would call, None if absent: $CXX, else clang++ on macOS and g++ elsewhere."""
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))

@@ -97,13 +97,16 @@ def check_stored(sizes: Iterable[Sequence[int]], rules: SequenceRules) -> None:
 def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:
     """SHA-256 of a tokenizer's class, layout, weights, and what its own parts say of settings that no weight shows.
 
-    Two that share it make the same tokens.
+    Two that share it make the same tokens, unless their configs were edited to have other activations.
     """
     digest = hashlib.sha256(f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__} {tokenizer.layout}".encode())
     for name, part in tokenizer.named_modules():
-        # Of other libraries' parts settings follow from weights and layout, and their words may change.
-        if type(part).__module__.startswith("unimodal_tokenizers") and (said := part.extra_repr()):
-            digest.update(f"\n{name} {said}".encode())
+        # Of other libraries' parts words may change, and most settings follow from weights and layout.
+        if type(part).__module__.startswith("unimodal_tokenizers"):
+            digest.update(f"\n{name} {type(part).__qualname__} {part.extra_repr()}".encode())
+        for key in ("num_groups", "num_heads", "heads"):
+            if isinstance(value := getattr(part, key, None), int):
+                digest.update(f"\n{name} {key} {value}".encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(_bytes(value))

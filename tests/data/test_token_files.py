@@ -27,7 +27,7 @@ from unimodal.export import ExportInfo, build, check_makes, load_tokenizer, save
 from unimodal.packing import fit_image, to_tensor
 from unimodal.stored import StoredImage, tokenizer_fingerprint
 from unimodal.training import UnifiedTraining
-from unimodal_tokenizers import CodecTokenizer, MultiscaleVQ, PatchTokenizer, SequenceTokenizer
+from unimodal_tokenizers import CodecTokenizer, GridTokenizer, MultiscaleVQ, PatchTokenizer, SequenceTokenizer
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens, TokenLayout
 from unimodal_tokenizers.quantizers import FSQ
 
@@ -456,10 +456,15 @@ def test_settings_that_no_weight_shows_make_another_tokenizer(tmp_path: Path) ->
         torch.manual_seed(0)
         return SequenceTokenizer(FSQ(levels), **shape, **{"heads": 2, **settings})
 
+    def grid(groups: int) -> GridTokenizer:
+        torch.manual_seed(0)
+        return GridTokenizer(FSQ([3, 3]), channels=[8], blocks=1, groups=groups)
+
     pairs: list[tuple[Callable[[], ImageTokenizer], Callable[[], ImageTokenizer], str]] = [
         (lambda: row([8, 6, 5]), lambda: row([5, 6, 8]), "quantizer"),
         (lambda: row([3, 3]), lambda: row([3, 3], causal=True), "tokenizer"),
         (lambda: row([3, 3]), lambda: row([3, 3], heads=4), "encoder"),
+        (lambda: grid(2), lambda: grid(4), "encoder"),
         (lambda: CodecTokenizer((8, 8), 200, 25), lambda: CodecTokenizer((8, 8), 200, 90), "tokenizer"),
     ]
     for make, other, where in pairs:

@@ -73,6 +73,7 @@ def test_codes_of_ids_are_their_bits() -> None:
 @pytest.mark.parametrize(("settings", "message"), [
     ({"image": (0, 8)}, r"image: expected .* got \[0, 8\]"),
     ({"length": 0}, "length: expected at least 1, got 0"),
+    ({"colours": 2}, "colours: expected 1 or 3, got 2"),
     ({"quality": 96}, "quality: expected from 1 to 95, got 96"),
 ])  # fmt: skip
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -117,6 +117,8 @@ def test_the_share_that_is_kept_is_learned() -> None:
         assert result.counts.shape == (END + 1,)
         assert int(result.counts.sum()) == 48
         assert abs(1 - int(result.counts[END]) / 48 - keep) < 0.2
+        ids = t.eval().encode(images()).values.view(-1, 8)
+        assert abs(float((ids != END).float().mean()) - keep) < 0.2
         assert not [name for name, p in t.named_parameters() if p.grad is None or not p.grad.any()]
         assert set(result.terms) == set(t.weights)
 

@@ -130,6 +130,7 @@ def test_training_weighs_the_term() -> None:
         ({"scale": [1.0, 2.0], "shift": 0.0}, "scale: expected 1 number or 3"),
         ({"scale": 0.0, "shift": 0.0}, "scale: expected numbers above 0, got 0.0"),
         ({"channels": [8, 12]}, r"channels: expected multiples of groups = 8, at least one, got \[8, 12\]"),
+        ({"dim": 0}, "dim: expected at least 1, got 0"),
         ({"channels": []}, "channels: expected multiples of groups = 8, at least one"),
         ({"options": {"depth": 1}}, "options: expected settings of AutoencoderKL, got depth"),
         ({"options": {"latent_channels": 1}}, "options: expected settings that have no argument of their own"),

@@ -138,6 +138,7 @@ def test_encoder_weights_that_cannot_be_are_refused(tmp_path: Path) -> None:
     ({"encoder": "vit_unknown"}, "encoder: expected a vision transformer's name in timm, without a tag, got vit_unknown"),
     ({"encoder": f"{NAME}.augreg_in21k"}, "without a tag"),
     ({"encoder": "resnet18"}, "encoder: expected .* got resnet18"),
+    ({"dim": 0}, "dim: expected at least 1, or none for all of the encoder's channels, got 0"),
     ({"decoder_width": 18}, "decoder_width: expected a multiple of 4"),
 ])  # fmt: skip
 def test_encoders_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -324,6 +324,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         scales.decode_batch(torch.zeros(1, 20, dtype=torch.int64), scales.layout.grid(8, 8))
     with pytest.raises(ValueError, match=r"tokens: expected ids \(T,\), got shape \(3, 2\)"):
         scales.lookup(torch.zeros(3, 2, dtype=torch.int64))
+    for grid in (Grid(4, 4), Grid(4, 4, ((1, 1), (3, 3), (4, 4))), Grid(4, 4, ((1, 1), (2, 2), (4, 4), (8, 8)))):
+        with pytest.raises(ValueError, match="tokens: expected the first scales of Grid"):
+            scales.decode_batch(torch.zeros(1, grid.length, dtype=torch.int64), grid)
     with pytest.raises(ValueError, match=r"tokens: expected ids \(B, 4, 3\), got shape \(1, 4\)"):
         books.decode_batch(torch.zeros(1, 4, dtype=torch.int64), Grid(2, 2))
     with pytest.raises(ValueError, match=r"tokens: expected ids \(T, 3\), got shape \(4, 4\)"):

@@ -44,6 +44,8 @@ class CodecTokenizer(ImageTokenizer):
             raise ValueError(f"length: expected at least 1, got {length}")
         if not 1 <= quality <= 95:
             raise ValueError(f"quality: expected from 1 to 95, got {quality}")
+        if colours not in (1, 3):
+            raise ValueError(f"colours: expected 1 or 3, got {colours}")
         h, w = image
         self.quality, self.mode = quality, "L" if colours == 1 else "RGB"
         self.layout = TokenLayout("sequence", dim=9, stride=1, codebooks=(END + 1,), length=length, image=(h, w))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from unimodal_tokenizers.base import Grid, Reconstruction
 from unimodal_tokenizers.quantizers import Quantizer
+from unimodal_tokenizers.quantizers.base import step_generator
 from unimodal_tokenizers.semantic import SemanticHead
 from unimodal_tokenizers.sequence import RowTokenizer
 from unimodal_tokenizers.transformer import Transformer, images_to_patches, patches_to_images, places
@@ -25,7 +26,7 @@ class DynamicTokenizer(RowTokenizer):
     """The ids of the patches that are kept, row by row, then the id K up to N of them: it ends the image and is no code.
 
     Which are kept is decided patch by patch, in training by a drawn sample; the draws depend on a counter among the buffers
-    only. Terms of the loss: those of the quantizer, over the patches that are kept, and "sparsity".
+    and on the process only. Terms of the loss: those of the quantizer, over the patches that are kept, and "sparsity".
     """
 
     end: int
@@ -47,7 +48,7 @@ class DynamicTokenizer(RowTokenizer):
         quantizer: of one codebook.
         image: (height, width) in pixels of every image.
         patch: side of a patch in pixels.
-        keep: share of the patches that is to be kept, over many images (rho).
+        keep: share of the patches that encoding is to keep, over many images (rho).
         width: channels of the transformers.
         depth: layers of each: encoder, merger, decoder.
         heads: attention heads.
@@ -84,7 +85,9 @@ class DynamicTokenizer(RowTokenizer):
         # The value of what is kept, and a gradient to the choice that kept it: hard ahead, soft behind.
         chance = logits.sigmoid()[kept][:, None]  # (S, 1)
         vectors, valid = self._in_front(quantized.quantized * (1 + chance - chance.detach()), kept)
-        terms = {**quantized.terms, "sparsity": (self.keep - logits.sigmoid().mean()).square()}
+        chances = logits.sigmoid()  # (B, N)
+        share = (logits > 0).to(chances) + chances - chances.detach()  # what `encode_batch` keeps, behind it the chance
+        terms = {**quantized.terms, "sparsity": (self.keep - share.mean()).square()}
         if self.semantic is not None:
             terms |= self.semantic(vectors, Grid(1, self.layout.length), images, texts)
         counts = torch.cat([quantized.counts, (~kept).sum()[None]])
@@ -142,7 +145,8 @@ class DynamicTokenizer(RowTokenizer):
         """Which patches are kept: in training a sample of their chances (LaVIT: Gumbel-softmax of two classes)."""
         if not self.training:
             return _at_least_one(logits > 0, logits)
-        chance = torch.rand(logits.shape, generator=self._rng()).to(logits)
+        chance = torch.rand(logits.shape, generator=step_generator(self.seed, int(self.steps))).to(logits)
+        self.steps.add_(1)
         noise = chance.logit(eps=1e-6)  # logistic: of two Gumbels the difference
         return _at_least_one(logits.detach() + noise > 0, logits)
 

@@ -66,6 +66,8 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
             raise ValueError(f"scale, shift: expected both or neither, got {scale} and {shift}")
         if not channels or any(c < 1 or c % groups for c in channels):
             raise ValueError(f"channels: expected multiples of groups = {groups}, at least one, got {list(channels)}")
+        if dim < 1:
+            raise ValueError(f"dim: expected at least 1, got {dim}")
         check_space_to_depth(space_to_depth)
         n, colours = len(channels), 3 * space_to_depth**2
         own = {

@@ -93,8 +93,11 @@ class MultiscaleVQ(CodebookTokenizer, MultiscaleTokenizer):
         """f_hat after 1, 2, ... scales of `grid` (VAR, algorithm 2).
 
         Raises:
-            ValueError: ids that are no integers or lie outside the codebook.
+            ValueError: ids that are no integers or lie outside the codebook, or a grid of other scales.
         """
+        own = self.layout.grid(*self.layout.size(grid))
+        if not grid.scales or grid.scales != own.scales[: len(grid.scales)]:
+            raise ValueError(f"tokens: expected the first scales of {own}, got {grid}")
         sums: list[Tensor] = []
         with torch.autocast(tokens.device.type, enabled=False):
             for k, ids in enumerate(tokens.split(grid.lengths, dim=1)):

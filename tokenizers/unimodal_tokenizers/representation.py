@@ -57,6 +57,8 @@ class Representation(TrainableTokenizer):
             raise ValueError(f"decoder_width: expected a multiple of 4 and of decoder_heads, got {decoder_width}")
         if noise < 0:
             raise ValueError(f"noise: expected at least 0, got {noise}")
+        if dim is not None and dim < 1:
+            raise ValueError(f"dim: expected at least 1, or none for all of the encoder's channels, got {dim}")
         self.encoder = FrozenEncoder(encoder, options)
         self.weights = {}  # nothing but the reconstruction
         width, p = self.encoder.layout.dim, self.encoder.layout.stride

@@ -25,6 +25,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from torchvision.utils import make_grid, save_image
 
 from unimodal.data.image_stream import ImageBatch, taken_apart
+from unimodal.environment import check_precision
 from unimodal.metrics.perceptual import Perceptual
 from unimodal.training.adversary import Adversary
 from unimodal.training.ema import EMA
@@ -87,7 +88,8 @@ class TokenizerTraining(L.LightningModule):
     has its gradient clipped by itself. Every term is logged as `train/NAME` without its weight.
     Every validation writes `samples/reconstruction_step_<n>.png` into the run's folder.
 
-    What a tokenizer draws in training depends on (seed, batch, process) alone, so that a resumed run draws the same.
+    What torch's own generator draws in training depends on (seed, batch, process) alone, so that a resumed run draws the
+    same; the project's tokenizers draw from counters among their buffers, by a `seed` of theirs.
     """
 
     part = "tokenizer"  # what an export of this run holds
@@ -125,7 +127,7 @@ class TokenizerTraining(L.LightningModule):
         schedule: how the learning rate falls after the warm-up.
         warmup_steps: optimizer steps over which it rises.
         lr_floor: its last value, as a share of `lr`.
-        weight_decay: of AdamW; never on norms, biases and codebooks.
+        weight_decay: of AdamW; never on norms, biases and codebooks (a linear map that makes one is none).
         betas: of AdamW.
         ema_decay: of the tokenizer's moving average, which is validated and exported; 0 for none.
         samples: images in the reconstruction grid of each validation; 0 for none.
@@ -165,6 +167,10 @@ class TokenizerTraining(L.LightningModule):
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """Images and their reconstruction, in [-1, 1]."""
         return self.tokenizer.decode(self.tokenizer.encode(images)).float().clamp(-1, 1)
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot be computed before the first batch is read."""
+        check_precision(self.trainer.precision)
 
     def configure_callbacks(self) -> list[Callback]:
         """The moving average comes with the module."""

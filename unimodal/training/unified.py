@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from unimodal.decoding import DecodingSettings, check_guidance, decode
 from unimodal.documents import Document
-from unimodal.environment import can_compile
+from unimodal.environment import can_compile, check_precision
 from unimodal.evaluation.benchmark import Benchmark
 from unimodal.export import load_tokenizer_weights, load_weights, read_info, read_weights
 from unimodal.importers import load_text
@@ -134,8 +134,7 @@ class UnifiedTraining(LightningModule):
         """Cut the model where the strategy is `Sharded`; others hold it whole."""
         if self._device_mesh is not None and not is_sharded(self.model):
             deferred, precision = self.model.backbone.deferred, self.trainer.precision
-            if precision not in ("32-true", "64-true", "bf16-true", "bf16-mixed"):
-                raise ValueError(f"trainer.precision: expected 32-true, bf16-true or bf16-mixed, got {precision}")
+            check_precision(precision, sharded=True)
             shard(
                 self.model, self._device_mesh, self.trainer.strategy.root_device,
                 torch.bfloat16 if precision == "bf16-mixed" else None, fill=self._start[0] is None,
@@ -153,6 +152,7 @@ class UnifiedTraining(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Train the text tokenizer, unless an export or a checkpoint brings one; compile."""
+        check_precision(self.trainer.precision)
         if not self.model.has_text:
             self.train_text(self.trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "fit" and self.compiles:
