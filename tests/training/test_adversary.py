@@ -224,6 +224,7 @@ from unimodal.data.images import ImageData, Pictures
 from unimodal.data.stream import Weighted
 from torchvision.transforms.functional import to_pil_image
 from test_adversary import Watch, images, training
+from unimodal_tokenizers.quantizers import MovingAverageQuantizer
 
 class Data(ImageData):
     def training_sources(self):
@@ -235,8 +236,10 @@ class Data(ImageData):
 
 ranks, out = int(sys.argv[2]), Path(sys.argv[3])
 module = training(against={"start_step": 1})
-module.tokenizer.quantizer.idle.zero_()  # nothing is revived: each process would take its own outputs
-module.tokenizer.quantizer.revive_after = 100
+codebook = MovingAverageQuantizer(16, 4, decay=0.5, revive_after=100)
+codebook.idle.zero_()  # nothing is revived: outputs of several processes stand in another order, and others would be drawn
+codebook.codes.mul_(0.1)  # as near as outputs are
+module.tokenizer.quantizer = codebook
 watch = Watch()
 L.Trainer(
     accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", default_root_dir=out, max_steps=3,
@@ -244,6 +247,7 @@ L.Trainer(
     limit_val_batches=0, callbacks=[watch], use_distributed_sampler=False, gradient_clip_val=0.5,
 ).fit(module, Data((8, 8), batch_size=4 // ranks))
 found = {f"{i}.{n}": g for i, step in enumerate(watch.gradients) for n, g in step.items() if g is not None}
+found |= {f"codebook.{name}": getattr(codebook, name).clone() for name in ("codes", "mass")}
 found |= {f"logged.{i}.{n}": torch.tensor(v) for i, step in enumerate(watch.logged) for n, v in step.items()}
 save_file(found, out / f"{module.global_rank}.safetensors")
 """
@@ -251,6 +255,7 @@ save_file(found, out / f"{module.global_rank}.safetensors")
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """With a discriminator, and a codebook that moves by what all processes saw."""
     (tmp_path / "dealt.py").write_text(DEALT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for ranks in (1, 2):
@@ -262,6 +267,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
         load_file(tmp_path / "2" / f"{rank}.safetensors") for rank in range(2)
     )  # fmt: skip
     assert one.keys() == a.keys() == b.keys()
+    assert int((one["codebook.mass"] > 0).sum()) > 3
     for name, value in one.items():
         if not name.startswith("logged."):
             assert torch.equal(a[name], b[name]), name  # gradients are averaged over processes
