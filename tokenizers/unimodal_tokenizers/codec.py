@@ -33,7 +33,8 @@ class CodecTokenizer(ImageTokenizer):
         """Args:
 
         image: (height, width) in pixels of every image.
-        length: ids of an image, N. An image whose JPEG has more bytes is refused; `unimodal tokenize` leaves it out.
+        length: ids of an image, N. An image whose JPEG has more bytes is refused: `unimodal tokenize` leaves it out, and
+            training from pixels ends with it.
         quality: of the JPEG, from 1 to 95.
         colours: 3 (YCbCr 4:2:0), or 1 for data that is grey.
         """
