@@ -194,6 +194,8 @@ def test_lines_that_nothing_could_satisfy_are_refused(tmp_path, line, message):
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(ValueError, match=message):
         read_prompts(path)
+    with pytest.raises(ValueError, match=r"--metadata: expected a file of prompts, got .*gone\.jsonl"):
+        read_prompts(tmp_path / "gone.jsonl")
     path.write_text("")
     with pytest.raises(ValueError, match="expected a prompt a line"):
         read_prompts(path)

@@ -191,6 +191,8 @@ def read_prompts(path: Path) -> list[Item]:
     Raises:
         ValueError: the file is missing or empty, a line is no record, or names a class or colour that nothing can find.
     """
+    if not path.is_file():
+        raise ValueError(f"--metadata: expected a file of prompts, got {path}, which does not exist")
     items = []
     for number, line in enumerate(read_json_lines(path)):
         record = Record.from_json(line.record, line.where)
