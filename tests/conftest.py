@@ -17,7 +17,7 @@ from PIL import Image
 from unimodal.backbone import BackboneConfig, Experts
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import SequenceRules
+from unimodal.sequence_rules import SequenceRules
 from unimodal.text import TextTokenizer
 from unimodal.vision import VisionEncoder
 from unimodal_generators import Flow

@@ -11,7 +11,8 @@ from PIL import Image
 from unimodal.backbone import Experts
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import BUCKET, PackedSequence, SequencedDocument, SequenceRules, fit_image, pack, to_tensor
+from unimodal.packing import BUCKET, PackedSequence, SequencedDocument, fit_image, pack, to_tensor
+from unimodal.sequence_rules import SequenceRules
 from unimodal_generators.base import Grid, TokenKind
 
 FULL = Experts(attention=True, mlp=True, norms=True)

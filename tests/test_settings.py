@@ -15,7 +15,7 @@ import unimodal_generators
 import unimodal_tokenizers
 from unimodal.backbone import BackboneConfig, Experts
 from unimodal.model import UnifiedModel
-from unimodal.packing import SequenceRules
+from unimodal.sequence_rules import SequenceRules
 from unimodal.training import TokenizerTraining, UnifiedTraining
 
 ROOMS = (unimodal.data, unimodal.training, unimodal.vision, unimodal_generators, unimodal_tokenizers)

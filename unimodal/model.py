@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from unimodal.attention import choose_backend, packed_attention
 from unimodal.backbone import SCHEMES, Backbone, BackboneConfig
-from unimodal.packing import PackedSequence, Sequencer, SequenceRules, kind_order
+from unimodal.packing import PackedSequence, Sequencer, kind_order
+from unimodal.sequence_rules import SequenceRules
 from unimodal.text import SPECIAL_TOKENS, TextTokenizer
 from unimodal.vision import VisionEncoder
 from unimodal_generators.base import Block, ImageGenerator, LossBreakdown, LossTerm, TokenKind

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from unimodal.documents import Part
+from unimodal.sequence_rules import SequenceRules
 from unimodal_tokenizers.base import Grid, ImageTokenizer, ImageTokens
-
-if TYPE_CHECKING:
-    from unimodal.packing import SequenceRules
 
 
 class StoredImage(Part):

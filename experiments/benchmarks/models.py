@@ -13,7 +13,8 @@ from unimodal.attention import SegmentTable
 from unimodal.backbone import BackboneConfig, Experts
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import PackedSequence, SequenceRules, pack
+from unimodal.packing import PackedSequence, pack
+from unimodal.sequence_rules import SequenceRules
 from unimodal.text import TextTokenizer
 from unimodal_generators import Flow
 from unimodal_tokenizers.patch import PatchTokenizer

@@ -16,7 +16,8 @@ from unimodal import UnifiedModel
 from unimodal.attention import choose_backend
 from unimodal.backbone import BackboneConfig, Experts, deferred
 from unimodal.documents import Document, Part
-from unimodal.packing import PackedSequence, SequenceRules, pack
+from unimodal.packing import PackedSequence, pack
+from unimodal.sequence_rules import SequenceRules
 from unimodal.text import TextTokenizer
 from unimodal.training.flops import head_flops, layer_flops
 from unimodal.training.plan import Probe, loss_bytes, model_weights

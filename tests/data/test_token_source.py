@@ -29,7 +29,8 @@ from unimodal.export import ExportInfo, save_export
 from unimodal.files import write_atomically
 from unimodal.image_sizes import NativeSizes
 from unimodal.model import UnifiedModel
-from unimodal.packing import SequencedDocument, SequenceRules, pack, to_tensor
+from unimodal.packing import SequencedDocument, pack, to_tensor
+from unimodal.sequence_rules import SequenceRules
 from unimodal.stored import StoredImage, tokenizer_fingerprint
 from unimodal.tokenize import tokenize
 from unimodal.training.scores import captioned_images

@@ -15,7 +15,8 @@ from unimodal.backbone import BackboneConfig, Experts
 from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import SequenceRules, pack
+from unimodal.packing import pack
+from unimodal.sequence_rules import SequenceRules
 from unimodal_generators import (
     Autoregressive,
     ChoiceSettings,

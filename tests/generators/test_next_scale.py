@@ -15,7 +15,8 @@ from unimodal.backbone import BackboneConfig, Experts
 from unimodal.decoding import DecodingSettings, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import PackedSequence, SequenceRules, pack, to_tensor
+from unimodal.packing import PackedSequence, pack, to_tensor
+from unimodal.sequence_rules import SequenceRules
 from unimodal.text import TextTokenizer
 from unimodal_generators import ChoiceSettings, FlowSettings, MaskedSettings, NextScale
 from unimodal_generators.base import Block, Embeddings, Grid, ImageTokens, Known, TokenKind

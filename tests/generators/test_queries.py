@@ -17,7 +17,8 @@ from unimodal.backbone import BackboneConfig
 from unimodal.decoding import DecodingSettings, Session, decode
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
-from unimodal.packing import PackedSequence, SequenceRules, pack
+from unimodal.packing import PackedSequence, pack
+from unimodal.sequence_rules import SequenceRules
 from unimodal.training.flops import useful_flops
 from unimodal.training.stages import freeze
 from unimodal_generators import ChoiceSettings, DiT, FlowSettings, Queries, Sana

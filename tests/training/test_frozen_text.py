@@ -16,7 +16,8 @@ from unimodal.backbone import Backbone, Experts
 from unimodal.documents import Document
 from unimodal.importers import load_text, read_config
 from unimodal.model import UnifiedModel
-from unimodal.packing import SequenceRules, pack
+from unimodal.packing import pack
+from unimodal.sequence_rules import SequenceRules
 from unimodal.text import TextTokenizer
 from unimodal.training import UnifiedTraining
 from unimodal_generators import Flow

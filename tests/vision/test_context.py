@@ -14,7 +14,8 @@ from unimodal.decoding import DecodingSettings, Session, decode, read_prompts
 from unimodal.documents import Document, Part
 from unimodal.export import ExportInfo, build, load_export, save_export
 from unimodal.model import UnifiedModel
-from unimodal.packing import PackedSequence, SequenceRules, pack
+from unimodal.packing import PackedSequence, pack
+from unimodal.sequence_rules import SequenceRules
 from unimodal.training.flops import useful_flops
 from unimodal.training.optimizers import parameter_groups
 from unimodal.training.stages import freeze, parts

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
 from unimodal.documents import Document
-
-if TYPE_CHECKING:
-    from unimodal.packing import SequenceRules
+from unimodal.sequence_rules import SequenceRules
 
 
 class BrokenDocument(ValueError):  # noqa: N818  # it is what a run skips, no failure of its own

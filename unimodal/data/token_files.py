@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,11 +31,9 @@ from unimodal.data.records import WINDOW, read_span, shard_order
 from unimodal.data.source import BrokenDocument, described, digest
 from unimodal.documents import Document, Part, read_jsonl
 from unimodal.files import write_atomically
+from unimodal.sequence_rules import SequenceRules
 from unimodal.stored import StoredImage, check_stored
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
-
-if TYPE_CHECKING:
-    from unimodal.packing import SequenceRules
 
 FORMAT_VERSION = 1
 PLAN, INDEX, CORPUS, PROMPTS = "plan.json", "index.json", "corpus.jsonl", "prompts.jsonl"
