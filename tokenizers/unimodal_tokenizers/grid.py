@@ -37,6 +37,7 @@ class CodebookTokenizer(TrainableTokenizer):
         scales: Sequence[int] = (),
         space_to_depth: int = 1,
         keeps: Keeps = "vectors",
+        slices: int = 1,
     ) -> None:
         super().__init__()
         check_space_to_depth(space_to_depth)
@@ -59,7 +60,7 @@ class CodebookTokenizer(TrainableTokenizer):
         }
         self.encoder = Encoder(colours, dim, down_block_types=("DownEncoderBlock2D",) * n, double_z=False, **shared)
         self.decoder = Decoder(dim, colours, up_block_types=("UpDecoderBlock2D",) * n, **shared)
-        self.squares = Squares(space_to_depth, stride, dim, keeps, len(codebooks)) if space_to_depth > 1 else None
+        self.squares = Squares(space_to_depth, stride, dim, keeps, slices) if space_to_depth > 1 else None
         if self.squares is not None:
             self.squares.silence(self.encoder.conv_out, self.decoder.conv_out)
 
@@ -163,6 +164,7 @@ class GridTokenizer(CodebookTokenizer):
             attention,
             space_to_depth=space_to_depth,
             keeps=quantizer.keeps,
+            slices=quantizer.slices,
         )
         self.quantizer, self.semantic = quantizer, semantic
         self.weights = {**quantizer.weights, **({} if semantic is None else semantic.weights)}

@@ -41,7 +41,7 @@ class Squares(nn.Module):
         keeps: what becomes of z on its way (`Quantizer.keeps`). Where only directions are kept, the last channel begins
             as a large constant, beside which the others lose nothing with the length; where each channel is rounded by
             itself, all begin with deviations of one order.
-        slices: of the channels, each kept by itself.
+        slices: of the channels, each kept by itself (`Quantizer.slices`); waves are dealt to them.
         """
         super().__init__()
         self.side = side
@@ -51,6 +51,8 @@ class Squares(nn.Module):
         if keeps == "directions":
             constant[dim // slices - 1 :: dim // slices] = True
         basis, deviations = lowest_frequencies(stride, int((~constant).sum()))
+        dealt = _dealt(len(basis), slices)
+        basis, deviations = basis[dealt], deviations[dealt]
         unit = (deviations if keeps == "levels" else torch.ones_like(deviations))[:, None, None, None]
         length = _CONSTANT if keeps == "directions" else 1.0  # about that of a latent whose length is lost
         with torch.no_grad():
@@ -103,6 +105,15 @@ def lowest_frequencies(side: int, count: int) -> tuple[Float[Tensor, "D 3 s s"],
     missing = max(0, count - len(basis))
     basis = torch.cat([basis, basis.new_zeros(missing, 3, side, side)])
     return basis, F.pad(_BRIGHTNESS * ordered[:count].sqrt(), (0, missing), value=1.0)
+
+
+def _dealt(count: int, slices: int) -> list[int]:
+    """Which wave each channel has: dealt to the slices in turn, forth and back, so that none has all that weigh most."""
+    places: list[list[int]] = [[] for _ in range(slices)]
+    for wave in range(count):
+        turn, place = divmod(wave, slices)
+        places[place if turn % 2 == 0 else slices - 1 - place].append(wave)
+    return [wave for part in places for wave in part]
 
 
 def check_space_to_depth(side: int) -> None:

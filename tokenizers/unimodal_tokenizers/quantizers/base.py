@@ -37,6 +37,7 @@ class Quantizer(nn.Module, ABC):
     codebooks: tuple[int, ...]  # entries K of each codebook
     weights: Mapping[str, float]  # the names of the terms of its loss, each with the weight it has by default
     keeps: Keeps = "vectors"  # what of a vector its ids can say; where an encoder beside a linear map begins
+    slices: int = 1  # of the channels, each quantized by itself
 
     @abstractmethod
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:

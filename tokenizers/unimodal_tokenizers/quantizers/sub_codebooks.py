@@ -31,7 +31,7 @@ class SubCodebooks(Quantizer):
             raise ValueError(f"codebooks: expected at least 2 (the quantizer alone has one), got {codebooks}")
         self.quantizers = nn.ModuleList(copy.deepcopy(quantizer) for _ in range(codebooks))
         self.dim, self.codebooks = codebooks * quantizer.dim, quantizer.codebooks * codebooks
-        self.weights, self.keeps = quantizer.weights, quantizer.keeps
+        self.weights, self.keeps, self.slices = quantizer.weights, quantizer.keeps, codebooks
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
         """Slice by slice."""
