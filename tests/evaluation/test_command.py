@@ -321,6 +321,9 @@ def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, refused: Callab
     refused("geneval-shapes", "--run", run, names="--out: expected")
     refused(*shapes, "--images", tmp_path / "none", names="which does not exist")
     refused(*shapes, "--images", tmp_path, names="holds no answer")
+    drawing = ("--guidance", "3", "--top-k", "5", "--compile")
+    said = "--guidance, --top-k, --compile: expected none with --images, for which nothing is drawn"
+    refused(*shapes, "--images", tmp_path, *drawing, names=said)
     refused(*shapes, "--run", tmp_path / "none", names="run: expected a folder")
     refused(*shapes, "--run", run, "--part", "2", names="--part: expected K/N such as 1/4, got 2")
     refused(*shapes, "--run", run, "--part", "3/2", names="--part: expected K/N")

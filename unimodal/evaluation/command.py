@@ -25,6 +25,9 @@ from unimodal.model import UnifiedModel
 from unimodal.sampling import overridden
 from unimodal_generators.base import SamplingSettings
 
+SAMPLER = ("guidance", "image_guidance", "steps", "solver", "shift", "temperature", "top_k", "top_p", "set")
+"""Options of how a model draws."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -252,6 +255,11 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
         raise ValueError(f"--out: expected a folder, got the file {options.out}")
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images: expected a folder, got {options.images}, which does not exist")
+    if options.images is not None:
+        drawing = [name for name in SAMPLER if getattr(options, name) is not None] + ["compile"] * options.compile
+        if drawing:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in drawing)
+            raise ValueError(f"{names}: expected none with --images, for which nothing is drawn")
     choice, here = options.choice(), processes.current()
     if options.run is None and not here.alone():  # scoring is the work of one
         return None
