@@ -123,6 +123,19 @@ def test_the_share_that_is_kept_is_learned() -> None:
         assert set(result.terms) == set(t.weights)
 
 
+def test_what_is_paid_for_is_the_share_that_encoding_keeps() -> None:
+    """Not the mean chance, which is as asked where half of the patches are kept for certain and where none quite is."""
+    t = made(keep=0.25).train()
+    logits = t._read(images())[1]
+    kept, chance = (logits > 0).double().mean(), logits.sigmoid().double().mean()
+    assert abs(kept - chance) > 0.01
+    term = t(images()).terms["sparsity"]
+    torch.testing.assert_close(term.double(), (0.25 - kept).square(), atol=1e-6, rtol=0)
+    (gradient,) = torch.autograd.grad(term, t.selector[2].bias)
+    slope = (logits.sigmoid() * (1 - logits.sigmoid())).double().mean()  # of the chance
+    torch.testing.assert_close(gradient[0].double(), -2 * (0.25 - kept) * slope, atol=1e-6, rtol=0)
+
+
 def test_the_reconstruction_says_what_to_keep() -> None:
     """A gradient to the choice, through what is kept alone."""
     t = made().train()
