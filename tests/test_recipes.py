@@ -153,6 +153,8 @@ def test_settings_laid_over_a_recipe_give_no_name(tmp_path: Path) -> None:
     nested.write_text("model: {init_args: {lr: 1.0e-3, tokenizer_weights: out, model: {backbone: {width: 8}}}}")
     dotted.write_text("model.init_args.model.generator.init_args.token_noise: 0.2")
     assert recipe_name([MODELS[0], nested]) == MODELS[0].stem
+    assert recipe_name([MODELS[0], dotted, nested]) == MODELS[0].stem
+    dotted.write_text("model.init_args.model.generator.class_path: unimodal_generators.Masked")
     assert recipe_name([MODELS[0], dotted, nested]) == "dotted"
 
 

@@ -51,7 +51,7 @@ QUIET = (
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
 """By which launchers number the processes of one run."""
 
-RECIPE = re.compile(r"model\.(model\.)?(tokenizer|generator)(\.|$)")
+RECIPE = re.compile(r"model\.(model\.)?(tokenizer|generator)\.(.+\.)?class_path$")
 """Keys of a file that is the recipe of a tokenizer or of a model, and not settings laid over one."""
 
 
@@ -239,8 +239,8 @@ def run(args: list[str]) -> int:
 def recipe_name(files: Sequence[Path]) -> str:
     """What a run of these `-c` files is called, in its export too.
 
-    It is the last file that says something of the tokenizer or the generator (`tokenizer` or `generator` in `model`, or in
-    the `model` inside it): overlays of a trainer, of data or of sizes give no name. Where none does, it is the first file.
+    It is the last file that names a class in the tokenizer or the generator (`tokenizer` or `generator` in `model`, or in
+    the `model` inside it): overlays of a trainer, of data or of settings give no name. Where none does, it is the first.
     """
     named = [path for path in files if any(RECIPE.match(key) for key in _keys(path))]
     return (named[-1:] or [*files[:1]] or [Path("run")])[0].stem

@@ -168,8 +168,8 @@ class TokenizerTraining(L.LightningModule):
         """Images and their reconstruction, in [-1, 1]."""
         return self.tokenizer.decode(self.tokenizer.encode(images)).float().clamp(-1, 1)
 
-    def setup(self, stage: str) -> None:
-        """Refuse what cannot be computed before the first batch is read."""
+    def configure_model(self) -> None:
+        """Refuse a precision there is not."""
         check_precision(self.trainer.precision)
 
     def configure_callbacks(self) -> list[Callback]:

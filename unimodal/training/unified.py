@@ -131,10 +131,11 @@ class UnifiedTraining(LightningModule):
             load_text(self.model.backbone, init_from)
 
     def configure_model(self) -> None:
-        """Cut the model where the strategy is `Sharded`; others hold it whole."""
+        """Cut the model where the strategy is `Sharded`; others hold it whole. Refuse a precision there is not."""
+        precision = self.trainer.precision
+        check_precision(precision, sharded=self._device_mesh is not None)
         if self._device_mesh is not None and not is_sharded(self.model):
-            deferred, precision = self.model.backbone.deferred, self.trainer.precision
-            check_precision(precision, sharded=True)
+            deferred = self.model.backbone.deferred
             shard(
                 self.model, self._device_mesh, self.trainer.strategy.root_device,
                 torch.bfloat16 if precision == "bf16-mixed" else None, fill=self._start[0] is None,
@@ -152,7 +153,6 @@ class UnifiedTraining(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Train the text tokenizer, unless an export or a checkpoint brings one; compile."""
-        check_precision(self.trainer.precision)
         if not self.model.has_text:
             self.train_text(self.trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "fit" and self.compiles:
