@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unimodal.decoding import DecodingSettings, decode, to_image
+from unimodal.decoding import decode, to_image
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.text import TextTokenizer

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unimodal.decoding import DecodingSettings, Inpaint, Piece, decode, stream
+from unimodal.decoding import decode, stream
+from unimodal.decoding_settings import DecodingSettings, Inpaint, Piece
 from unimodal.documents import Document, Part
 from unimodal.evaluation.likelihood import log_likelihoods
 from unimodal.model import UnifiedModel

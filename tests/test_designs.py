@@ -309,8 +309,8 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path: Path, capsys: pytest
 
 
 def test_a_run_that_fails_says_its_last_line(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="expected a YAML file"):
-        Runner(tmp_path)._unimodal(["fit", "-c", str(tmp_path / "none.yaml")], tmp_path / "log")
+    with pytest.raises(RuntimeError, match="invalid choice: 'nothing'"):
+        Runner(tmp_path)._unimodal(["nothing"], tmp_path / "log")
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from forking import Forks
 from PIL import Image
@@ -91,12 +90,13 @@ def test_the_teacher_is_what_the_recipe_says_and_names_what_it_sees() -> None:
     trained = yaml.safe_load((CONFIGS / "tokenizers" / "shapes_diffused.yaml").read_text())
     encoder = trained["model"]["init_args"]["tokenizer"]["init_args"]
     assert (encoder["encoder"], encoder["options"]) == (teacher.NAME, teacher.OPTIONS)
-    images, there = teacher.scenes("train", 3)
-    assert images.shape == (3, 3, 32, 32)
-    for image, kinds in zip(images, there, strict=True):
+    images, there = teacher.scenes("train", 8)
+    assert images.shape == (8, 3, 32, 32)
+    for image, (shape, colour) in zip(images, there, strict=True):
         picture = Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
         seen = {(found.label, found.colour) for found in recognise(picture)}
-        assert {teacher.PAIRS[int(i)] for i in torch.nonzero(kinds)[:, 0]} == seen
+        named = {(teacher.SHAPE[s], teacher.COLOUR[c]) for s, c in zip(shape.tolist(), colour.tolist(), strict=True)}
+        assert named == seen | {("background", "background")}
     network, share = teacher.train(2, batch=2, count=4)
     assert 0 <= share <= 1
     assert not network.training

@@ -16,15 +16,14 @@ from unimodal.documents import (
     Document,
     Part,
     document_html,
-    load_image,
     read_jsonl,
     read_markdown,
-    to_rgb,
     write_atomically,
     write_html,
     write_jsonl,
     write_markdown,
 )
+from unimodal.images import load_image, to_rgb
 
 
 def picture(seed: int, width: int = 3, height: int = 2) -> Image.Image:

@@ -14,7 +14,8 @@ from generator_cases import Case, GrayLevels
 from PIL import Image
 
 from unimodal.cli import main
-from unimodal.decoding import DecodingSettings, Session, decode
+from unimodal.decoding import Session, decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, pack

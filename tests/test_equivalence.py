@@ -10,7 +10,8 @@ from conftest import picture
 from generator_cases import WHOLE
 
 from unimodal.backbone import SCHEMES, Experts, Lora, Moe
-from unimodal.decoding import DecodingSettings, Session, decode
+from unimodal.decoding import Session, decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, Run, SequencedDocument, pack

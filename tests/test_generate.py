@@ -17,7 +17,8 @@ from PIL import Image
 from unimodal import UnifiedModel
 from unimodal.cli import main
 from unimodal.data.digits import digit_images
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part, read_markdown
 from unimodal.export import ExportInfo, load_export, load_run, save_export
 
@@ -277,7 +278,8 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from unimodal import UnifiedModel
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 model = UnifiedModel.from_pretrained(sys.argv[1])
 assert not model.training

@@ -13,7 +13,8 @@ from forking import ended, fork_ranks
 from unimodal import commands, processes
 from unimodal.cli import main
 from unimodal.data.digits import caption
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.evaluation.digits import evaluate_digits
 from unimodal.export import open_model

@@ -10,7 +10,8 @@ import torch
 from generator_cases import Case, GrayLevels
 from PIL import Image
 
-from unimodal.decoding import DecodingSettings, Inpaint, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings, Inpaint
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import pack

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import pack

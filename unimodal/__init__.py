@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unimodal.decoding import DecodingSettings, Inpaint, Piece, decode, stream
+    from unimodal.decoding import decode, stream
+    from unimodal.decoding_settings import DecodingSettings, Inpaint, Piece
     from unimodal.documents import Document, Part
     from unimodal.model import UnifiedModel
     from unimodal.refine import best_of, look_again, reads_back
@@ -15,8 +16,8 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "DecodingSettings": "decoding", "Document": "documents", "Inpaint": "decoding", "Part": "documents",
-    "Piece": "decoding", "UnifiedModel": "model", "best_of": "refine", "decode": "decoding", "look_again": "refine",
+    "DecodingSettings": "decoding_settings", "Document": "documents", "Inpaint": "decoding_settings", "Part": "documents",
+    "Piece": "decoding_settings", "UnifiedModel": "model", "best_of": "refine", "decode": "decoding", "look_again": "refine",
     "reads_back": "refine", "stream": "decoding",
 }  # fmt: skip
 

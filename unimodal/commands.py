@@ -17,10 +17,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from unimodal import processes
-from unimodal.decoding import DecodingSettings, Inpaint, decode, stream
-from unimodal.documents import GENERATED, Document, Part, load_image, read_markdown, write_html, write_markdown
+from unimodal.decoding import decode, stream
+from unimodal.decoding_settings import DecodingSettings, Inpaint
+from unimodal.documents import GENERATED, Document, Part, read_markdown, write_html, write_markdown
 from unimodal.export import ExportInfo, instantiate, load_run, open_model, save_export
 from unimodal.files import read_yaml
+from unimodal.images import load_image
 from unimodal.model import UnifiedModel
 from unimodal.sampling import overridden
 from unimodal.text import SPECIAL_TOKENS, TextTokenizer

@@ -140,3 +140,14 @@ def read_yaml(path: Path, key: str) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{key}: {path} is no YAML ({error})") from None
+
+
+def printable(path: Path) -> str:
+    """The path on one line, whatever characters it holds."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line that is not long."""
+    return " ".join(f"{error or type(error).__name__}".split())[:200]

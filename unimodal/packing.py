@@ -24,7 +24,8 @@ from torch import Tensor
 from unimodal.attention import SegmentTable
 from unimodal.backbone import Experts, PositionScheme
 from unimodal.backbone.positions import Placed
-from unimodal.documents import Document, to_rgb
+from unimodal.documents import Document
+from unimodal.images import to_rgb
 from unimodal.sequence_rules import SequenceRules
 from unimodal.stored import StoredImage, check_stored
 from unimodal.text import TextTokenizer

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.evaluation.likelihood import log_likelihoods
 from unimodal.model import UnifiedModel

@@ -27,11 +27,12 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from experiments.benchmarks.cases import Case, Settings
 from experiments.benchmarks.results import Result, speedup
 from experiments.benchmarks.timing import interleave
-from unimodal.documents import GENERATED, Part, load_image
+from unimodal.documents import GENERATED, Part
 from unimodal.evaluation.benchmark import Answer
 from unimodal.evaluation.clip_colours import Clip, ClipColours, crop
 from unimodal.evaluation.geneval import GenEval
 from unimodal.evaluation.mask2former import LABELS, Mask2FormerDetector
+from unimodal.images import load_image
 from unimodal.importers.mmdet import WEIGHTS
 from unimodal.metrics.detection import Detection
 from unimodal.metrics.geneval import COLOURS, Record, colours_needed, decide, keep

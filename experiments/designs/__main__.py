@@ -31,12 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="DESIGN", help="train these alone")
     parser.add_argument("--seeds", type=int, help="runs a design (the world's own; 1 with --quick)")
     parser.add_argument("--steps", type=int, help="optimizer steps a run (the world's own)")
-    parser.add_argument("--quick", action="store_true", help="fewer steps, one seed")
+    parser.add_argument("--quick", action="store_true", help="one seed")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the threads (1)")
     parser.add_argument("--plan", action="store_true", help="say what would be trained, and what it costs, and end")
     args = parser.parse_args(argv)
     world: World = WORLDS[args.world]
-    steps = (world.quick_steps if args.quick else world.steps) if args.steps is None else args.steps
+    steps = world.steps if args.steps is None else args.steps
     seeds = (1 if args.quick else world.seeds) if args.seeds is None else args.seeds
     for name, value, least in (("--steps", steps, 3), ("--seeds", seeds, 1), ("--jobs", args.jobs, 1)):
         if value < least:

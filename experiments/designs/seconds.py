@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import median
 
 from experiments.designs.table import WORLDS
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.export import open_model
 from unimodal.files import write_atomically

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from unimodal.data.shapes import render, render_prompt
-from unimodal.documents import png_bytes
 from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.benchmark import Item
 from unimodal.evaluation.command import Options, evaluate
@@ -26,6 +25,7 @@ from unimodal.evaluation.digits import sample_grid
 from unimodal.evaluation.results import Summary
 from unimodal.evaluation.shapes import GenEvalShapes, ShapesBenchmark, ShapesQuestions
 from unimodal.files import write_atomically
+from unimodal.images import png_bytes
 from unimodal.metrics.distances import frechet_distance
 from unimodal.metrics.features import PixelFeatures
 from unimodal.metrics.manifolds import precision_recall

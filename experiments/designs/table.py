@@ -169,8 +169,7 @@ class World:
         noted: what a row keeps of scores.json beside the shares.
         step_flops: what equal FLOPs are, an optimizer step: about those of the cheapest designs, and a constant, so that
             rows compare whichever designs there are.
-        steps: of a run in full.
-        quick_steps: of a quick one.
+        steps: of a run.
         seeds: runs a design in full.
     """
 
@@ -190,7 +189,6 @@ class World:
     noted: tuple[str, ...]
     step_flops: float
     steps: int
-    quick_steps: int
     seeds: int
 
     def tokenizer(self, design: Design) -> str | None:
@@ -248,7 +246,7 @@ DIGITS = World(
         "copies": ("copies", percent),
     },
     noted=("frechet", "frechet_real", "recall", "copies", "guidance"),
-    step_flops=19.66e9, steps=1800, quick_steps=1200, seeds=3,
+    step_flops=19.66e9, steps=1200, seeds=3,
 )  # fmt: skip
 
 _SHARES = {"text_to_image": 4.0, "image_to_text": 1.0, "question": 2.0, "edit": 0.0, "count": 0.0, "steps": 0.0}
@@ -267,7 +265,7 @@ SHAPES = World(
     scores={"geneval_shapes": 178, "shapes_questions": 500},  # four images of a prompt are not four answers
     measures={"frechet": ("Frechet (pixels192)", "{:.3f}".format), "recall": ("recall", "{:.2f}".format)},
     noted=("frechet", "frechet_real", "recall", "guidance"),
-    step_flops=20.0e9, steps=1800, quick_steps=600, seeds=1,
+    step_flops=20.0e9, steps=1200, seeds=1,
 )  # fmt: skip
 WORLDS = {world.name: world for world in (DIGITS, SHAPES)}
 

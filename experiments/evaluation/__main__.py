@@ -24,13 +24,14 @@ from unimodal.cli import main as unimodal
 from unimodal.data.digits import caption, digit_images
 from unimodal.data.shapes import ShapesSource, render_prompt
 from unimodal.data.shapes import render as render_scene
-from unimodal.documents import Part, png_bytes
+from unimodal.documents import Part
 from unimodal.environment import can_compile, choose_precision
 from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.reconstruction import reconstruct
 from unimodal.evaluation.shapes import GenEvalShapes
 from unimodal.export import load_run
 from unimodal.files import write_atomically
+from unimodal.images import png_bytes
 
 CONFIGS = Path("lightning_configs")
 TOKENIZERS = {"shapes_mot_flow": "shapes_kl"}

@@ -12,7 +12,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from unimodal.backbone import BackboneConfig, Experts, Lora, RopeScaling
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.environment import can_compile
 from unimodal.model import UnifiedModel
@@ -53,10 +54,10 @@ def random_documents(rng: np.random.Generator, mixed: list[Document], number: in
 
 
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "flow": ("flow", {}, 200),
-    "codes": ("codes", {}, 200),
-    "adaln and lora": ("flow", {"time": "adaln", "experts": Experts(lora=Lora(2, 4.0))}, 40),
-    "time token": ("flow", {"time": "token"}, 40),
+    "flow": ("flow", {}, 60),
+    "codes": ("codes", {}, 60),
+    "adaln and lora": ("flow", {"time": "adaln", "experts": Experts(lora=Lora(2, 4.0))}, 30),
+    "time token": ("flow", {"time": "token"}, 30),
 }
 
 

@@ -19,7 +19,7 @@ from unimodal.data.digits import (
     digit_images,
     digits_of,
 )
-from unimodal.decoding import DecodingSettings
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.evaluation.digits import (
     Judge,

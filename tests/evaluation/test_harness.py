@@ -57,7 +57,7 @@ class Written(Drawn):
     draws = False
 
     def settings(self, image: Any) -> Any:
-        from unimodal.decoding import DecodingSettings
+        from unimodal.decoding_settings import DecodingSettings
 
         return DecodingSettings("image", max_tokens=3, max_images=2, image=image)
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimodal.documents import Part, load_image
+from unimodal.documents import Part
 from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.command import Options, evaluate
 from unimodal.evaluation.image_files import (
@@ -25,6 +25,7 @@ from unimodal.evaluation.image_sets import ImageSets, evaluate_folder, make_feat
 from unimodal.evaluation.results import Summary
 from unimodal.evaluation.set_protocols import PROTOCOLS, reference_kind
 from unimodal.evaluation.set_scores import Family, SetOptions, read_reference, score_folder, write_statistics
+from unimodal.images import load_image
 from unimodal.metrics import distances, inception
 from unimodal.metrics.features import LogitFeatures, PixelFeatures, TextImageFeatures, as_drawn
 from unimodal.metrics.manifolds import precision_recall_density_coverage

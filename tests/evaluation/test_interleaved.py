@@ -13,7 +13,7 @@ from PIL import Image
 
 from unimodal.data.digits import NUMBER_WORDS, digit_images, digits_of
 from unimodal.data.shapes import HELD_OUT, Scene, built, render
-from unimodal.documents import Document, Part, png_bytes
+from unimodal.documents import Document, Part
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Verdict
 from unimodal.evaluation.interleaved import (
     DigitSums,
@@ -24,6 +24,7 @@ from unimodal.evaluation.interleaved import (
     read_step,
 )
 from unimodal.evaluation.shapes import read_caption
+from unimodal.images import png_bytes
 from unimodal.metrics.features import ImageFeatures, as_drawn
 from unimodal.metrics.statistics import bootstrap_rows
 

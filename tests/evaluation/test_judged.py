@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import pytest
 from PIL import Image
 
-from unimodal.documents import Part, png_bytes
+from unimodal.documents import Part
 from unimodal.evaluation.benchmark import Answer, Verdict
 from unimodal.evaluation.command import parse
 from unimodal.evaluation.interleaved import kinds
 from unimodal.evaluation.isg import ISG
 from unimodal.evaluation.judge import Endpoint, Opinion, Question
 from unimodal.evaluation.judged import UNREAD, InterleavedBench, JudgedSet, OpenING
+from unimodal.images import png_bytes
 
 SHADES = {name: shade for shade, name in enumerate(("q1", "q2", "g1", "g2"), start=1)}
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unimodal.decoding import DecodingSettings, Session, decode, read_prompts
+from unimodal.decoding import Session, decode, read_prompts
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.evaluation.likelihood import Likelihood, log_likelihoods
 from unimodal.model import UnifiedModel

@@ -12,10 +12,12 @@ import torch
 import yaml
 from PIL import Image
 
-from unimodal.decoding import DecodingSettings, decode
-from unimodal.documents import Document, Part, load_image
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
+from unimodal.documents import Document, Part
 from unimodal.evaluation.likelihood import log_likelihoods
 from unimodal.export import ExportInfo, build, save_export
+from unimodal.images import load_image
 from unimodal.model import UnifiedModel
 from unimodal.text import TextTokenizer
 

@@ -14,7 +14,8 @@ from PIL import Image
 from sampling_cases import begun, sampled
 from shape_checks import first_checked
 
-from unimodal.decoding import DecodingSettings, Session, decode
+from unimodal.decoding import Session, decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, pack, to_tensor

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from shape_checks import first_checked
 
-from unimodal.decoding import DecodingSettings, Session, decode, stream
+from unimodal.decoding import Session, decode, stream
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, Run, SequencedDocument, pack

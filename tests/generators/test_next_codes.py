@@ -13,7 +13,8 @@ from sampling_cases import begun
 from shape_checks import first_checked
 
 from unimodal.backbone import Experts
-from unimodal.decoding import DecodingSettings, decode, to_image
+from unimodal.decoding import decode, to_image
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.export import ExportInfo, build, load_export, save_export
 from unimodal.model import UnifiedModel

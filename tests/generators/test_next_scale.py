@@ -12,7 +12,8 @@ from sampling_cases import begun, sampled
 from shape_checks import first_checked
 
 from unimodal.backbone import BackboneConfig, Experts
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, pack, to_tensor

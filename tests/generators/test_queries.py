@@ -14,7 +14,8 @@ from shape_checks import first_checked
 from torch.nn import functional as F
 
 from unimodal.backbone import BackboneConfig
-from unimodal.decoding import DecodingSettings, Session, decode
+from unimodal.decoding import Session, decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import PackedSequence, pack

@@ -13,7 +13,8 @@ from generator_cases import WHOLE
 from PIL import Image
 from shape_checks import first_checked
 
-from unimodal.decoding import DecodingSettings, decode, stream
+from unimodal.decoding import decode, stream
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import pack

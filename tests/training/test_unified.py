@@ -19,7 +19,8 @@ from torch import Tensor
 
 from unimodal.backbone.transformer import Backbone, DecoderLayer
 from unimodal.cli import main
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part, read_jsonl
 from unimodal.environment import can_compile
 from unimodal.export import load_run

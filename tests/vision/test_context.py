@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from unimodal.backbone import BackboneConfig
-from unimodal.decoding import DecodingSettings, Session, decode, read_prompts
+from unimodal.decoding import Session, decode, read_prompts
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.export import ExportInfo, build, load_export, save_export
 from unimodal.model import UnifiedModel

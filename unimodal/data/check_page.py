@@ -19,8 +19,8 @@ from PIL import Image
 from unimodal.attention.visibility import dense_mask
 from unimodal.backbone import Experts
 from unimodal.data.check import Bar, Drawn, Findings, histograms, pixels
-from unimodal.documents import image_data_uri
 from unimodal.files import write_atomically
+from unimodal.images import image_data_uri
 from unimodal.model import UnifiedModel
 from unimodal.packing import Segment, SequencedDocument, pack
 from unimodal.text import TextTokenizer

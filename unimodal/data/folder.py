@@ -13,16 +13,8 @@ import numpy as np
 
 from unimodal.data.records import DocumentRules
 from unimodal.data.source import BrokenDocument, described, digest, names_and_sizes
-from unimodal.documents import (
-    Document,
-    DocumentRecord,
-    JsonLine,
-    Part,
-    contained_path,
-    document_record,
-    each_json_line,
-    load_image,
-)
+from unimodal.documents import Document, DocumentRecord, JsonLine, Part, contained_path, document_record, each_json_line
+from unimodal.images import load_image
 
 Task = Literal["text_to_image", "image_to_text", "image"]
 FolderSplit = Literal["train", "val", "all"]

@@ -22,8 +22,9 @@ from PIL import Image
 from torch import nn
 
 from unimodal.data.source import BrokenDocument, described, names_and_sizes
-from unimodal.documents import Document, Part, decode_image
+from unimodal.documents import Document, Part
 from unimodal.files import contained_path
+from unimodal.images import decode_image
 
 WINDOW = 8
 """Shards whose documents are shuffled together: so many are read from at a time."""

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimodal.documents import GENERATED, Part, load_image, png_bytes
+from unimodal.documents import GENERATED, Part
 from unimodal.evaluation.benchmark import Answer, Item
 from unimodal.files import contained_path, write_atomically
+from unimodal.images import load_image, png_bytes
 
 RECORD = "generation.json"
 

@@ -14,7 +14,7 @@ from unimodal.documents import Document, Part
 from unimodal.metrics.statistics import Row
 
 if TYPE_CHECKING:
-    from unimodal.decoding import DecodingSettings
+    from unimodal.decoding_settings import DecodingSettings
     from unimodal.model import UnifiedModel
     from unimodal_generators.base import SamplingSettings
 
@@ -110,7 +110,7 @@ class Benchmark(ABC):
 
     def settings(self, image: SamplingSettings | None) -> DecodingSettings:
         """How the model goes on behind a prompt."""
-        from unimodal.decoding import DecodingSettings
+        from unimodal.decoding_settings import DecodingSettings
 
         if self.draws:
             return DecodingSettings("image", max_tokens=0, max_images=1, image=image)

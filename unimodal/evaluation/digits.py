@@ -31,9 +31,10 @@ from unimodal.data.digits import (
     image_to_values,
     sum_answer,
 )
-from unimodal.documents import GENERATED, Document, Part, png_bytes
+from unimodal.documents import GENERATED, Document, Part
 from unimodal.evaluation.page import RunDescription, print_scores, write_page
 from unimodal.files import write_atomically
+from unimodal.images import png_bytes
 from unimodal.metrics.distances import frechet_distance
 from unimodal.metrics.manifolds import copy_share, copy_threshold, pairwise, precision_recall_of_distances
 from unimodal.metrics.moments import Moments
@@ -154,7 +155,8 @@ def evaluate_digits(
         ValueError: an argument out of range, `out` is a file, or images of another size than the digits'.
     """
     # Here, because scores of images alone need no model.
-    from unimodal.decoding import DecodingSettings, decode
+    from unimodal.decoding import decode
+    from unimodal.decoding_settings import DecodingSettings
     from unimodal.model import UnifiedModel
 
     out = Path(out)

@@ -13,9 +13,9 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from unimodal.documents import png_bytes
 from unimodal.evaluation.benchmark import Item, Row
 from unimodal.files import write_atomically
+from unimodal.images import png_bytes
 
 if TYPE_CHECKING:
     from unimodal.evaluation.results import Summary

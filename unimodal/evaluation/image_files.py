@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from unimodal.data.folder import IMAGE_SUFFIXES
-from unimodal.documents import load_image
+from unimodal.images import load_image
 from unimodal.metrics.features import ImageFeatures, Preparation
 from unimodal.metrics.moments import IMAGES, npz_keys
 

@@ -31,7 +31,7 @@ from unimodal.metrics.geneval import relations
 from unimodal.metrics.interleaved import StructureMatch, consistency, cosines, structure_match
 
 if TYPE_CHECKING:
-    from unimodal.decoding import DecodingSettings
+    from unimodal.decoding_settings import DecodingSettings
     from unimodal.metrics.features import ImageFeatures
     from unimodal_generators.base import SamplingSettings
 
@@ -125,7 +125,7 @@ class Interleaved(Benchmark):
 
     def settings(self, image: SamplingSettings | None) -> DecodingSettings:
         """Text that may begin images, one more than any prompt asks, so that drawing too many is seen."""
-        from unimodal.decoding import DecodingSettings
+        from unimodal.decoding_settings import DecodingSettings
 
         most = max(item.truth["asked"].count(IMAGE) for item in self._items)
         return DecodingSettings("text", max_tokens=self.max_tokens, max_images=most + 1, image=image)
@@ -268,7 +268,7 @@ class DigitSums(Benchmark):
 
     def settings(self, image: SamplingSettings | None) -> DecodingSettings:
         """One image more than any answer has, so that drawing too many is seen."""
-        from unimodal.decoding import DecodingSettings
+        from unimodal.decoding_settings import DecodingSettings
 
         return DecodingSettings("text", max_tokens=32, max_images=3, image=image)
 
@@ -355,7 +355,7 @@ class ShapesSteps(ShapesBenchmark):
 
     def settings(self, image: SamplingSettings | None) -> DecodingSettings:
         """One image more than a document has, so that drawing too many is seen."""
-        from unimodal.decoding import DecodingSettings
+        from unimodal.decoding_settings import DecodingSettings
 
         size, images = (self.size, self.size), _STEPS[-1] + 2
         return DecodingSettings("image", max_tokens=160, max_images=images, image=image, size=size)

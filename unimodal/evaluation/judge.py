@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from unimodal.documents import Part, image_data_uri, read_json_lines
+from unimodal.documents import Part, read_json_lines
+from unimodal.images import image_data_uri
 
 _LONGEST_WAIT = 20.0  # seconds that a server may make us wait between two attempts
 _SHOWN = 200  # characters of a server's message

@@ -27,7 +27,7 @@ from unimodal.files import contained_path
 from unimodal.metrics.interleaved import structure_match
 
 if TYPE_CHECKING:
-    from unimodal.decoding import DecodingSettings
+    from unimodal.decoding_settings import DecodingSettings
     from unimodal_generators.base import SamplingSettings
 
 UNREAD = "judge answers unread"
@@ -115,7 +115,7 @@ class JudgedSet(Benchmark):
 
     def settings(self, image: SamplingSettings | None) -> DecodingSettings:
         """Text that may begin images."""
-        from unimodal.decoding import DecodingSettings
+        from unimodal.decoding_settings import DecodingSettings
 
         return DecodingSettings("text", max_tokens=self.max_tokens, max_images=self.max_images, image=image)
 

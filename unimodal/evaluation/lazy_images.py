@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from unimodal.documents import Part, load_image, to_rgb
+from unimodal.documents import Part
+from unimodal.images import load_image, to_rgb
 
 
 class LazyImage(Part):

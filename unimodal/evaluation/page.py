@@ -16,8 +16,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from unimodal.documents import DOCUMENT_CSS, Document, document_html, image_data_uri
+from unimodal.documents import DOCUMENT_CSS, Document, document_html
 from unimodal.files import write_atomically
+from unimodal.images import image_data_uri
 
 Scores = Mapping[str, Any]
 

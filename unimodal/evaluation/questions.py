@@ -16,7 +16,7 @@ from unimodal.evaluation.lazy_images import LazyImage
 from unimodal.files import file_sha256
 
 if TYPE_CHECKING:
-    from unimodal.decoding import DecodingSettings
+    from unimodal.decoding_settings import DecodingSettings
     from unimodal.model import UnifiedModel
 
 

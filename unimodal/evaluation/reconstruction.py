@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from tqdm import tqdm
 
-from unimodal.documents import Document, png_bytes
+from unimodal.documents import Document
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row, Verdict
 from unimodal.evaluation.fingerprint import model_record
 from unimodal.evaluation.harness import report
@@ -35,6 +35,7 @@ from unimodal.evaluation.results import Summary
 from unimodal.evaluation.set_scores import Family, SetOptions, SetScores, score_folder
 from unimodal.export import load_tokenizer
 from unimodal.files import write_atomically
+from unimodal.images import png_bytes
 from unimodal.metrics.perceptual import LPIPS
 from unimodal.packing import fit_image, to_tensor
 from unimodal_tokenizers.base import ImageTokenizer, ImageTokens, TokenLayout, bits_per_token

@@ -21,7 +21,7 @@ from unimodal.evaluation.readers import read_captions
 from unimodal.metrics.retrieval import ranks
 
 if TYPE_CHECKING:
-    from unimodal.decoding import DecodingSettings
+    from unimodal.decoding_settings import DecodingSettings
     from unimodal.model import UnifiedModel
 
 KS = (1, 5, 10)

@@ -21,7 +21,7 @@ from unimodal.metrics.detection import Detection
 from unimodal.metrics.geneval import Box, Judged, Record, Thresholds, decide, keep, relations, totals
 
 if TYPE_CHECKING:
-    from unimodal.decoding import DecodingSettings
+    from unimodal.decoding_settings import DecodingSettings
     from unimodal_generators.base import SamplingSettings
 
 WORLD = 2
@@ -74,7 +74,7 @@ class ShapesBenchmark(Benchmark):
         return recognise(image)
 
     def _drawn(self, image: SamplingSettings | None) -> DecodingSettings:
-        from unimodal.decoding import DecodingSettings
+        from unimodal.decoding_settings import DecodingSettings
 
         return DecodingSettings("image", max_tokens=0, max_images=1, image=image, size=(self.size, self.size))
 

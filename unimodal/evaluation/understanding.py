@@ -49,7 +49,7 @@ from unimodal.metrics.vqa import (
 )
 
 if TYPE_CHECKING:
-    from unimodal.decoding import DecodingSettings
+    from unimodal.decoding_settings import DecodingSettings
     from unimodal.metrics.captions import CaptionScorer
     from unimodal.model import UnifiedModel
     from unimodal_generators.base import SamplingSettings
@@ -412,7 +412,7 @@ class Captions(Questions):
 
     def settings(self, image: SamplingSettings | None) -> DecodingSettings:
         """A caption may be longer than a short answer."""
-        from unimodal.decoding import DecodingSettings
+        from unimodal.decoding_settings import DecodingSettings
 
         return DecodingSettings("text", max_tokens=64, max_images=0)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from unimodal.data.source import BrokenDocument, Stored, whole
-from unimodal.decoding import DecodingSettings, decode
+from unimodal.decoding import decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document
 from unimodal.evaluation.benchmark import Answer, Benchmark
 from unimodal.evaluation.harness import answer_seed

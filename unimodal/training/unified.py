@@ -9,7 +9,8 @@ from lightning import Callback, LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
-from unimodal.decoding import DecodingSettings, check_guidance, decode
+from unimodal.decoding import check_guidance, decode
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document
 from unimodal.environment import can_compile, check_precision
 from unimodal.evaluation.benchmark import Benchmark

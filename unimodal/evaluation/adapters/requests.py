@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from unimodal.decoding import DecodingSettings
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 
 PLACE = "<image>"

@@ -18,9 +18,10 @@ import torch
 from vlmeval.vlm.base import BaseModel
 
 from unimodal.decoding import decode
-from unimodal.documents import Document, Part, load_image
+from unimodal.documents import Document, Part
 from unimodal.evaluation.adapters.requests import decoding_settings, unknown_arguments
 from unimodal.export import load_run
+from unimodal.images import load_image
 
 
 class UnimodalModel(BaseModel):
