@@ -148,7 +148,8 @@ def tokenize(args: argparse.Namespace) -> int:
 
 def import_hf(args: argparse.Namespace) -> int:
     """`unimodal import hf`: the backbone of a recipe that begins as a folder's text model, on standard output."""
-    from unimodal.importers.huggingface import KEYS, check_text, read_config
+    from unimodal.importers.huggingface import check_text
+    from unimodal.importers.huggingface_config import KEYS, read_config
 
     config = read_config(args.folder, positions=args.positions, added_tokens=SPECIAL_TOKENS)
     check_text(config, args.folder)
