@@ -21,9 +21,6 @@ from unimodal_generators.schedulers import FLOW_SCHEDULERS, check_solver, run_fl
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, TokenLayout
 
-NEAREST = 0.05
-"""Least 1 - t that a difference from the data is divided by (JiT, arXiv 2511.13720)."""
-
 
 @dataclass(frozen=True)
 class FlowSettings(DenoisingSettings):
@@ -108,13 +105,13 @@ class Flow(DenoisingGenerator):
     ) -> Float[Tensor, "T D"]:
         """The velocity; near the data as small as `convert` makes it, or the difference would be a bias."""
         v = diffusion.velocity(noise, data)
-        return v if self.predicts == "velocity" else v * (1 - t) / (1 - t).clamp_min(NEAREST)
+        return v if self.predicts == "velocity" else v * (1 - t) / (1 - t).clamp_min(diffusion.NEAREST)
 
     def convert(
         self, out: Float[Tensor, "*G T D"], x: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
     ) -> Float[Tensor, "*G T D"]:
         """The velocity at x_t."""
-        return out if self.predicts == "velocity" else (out - x) / (1 - t).clamp_min(NEAREST)
+        return out if self.predicts == "velocity" else diffusion.data_to_velocity(out, x, t)
 
     def solve(
         self,

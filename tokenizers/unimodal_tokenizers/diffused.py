@@ -26,10 +26,11 @@ class DiffusionRepresentation(Representation):
     """`Representation` whose decoder learns v of noised pixels given the tokens, and decodes by solving dx/dt = v.
 
     It is a plain transformer over the time, as a token of its own, and the noised patches, each beside the token of its
-    place (U-ViT, arXiv 2209.12152, without its long skips). In training the reconstruction is the data that x_t and v point
-    at; otherwise it is what the solver draws. The error of v is a term of the loss, so that the error of pixels may
-    weigh nothing. Decoding begins with one and the same noise for every image unless a generator is given: it is
-    deterministic, and an image does not depend on those beside it.
+    place (U-ViT, arXiv 2209.12152, without its long skips). It gives the data, whose v is (data - x_t) / (1 - t): a narrow
+    network cannot carry the noise through (JiT, arXiv 2511.13720). In training the reconstruction is that; otherwise it
+    is what the solver draws. The error of v is a term of the loss, so that the error of pixels may weigh nothing.
+    Decoding begins with one and the same noise for every image unless a generator is given: it is deterministic, and an
+    image does not depend on those beside it.
     """
 
     needs_error = False
@@ -86,16 +87,15 @@ class DiffusionRepresentation(Representation):
         t = (t / (1 + (self.shift - 1) * (1 - t))).to(images)[:, None, None, None]  # (B, 1, 1, 1), `shift_time`
         noise = torch.randn(images.shape, generator=rng).to(images)
         x = diffusion.interpolate(noise, images, t)
-        v = self.velocity(x, t.flatten(), tokens, grid)
-        terms = {"velocity": F.mse_loss(v, diffusion.velocity(noise, images))}
-        return Reconstruction(
-            diffusion.velocity_to_data(x, v, t) if self.training else self.decode_batch(tokens, grid), terms
-        )
+        data = self.data(x, t.flatten(), tokens, grid)
+        # Of the images too: near the data v would be larger than `data_to_velocity` makes it.
+        error = F.mse_loss(diffusion.data_to_velocity(data, x, t), diffusion.data_to_velocity(images, x, t))
+        return Reconstruction(data if self.training else self.decode_batch(tokens, grid), {"velocity": error})
 
-    def velocity(
+    def data(
         self, x: Float[Tensor, "B 3 H W"], t: Float[Tensor, " B"], tokens: Float[Tensor, "B N D"], grid: Grid
     ) -> Float[Tensor, "B 3 H W"]:
-        """v at x_t, in single precision at least."""
+        """The images that x_t and tokens speak of, in single precision at least."""
         p, dtype = self.layout.stride, self.token_in.weight.dtype
         h = self.patches_in(images_to_patches(x.to(dtype), p)) + self.token_in(tokens.to(dtype))  # (B, N, C)
         time = self.time_in(diffusion.timestep_embedding(precise(t)).to(dtype))[:, None]  # (B, 1, C)
@@ -117,7 +117,8 @@ class DiffusionRepresentation(Representation):
         x = precise(noise.to(tokens)).expand(len(tokens), -1, -1, -1)
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            return self.velocity(x, x.new_full((len(x),), t), tokens, grid)
+            times = x.new_full((len(x),), t)
+            return diffusion.data_to_velocity(self.data(x, times, tokens, grid), x, times[:, None, None, None])
 
         *_, x = diffusion.SOLVERS[self.solver](velocity, x, self.times)
         return x

@@ -94,11 +94,15 @@ def velocity(noise: Float[Tensor, "*shape"], data: Float[Tensor, "*shape"]) -> F
     return data - noise
 
 
-def velocity_to_data(
-    x: Float[Tensor, "*shape"], v: Float[Tensor, "*shape"], t: Float[Tensor, "*#shape"]
+NEAREST = 0.05
+"""Least 1 - t that a difference from the data is divided by (JiT, arXiv 2511.13720)."""
+
+
+def data_to_velocity(
+    data: Float[Tensor, "*#shape"], x: Float[Tensor, "*#shape"], t: Float[Tensor, "*#shape"]
 ) -> Float[Tensor, "*shape"]:
-    """The data a point and its velocity point at: x + (1 - t) v."""
-    return x + (1 - t) * v
+    """The velocity of a point on its way to the data: (data - x) / (1 - t), no larger near the data than at `NEAREST`."""
+    return (data - x) / (1 - t).clamp_min(NEAREST)
 
 
 Velocity = Callable[[Tensor, float], Tensor]  # v(x, t)
