@@ -25,7 +25,7 @@ model:
   init_args:
     model:
       backbone: {width: 32, depth: 2, heads: 2, kv_heads: 2, mlp_width: 48, vocabulary: 300}
-      sequence: {image_sizes: [[8, 8]], context_length: 192, drop_text: 0.1}
+      sequence: {image_sizes: [[8, 8]], context_length: 192, drop_text: 0.1, drop_images: 0}
     warmup_steps: 1
 data:
   init_args: {batch_tokens: 512, validation_documents: 4, prompts: 1}

@@ -79,6 +79,9 @@ def test_all_designs_have_one_budget() -> None:
     for design in DESIGNS:
         assert holds(recipe(design, DIGITS, {}), DIGITS.budget), design.name
         assert recipe(design, DIGITS, {})["data"] == DIGITS.budget["data"]
+        sequence = recipe(design, DIGITS, {})["model"]["init_args"]["model"]["sequence"]
+        sequence.pop("context", None)  # how images are read is the design's own
+        assert sequence == DIGITS.budget["model"]["init_args"]["model"]["sequence"], design.name
 
 
 def test_controls_differ_in_what_they_say() -> None:
@@ -293,6 +296,10 @@ def test_a_tokenizer_and_its_teacher_are_trained_once(tmp_path: Path) -> None:
     trained = [Path(c[c.index("--trainer.default_root_dir") + 1]).name for c in runner.calls if c[0] == "fit"]
     assert trained.count("digits_diffused") == trained.count("digits_multiscale") == 1
     assert sum(call[0] == "experiments.digits.teacher" for call in runner.calls) == 1
+    held = tmp_path / "tokenizers" / "digits_diffused.yaml"
+    held.write_text(held.read_text().replace("steps: 25", "steps: 24"))
+    with pytest.raises(RuntimeError, match=r"digits_diffused.yaml is no longer what .*: delete .* to begin again"):
+        runner._tokenizer("digits_diffused")
 
 
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

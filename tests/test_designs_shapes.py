@@ -18,7 +18,7 @@ from experiments.designs.running import Row, Runner, plan
 from experiments.designs.shapes import image_scores, perfect, shown
 from experiments.designs.table import CONFIGS, DESIGNS, SHAPES, WORLDS, chosen, merged, model, recipe
 from experiments.shapes import teacher
-from unimodal.data.shapes import recognise
+from unimodal.data.shapes import BACKGROUND, COLOURS, recognise
 from unimodal.evaluation.shapes import GenEvalShapes
 
 NAMES = [design.name for design in DESIGNS]
@@ -97,6 +97,10 @@ def test_the_teacher_is_what_the_recipe_says_and_names_what_it_sees() -> None:
         seen = {(found.label, found.colour) for found in recognise(picture)}
         named = {(teacher.SHAPE[s], teacher.COLOUR[c]) for s, c in zip(shape.tolist(), colour.tolist(), strict=True)}
         assert named == seen | {("background", "background")}
+        patches = np.asarray(picture).reshape(8, 4, 8, 4, 3).swapaxes(1, 2).reshape(64, 16, 3)
+        for patch, c in zip(patches, colour.tolist(), strict=True):
+            if (patch == patch[0]).all():  # of one colour, so it is known which
+                assert tuple(patch[0]) == tuple({**COLOURS, "background": BACKGROUND}[teacher.COLOUR[c]])
     network, share = teacher.train(2, batch=2, count=4)
     assert 0 <= share <= 1
     assert not network.training

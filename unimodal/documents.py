@@ -113,9 +113,6 @@ class Document:
         return Document(self.parts + tuple(parts), self.kind)
 
 
-# ---- images
-
-
 # ---- files
 
 

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, told apart by their hash, and kept inside the folder they belong to."""
+"""Files: written whole or not at all, told apart by their hash, kept inside their folder, and named on one line."""
 
 from __future__ import annotations
 

@@ -182,8 +182,11 @@ class Runner:
 
     def _tokenizer(self, name: str) -> None:
         """Train a tokenizer, and before it the teacher of its encoder."""
-        folder = self.out / "tokenizers" / name
+        folder, recipe = self.out / "tokenizers" / name, CONFIGS / "tokenizers" / f"{name}.yaml"
+        config, settings = folder.with_suffix(".yaml"), yaml.safe_load(recipe.read_text(encoding="utf-8"))
         if (folder / "export").is_dir():
+            if yaml.safe_load(config.read_text(encoding="utf-8")) != settings:
+                raise RuntimeError(f"{config} is no longer what {recipe} says: delete {self.out} to begin again")
             return
         options = ["--trainer.enable_progress_bar", "false"]
         if name in TEACHER:
@@ -192,7 +195,8 @@ class Runner:
             if not weights.is_file():
                 self._call([sys.executable, "-m", module, "--out", str(weights)], folder.parent / "teacher.log")
             options += ["--model.encoder_weights", str(weights)]
-        self._fit(CONFIGS / "tokenizers" / f"{name}.yaml", folder, options)
+        write_atomically(config, yaml.safe_dump(settings, sort_keys=False).encode())
+        self._fit(recipe, folder, options)
 
     def _first(self, run: Run) -> Iterator[str]:
         """Train the stages before the last; options that the last starts with."""

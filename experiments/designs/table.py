@@ -215,7 +215,7 @@ class World:
 
 def _budget(image: int, data: Changes, **rules: Any) -> Changes:
     backbone = {"width": 128, "depth": 4, "heads": 4, "kv_heads": 4, "mlp_width": 344, "vocabulary": 512}
-    sequence = {"image_sizes": [[image, image]], **rules, "drop_text": 0.1}
+    sequence = {"image_sizes": [[image, image]], **rules, "drop_text": 0.1, "drop_images": 0.0}
     rest = {"warmup_steps": 100, "schedule": "constant", "lr_floor": None, "weight_decay": 0.05, "ema_decay": 0.995}
     # Steps, where to and how often are the runner's.
     trainer = {"precision": "32-true", "gradient_clip_val": 1.0, "enable_progress_bar": False}

@@ -53,23 +53,9 @@ def scenes(split: Split, count: int) -> tuple[Float[Tensor, "B 3 32 32"], Int64[
     return images, torch.from_numpy(np.stack([shown(scene) for scene in found]))
 
 
-class Patches(nn.Module):
-    """A network's answers for every patch, where timm would ask it for one of the whole image."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Float[Tensor, "B 3 32 32"]) -> Float[Tensor, "B K N"]:
-        """Logits, those of shapes before those of colours."""
-        network: Any = self.network
-        answers: Tensor = network.head(network.fc_norm(network.forward_features(images)))  # (B, N, K)
-        return answers.mT
-
-
-def loss_of(answers: Float[Tensor, "B K N"], there: Int64[Tensor, "B 2 N"]) -> Float[Tensor, ""]:
+def loss_of(answers: Float[Tensor, "B N K"], there: Int64[Tensor, "B 2 N"]) -> Float[Tensor, ""]:
     """Cross-entropy of shapes and of colours."""
-    shape, colour = answers.split([len(SHAPE), len(COLOUR)], dim=1)
+    shape, colour = answers.mT.split([len(SHAPE), len(COLOUR)], dim=1)  # (B, ., N)
     return F.cross_entropy(shape, there[:, 0]) + F.cross_entropy(colour, there[:, 1])
 
 
@@ -82,14 +68,14 @@ def train(steps: int, seed: int = 0, batch: int = 64, count: int = 10_000) -> tu
     torch.manual_seed(seed)
     answers = len(SHAPE) + len(COLOUR)
     network = timm.create_model(NAME, num_classes=answers, pretrained=False, dynamic_img_size=True, **OPTIONS)
+    network.global_pool = ""  # it answers for every patch
     images, there = scenes("train", count + _TEST)
     rng = torch.Generator().manual_seed(seed)
     draws = (torch.randint(count, (batch,), generator=rng) for _ in range(steps))
-    model = Patches(network)
-    fit(model, ((images[at], there[at]) for at in draws), loss_of, steps)
+    fit(network, ((images[at], there[at]) for at in draws), loss_of, steps)
     with torch.no_grad():
-        shape, colour = model(images[count:]).split([len(SHAPE), len(COLOUR)], dim=1)
-    right = torch.stack([shape.argmax(1), colour.argmax(1)], 1) == there[count:]  # (B, 2, N)
+        shape, colour = network(images[count:]).split([len(SHAPE), len(COLOUR)], dim=2)
+    right = torch.stack([shape.argmax(2), colour.argmax(2)], 1) == there[count:]  # (B, 2, N)
     return network, float(right.all(1)[there[count:, 0] < len(SHAPES)].float().mean())
 
 

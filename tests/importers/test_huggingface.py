@@ -358,12 +358,6 @@ class Watched:
     def __exit__(self, *error: object) -> None:
         self._file.__exit__(*error)
 
-    def keys(self) -> list[str]:
-        return self._file.keys()
-
-    def get_slice(self, name: str) -> Any:
-        return self._file.get_slice(name)
-
     def get_tensor(self, name: str) -> Tensor:
         kind = type(self)
         tensor = self._file.get_tensor(name)
@@ -681,7 +675,7 @@ def test_what_no_architecture_computes_is_not_exported(changes: dict[str, Any], 
 
 def test_an_export_appears_complete_or_not_at_all(qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, out = imported(qwen3), qwen3.parent / "out" / "deep"
-    monkeypatch.setattr(huggingface, "_write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(huggingface, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_text(made, out)
     monkeypatch.undo()

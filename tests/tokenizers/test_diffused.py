@@ -29,7 +29,7 @@ def images(count: int = 4, height: int = 8, width: int = 8) -> Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.1])  # of the last some times are next to the data
 def test_the_loss_is_the_error_of_the_velocity_at_drawn_times(shift: float) -> None:
     tokenizer, x = made(shift=shift).train(), images()
     tokenizer.steps.fill_(7)
@@ -60,11 +60,11 @@ def test_outside_training_it_draws_and_nothing_moves() -> None:
     assert int(tokenizer.steps) == 0
 
 
-@pytest.mark.parametrize(("solver", "steps"), [("euler", 6), ("heun", 7)])
+@pytest.mark.parametrize(("solver", "steps", "shift"), [("euler", 6, 2.0), ("euler", 6, 0.1), ("heun", 7, 2.0)])
 def test_an_image_is_the_solver_s_in_exactly_so_many_evaluations(
-    solver: Any, steps: int, monkeypatch: pytest.MonkeyPatch
+    solver: Any, steps: int, shift: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer, x = made(solver=solver, steps=steps, shift=2.0).eval(), images()
+    tokenizer, x = made(solver=solver, steps=steps, shift=shift).eval(), images()
     tokens, calls, plain = tokenizer.encode_batch(x), [], tokenizer.data
 
     def counted(*args: Any) -> Tensor:
@@ -77,7 +77,7 @@ def test_an_image_is_the_solver_s_in_exactly_so_many_evaluations(
     assert calls[0] == 0
     if solver == "euler":
         y = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).expand(4, -1, -1, -1)
-        times = [(i / 6) / (i / 6 + 2 * (1 - i / 6)) for i in range(7)]
+        times = [(i / 6) / (i / 6 + shift * (1 - i / 6)) for i in range(7)]
         for t, s in pairwise(times):
             v = (plain(y, torch.full((4,), t), tokens, Grid(4, 4)) - y) / max(1 - t, 0.05)
             y = y + (s - t) * v

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, Reconstruction, precise
@@ -23,7 +22,7 @@ from unimodal_tokenizers.transformer import images_to_patches, patches_to_images
 
 
 class DiffusionRepresentation(Representation):
-    """`Representation` whose decoder learns v of noised pixels given the tokens, and decodes by solving dx/dt = v.
+    """`Representation` whose decoder learns the way from noise to pixels, given the tokens, and draws by solving dx/dt = v.
 
     It is a plain transformer over the time, as a token of its own, and the noised patches, each beside the token of its
     place (U-ViT, arXiv 2209.12152, without its long skips). It gives the data, whose v is (data - x_t) / (1 - t): a narrow
@@ -88,8 +87,7 @@ class DiffusionRepresentation(Representation):
         noise = torch.randn(images.shape, generator=rng).to(images)
         x = diffusion.interpolate(noise, images, t)
         data = self.data(x, t.flatten(), tokens, grid)
-        # Of the images too: near the data v would be larger than `data_to_velocity` makes it.
-        error = F.mse_loss(diffusion.data_to_velocity(data, x, t), diffusion.data_to_velocity(images, x, t))
+        error = diffusion.data_to_velocity(data, images, t).square().mean()  # of v: x_t is in both and falls out
         return Reconstruction(data if self.training else self.decode_batch(tokens, grid), {"velocity": error})
 
     def data(

@@ -6,14 +6,12 @@ Tensors go one by one: a source tensor is read, copied into its rows of every ex
 its checkpoint are never in memory together. Everything is checked before anything is written.
 """
 
-import json
 import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,11 +23,13 @@ from unimodal.backbone import Backbone, BackboneConfig
 from unimodal.backbone.adapters import LoraLinear
 from unimodal.backbone.transformer import Routed, Vocabulary
 from unimodal.importers.huggingface_config import config_mismatches, config_record
-from unimodal.importers.huggingface_files import INDEX, WEIGHTS, Header, headers_of
+from unimodal.importers.huggingface_files import INDEX, WEIGHTS, Header, headers_of, write_json
 from unimodal.shards import write
 from unimodal.text import TextTokenizer
 
 SHARD_BYTES = 5 * 10**9
+
+
 # --- which tensor is which rows of which parameter
 
 
@@ -211,10 +211,10 @@ def save_text(
         new = Path(temporary) / "export"
         new.mkdir()
         _write_shards(backbone, index, added, shard_bytes, new)
-        _write_json(new / "config.json", record)
+        write_json(new / "config.json", record)
         if tokenizer is not None:
             (new / "tokenizer.json").write_text(tokenizer.bpe.to_str(), encoding="utf-8")
-            _write_json(new / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+            write_json(new / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         os.replace(new, folder)
 
 
@@ -244,7 +244,7 @@ def _write_shards(backbone: Backbone, expert: int, added: bool, shard_bytes: int
         )
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 def _shards(sizes: dict[str, int], most: int) -> Iterator[Sequence[str]]:
@@ -281,10 +281,3 @@ def _merged(base: nn.Linear, adapter: LoraLinear) -> Float[Tensor, "O C"]:
     """W + (alpha / r) B A, a section at a time."""
     pairs = zip(adapter.lora_B.split(adapter.sections), adapter.lora_A.split(adapter.rank), strict=True)
     return base.weight + adapter.scale * torch.cat([b @ a for b, a in pairs])
-
-
-# --- files
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

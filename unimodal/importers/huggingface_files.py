@@ -69,3 +69,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"import: {path} holds no object")
     return record
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """An object as a JSON file."""
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
