@@ -251,10 +251,16 @@ def test_guidance_zero_ignores_the_prompt(model: UnifiedModel) -> None:
         _, a = _sample(model, 0.0, "a handwritten seven")
         _, b = _sample(model, 0.0, "three plus seven equals ten")
         _, c = _sample(model, 1.0, "three plus seven equals ten")
+        asked = [
+            Document((Part(text, learn=False),)) for text in ("a handwritten seven", "three plus seven equals ten")
+        ]
+        image = model.generator.sampling.override(guidance=0.0)
+        drawn = decode(model, asked, DecodingSettings("image", max_tokens=0, max_images=1, image=image), [3, 3])
     finally:
         model.float()
     torch.testing.assert_close(a.double(), b.double(), atol=1e-9, rtol=0)
     assert not torch.equal(b, c)
+    assert drawn[0].images[-1].tobytes() == drawn[1].images[-1].tobytes()
 
 
 @pytest.mark.parametrize("name", WHOLE)
