@@ -14,6 +14,8 @@ from unimodal.evaluation.likelihood import log_likelihoods
 from unimodal.model import UnifiedModel
 from unimodal.refine import best_of, look_again, reads_back
 from unimodal_generators import FlowSettings, Regression
+from unimodal_generators.base import Known
+from unimodal_tokenizers.base import Grid, ImageTokens
 
 Make = Callable[..., UnifiedModel]
 PROMPT = Document((Part("a handwritten seven", learn=False),), "text_to_image")
@@ -316,3 +318,9 @@ def test_what_reads_wrong_is_drawn_again_up_to_a_limit(model: UnifiedModel) -> N
             assert one.read == "".join(part.text for part in read)
     with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
         look_again(model, [PROMPT], DRAWING, [1], 0, third_time)
+
+
+def test_a_mask_of_another_number_of_tokens_is_refused() -> None:
+    tokens = ImageTokens(torch.zeros(4, 2), (Grid(2, 2),))
+    with pytest.raises(ValueError, match=r"known: expected a mask of 4 tokens, got \[3\]"):
+        Known(tokens, torch.zeros(3, dtype=torch.bool))

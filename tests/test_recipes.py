@@ -1,6 +1,7 @@
 """Every recipe parses, builds and takes a step; every model recipe trains on a folder of your own pictures."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,7 @@ ONE_OF_EACH = [
     for path in ("models/digits_mot_flow.yaml", "tokenizers/digits_vq.yaml", "tokenizers/digits_fsq.yaml")
 ]
 """A model, a tokenizer, and one that is laid over another: all of a kind are parsed alike."""
+NOT_MEASURED = {"digits_jpeg_ar", "digits_unidisc_masked", "shapes_flux_latents", "shapes_llamagen_codes"}
 QUICK = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.enable_progress_bar", "false"]
 
 
@@ -107,7 +109,14 @@ def test_there_is_something_to_test() -> None:
 def test_the_head_of_a_recipe_says_what_paper_command_and_measured(recipe: Path) -> None:
     head = [line.split(":")[0] for line in recipe.read_text().splitlines()[:4]]
     assert head == ["# What", "# Paper", "# Command", "# Measured"]
-    assert str(recipe.relative_to(CONFIGS.parent)) in recipe.read_text().splitlines()[2]
+    command, measured = recipe.read_text().splitlines()[2:4]
+    assert str(recipe.relative_to(CONFIGS.parent)) in command
+    needed = re.search(r"tokenizer_weights: out/(\w+)/export", recipe.read_text())
+    if needed:
+        assert command.index(f"tokenizers/{needed[1]}.yaml") < command.index(f"models/{recipe.name}")
+    if recipe in (*MODELS, *TOKENIZERS):
+        found = re.search(r"\d (s|CPU minutes)\b.* \d+(\.\d+)? (%|dB)", measured)
+        assert (found is None) == (recipe.stem in NOT_MEASURED), measured
 
 
 @pytest.mark.parametrize("recipe", MODELS, ids=name)

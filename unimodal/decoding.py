@@ -160,7 +160,8 @@ class _Decoder:
                 return tuple(ids[:n])
             row.ids.append(token)
             row.tokens += 1
-            if self.settings.stop and any(stop in self.model.text.decode(row.ids) for stop in self.settings.stop):
+            text = self.model.text.decode(row.ids) if self.settings.stop else ""
+            if any(stop in text for stop in self.settings.stop):
                 yield from self._finish(i)
                 return tuple(ids[: n + 1])
             yield from self._tell(i)

@@ -1,7 +1,7 @@
 """Learned queries: the backbone says in their hidden states what to draw, and a diffusion transformer draws it.
 
 DreamLLM (arXiv 2309.11499), MetaQuery (arXiv 2504.06256), BLIP3-o (arXiv 2505.09568), whose first step is this over the
-tokens of a feature tokenizer; its second, decoding them by diffusion, is not here.
+tokens of a feature tokenizer; its second, decoding them by diffusion, is the tokenizer's (`DiffusionRepresentation`).
 
 Letters: N images, T tokens of all of them, D channels of a token, Q queries of an image, C width of the backbone, L layers
 of it that are read, K channels of a condition, G guidance branches.
