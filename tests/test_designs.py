@@ -261,6 +261,10 @@ def test_another_recipe_does_not_go_on_where_one_stopped(tmp_path: Path) -> None
     changed = replace(run, stages=(replace(run.stages[0], config={"other": 1}),))
     with pytest.raises(RuntimeError, match="no longer what the design says"):
         runner.train(changed, 13.0)
+    runner.dies = None
+    done(runner, run, 13.0)
+    with pytest.raises(RuntimeError, match="no longer what the design says"):  # also where nothing is left to do
+        runner.train(changed, 13.0)
 
 
 def test_runs_of_other_lengths_and_seeds_lie_apart(tmp_path: Path) -> None:
@@ -299,7 +303,7 @@ def test_a_tokenizer_and_its_teacher_are_trained_once(tmp_path: Path) -> None:
     held = tmp_path / "tokenizers" / "digits_diffused.yaml"
     held.write_text(held.read_text().replace("steps: 25", "steps: 24"))
     with pytest.raises(RuntimeError, match=r"digits_diffused.yaml is no longer what .*: delete .* to begin again"):
-        runner._tokenizer("digits_diffused")
+        runner.check(replace(made("other", [2.0], [10]), design=chosen(["metamorph"])[0]))
 
 
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

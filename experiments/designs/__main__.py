@@ -65,8 +65,13 @@ def main(argv: list[str] | None = None) -> int:
         except OSError:
             parser.error(f"--out: another of these commands is working in {args.out}")
         threads = None if args.jobs == 1 else max(1, torch.get_num_threads() // args.jobs)
-        failed = train(mine, budget, Runner(args.out, threads), args.jobs)
         alone = Runner(args.out)
+        try:
+            for run in runs:
+                alone.check(run)
+        except RuntimeError as error:
+            parser.error(f"--out: {error}")
+        failed = train(mine, budget, Runner(args.out, threads), args.jobs)
         for run in mine:
             if run.name not in failed:
                 alone.time(run)

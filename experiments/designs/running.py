@@ -137,6 +137,7 @@ class Runner:
 
     def train(self, run: Run, flops: float) -> None:
         """Train a run to each of its points, and score it there."""
+        self.check(run)
         points = dict.fromkeys(run.points(flops).values())
         left = [steps for steps in points if not self._page(run, steps).is_file()]
         if not left:
@@ -151,6 +152,28 @@ class Runner:
             asked = [*run.world.scoring, "--run", str(self.folder(run) / "run"), "--out", str(scored)]
             asked += ["--seed", str(run.seed), *(["--compile"] if able else [])]
             self._call([sys.executable, "-m", *asked], scored.with_name(f"{scored.name}.log"))
+
+    def check(self, run: Run) -> None:
+        """Refuse to go on with, or to report, what was trained by other settings than today's."""
+        for stage in run.stages:
+            config = self.folder(run) / f"{stage.name}.yaml"
+            if config.with_suffix("").is_dir() and config.read_text(encoding="utf-8") != self._config(run, stage):
+                raise RuntimeError(
+                    f"{config} is no longer what the design says: delete {config.parent} to train it again"
+                )
+        if run.tokenizer is not None:
+            folder, (recipe, settings) = self.out / "tokenizers" / run.tokenizer, _tokenizer_recipe(run.tokenizer)
+            config = folder.with_suffix(".yaml")
+            if (folder / "export").is_dir() and config.read_text(encoding="utf-8") != settings:
+                raise RuntimeError(f"{config} is no longer what {recipe} says: delete {self.out} to begin again")
+
+    def _config(self, run: Run, stage: Stage) -> str:
+        """What `unimodal fit` reads, with the tokenizer that the run has."""
+        settings = dict(stage.config)
+        if run.tokenizer is not None:
+            weights = str(self.out / "tokenizers" / run.tokenizer / "export")
+            settings = merged(settings, training(tokenizer_weights=weights))
+        return yaml.safe_dump(settings, sort_keys=False)
 
     def _page(self, run: Run, steps: int) -> Path:
         """What scoring writes last."""
@@ -182,11 +205,8 @@ class Runner:
 
     def _tokenizer(self, name: str) -> None:
         """Train a tokenizer, and before it the teacher of its encoder."""
-        folder, recipe = self.out / "tokenizers" / name, CONFIGS / "tokenizers" / f"{name}.yaml"
-        config, settings = folder.with_suffix(".yaml"), yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        folder, (recipe, settings) = self.out / "tokenizers" / name, _tokenizer_recipe(name)
         if (folder / "export").is_dir():
-            if yaml.safe_load(config.read_text(encoding="utf-8")) != settings:
-                raise RuntimeError(f"{config} is no longer what {recipe} says: delete {self.out} to begin again")
             return
         options = ["--trainer.enable_progress_bar", "false"]
         if name in TEACHER:
@@ -195,7 +215,7 @@ class Runner:
             if not weights.is_file():
                 self._call([sys.executable, "-m", module, "--out", str(weights)], folder.parent / "teacher.log")
             options += ["--model.encoder_weights", str(weights)]
-        write_atomically(config, yaml.safe_dump(settings, sort_keys=False).encode())
+        write_atomically(folder.with_suffix(".yaml"), settings.encode())
         self._fit(recipe, folder, options)
 
     def _first(self, run: Run) -> Iterator[str]:
@@ -216,20 +236,13 @@ class Runner:
 
     def _train(self, run: Run, stage: Stage, steps: int, options: list[str]) -> None:
         folder = self.folder(run) / stage.name
-        settings = dict(stage.config)
-        if run.tokenizer is not None:
-            weights = str(self.out / "tokenizers" / run.tokenizer / "export")
-            settings = merged(settings, training(tokenizer_weights=weights))
-        config, text = folder.with_suffix(".yaml"), yaml.safe_dump(settings, sort_keys=False)
-        if folder.is_dir() and config.is_file() and config.read_text(encoding="utf-8") != text:
-            raise RuntimeError(f"{config} is no longer what the design says: delete {folder.parent} to train it again")
-        record = folder / "run.json"
+        config, record = folder.with_suffix(".yaml"), folder / "run.json"
         trained = json.loads(record.read_text())["steps"] if record.is_file() else 0
         if trained > steps:
             raise RuntimeError(f"{folder} is trained for {trained} steps, past {steps}: delete {folder.parent}")
         if trained == steps:
             return
-        write_atomically(config, text.encode())
+        write_atomically(config, self._config(run, stage).encode())
         every = ["--trainer.val_check_interval", str(stage.steps), "--checkpoint.every_n_train_steps", "100"]
         able, _ = can_compile()
         options = [*options, "--trainer.max_steps", str(steps), *every, "--model.compile", str(able).lower()]
@@ -283,3 +296,9 @@ class Runner:
         if code:
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             raise RuntimeError(f"{' '.join(command[2:6])} ended with {code}: {lines[-1]} (all of it in {log})")
+
+
+def _tokenizer_recipe(name: str) -> tuple[Path, str]:
+    """A tokenizer's recipe, and what it says without its comments."""
+    recipe = CONFIGS / "tokenizers" / f"{name}.yaml"
+    return recipe, yaml.safe_dump(yaml.safe_load(recipe.read_text(encoding="utf-8")), sort_keys=False)
