@@ -1,7 +1,7 @@
 """Every generator as the tests build it, over tokenizers without weights: add one here and all suites ask it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from unimodal_generators import (
     TokenDiffusionSettings,
     UNetCoder,
 )
+from unimodal_tokenizers import DiffusionRepresentation
 from unimodal_tokenizers.base import Grid, ImageTokenizer, MultiscaleTokenizer, TokenLayout
 from unimodal_tokenizers.patch import PatchTokenizer
 
@@ -39,7 +40,9 @@ class GrayLevels(ImageTokenizer):
         gray = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 2)
         return ((gray + 1) * 7.5).round().long().flatten(1)
 
-    def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
+    def decode_batch(
+        self, tokens: torch.Tensor, grid: Grid, rngs: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
         gray = (tokens.float() / 7.5 - 1).unflatten(1, (1, grid.h, grid.w))
         return gray.repeat(1, 3, 1, 1).repeat_interleave(2, -1).repeat_interleave(2, -2)
 
@@ -58,8 +61,10 @@ class GrayDigits(GrayLevels):
         level = super().encode_batch(images, rng)
         return torch.stack([level // 4, level % 4], dim=-1)
 
-    def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
-        return super().decode_batch(tokens[..., 0] * 4 + tokens[..., 1], grid, rng)
+    def decode_batch(
+        self, tokens: torch.Tensor, grid: Grid, rngs: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        return super().decode_batch(tokens[..., 0] * 4 + tokens[..., 1], grid, rngs)
 
     def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
         return super().lookup(tokens[:, 0] * 4 + tokens[:, 1])
@@ -89,7 +94,9 @@ class GrayPyramid(MultiscaleTokenizer):
         codes = self.lookup(ids.flatten()).unflatten(0, (len(ids), *grid.sizes[k])).permute(0, 3, 1, 2)
         return torch.nn.functional.interpolate(codes, (grid.h, grid.w), mode="nearest")
 
-    def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
+    def decode_batch(
+        self, tokens: torch.Tensor, grid: Grid, rngs: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
         gray = self.accumulate(tokens, grid)[-1][:, :1]
         return gray.repeat(1, 3, 1, 1).repeat_interleave(2, -1).repeat_interleave(2, -2)
 
@@ -112,6 +119,16 @@ class Case(NamedTuple):
 
 squares = functools.partial(PatchTokenizer, 2)
 made = functools.partial
+features = made(  # its decoder draws
+    DiffusionRepresentation,
+    "vit_tiny_patch16_224",
+    {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 1, "num_heads": 2, "dynamic_img_size": True},
+    dim=6,
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=2,
+    steps=3,
+)
 dit = made(DiT, width=16, depth=2, heads=2)
 small = {"head_width": 16, "head_depth": 1, "multiply": 2}
 CASES = {
@@ -150,6 +167,8 @@ CASES = {
     "prefilled_private": Case(made(Regression, order="parallel", private=True), squares),
     "queries": Case(made(Queries, denoiser=dit, queries=3), squares),
     "ladder": Case(made(Queries, denoiser=dit, queries=5, layers=(0, -1), private=False), squares, whole=False),
+    "metamorph": Case(made(Regression, loss="cosine"), features, whole=False),
+    "blip3o": Case(made(Queries, denoiser=dit, queries=3), features, whole=False),
     "both": Case(Flow, squares, context="both"),
     "reader": Case(Flow, squares, whole=False, context="understanding"),
     "janus": Case(Autoregressive, GrayLevels, context="understanding"),

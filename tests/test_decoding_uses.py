@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from generator_cases import WHOLE
 from PIL import Image
 
 from unimodal.decoding import decode, stream
@@ -12,7 +13,7 @@ from unimodal.decoding_settings import DecodingSettings, Inpaint, Piece
 from unimodal.documents import Document, Part
 from unimodal.evaluation.likelihood import log_likelihoods
 from unimodal.model import UnifiedModel
-from unimodal.refine import best_of, look_again, reads_back
+from unimodal.refine import Look, _try_seed, best_of, look_again, reads_back
 from unimodal_generators import FlowSettings, Regression
 from unimodal_generators.base import Known
 from unimodal_tokenizers.base import Grid, ImageTokens
@@ -67,6 +68,64 @@ def test_an_image_is_previewed_step_by_step(make: Make) -> None:
     assert [p.image is not None for p in pieces] == [False] * 8 + [True] * 2
     assert len({p.preview.tobytes() for p in pieces if p.preview is not None}) == 8
     assert all(p.preview is None for p in stream(make("flow"), [PROMPT], settings, [0]))
+
+
+PREVIEWS = {
+    "flow": 19, "both": 19, "unet": 19, "diffusion": 7, "autoregressive": 3, "codes": 3, "shared": 3, "rows": 3, "digits": 3,
+    "squares": 1, "masked": 7, "parallel": 7, "joint": 7, "next_scale": 2, "token_raster": 3, "token_random": 2,
+    "regression": 3, "prefilled_private": 0, "queries": 19, "janus": 3,
+}  # fmt: skip
+"""Of an image of 4 x 4 tokens: a step each, or a row, or a scale; all but the last, which is the image."""
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_generator_shows_what_it_has(make: Make, name: str) -> None:
+    pieces = list(
+        stream(make(name), [PROMPT], DecodingSettings("image", max_tokens=0, max_images=1), [1], previews=True)
+    )
+    previews = [np.asarray(p.preview) for p in pieces if p.preview is not None]
+    assert len(previews) == PREVIEWS[name]
+    final = np.asarray(pieces[-1].image)
+    rows = len(previews) + 1
+    if name in ("autoregressive", "token_raster", "regression", "squares"):  # what was drawn stays
+        for done, preview in enumerate(previews, start=1):
+            height = done * 8 // rows
+            assert np.array_equal(preview[:height], final[:height])
+            assert np.array_equal(preview[height], preview[height - 2])  # and goes on below
+            assert not np.array_equal(preview, final)
+
+
+def test_a_preview_shows_what_was_given_below(make: Make) -> None:
+    settings = DecodingSettings("image", max_tokens=0, max_images=1)
+    free = np.full((8, 8), 255, dtype=np.uint8)
+    free[6:] = 0
+    pieces = list(
+        stream(
+            make("autoregressive"), [PROMPT], settings, [1], [Inpaint(picture(), Image.fromarray(free))], previews=True
+        )
+    )
+    first, final = pieces[0].preview, pieces[-1].image
+    assert first is not None
+    assert final is not None
+    assert np.array_equal(np.asarray(first)[6:], np.asarray(final)[6:])
+    assert not np.array_equal(np.asarray(first)[:6], np.asarray(final)[:6])
+
+
+@pytest.mark.parametrize("name", ["metamorph", "blip3o"])
+def test_a_decoder_that_draws_does_so_from_the_document_s_seed(make: Make, name: str) -> None:
+    model = make(name).double()
+    try:
+        prompts, seeds = [PROMPT, PROMPT, OTHER], [3, 4, 5]
+        settings = DecodingSettings("image", max_tokens=9, max_images=2, temperature=1.5)
+        together = decode(model, prompts, settings, seeds)
+        alone = [decode(model, [p], settings, [s])[0] for p, s in zip(prompts, seeds, strict=True)]
+        previewed = list(stream(model, prompts, settings, seeds, previews=True))
+    finally:
+        model.float()
+    assert [contents(d.parts) for d in together] == [contents(d.parts) for d in alone]
+    for i, (prompt, document) in enumerate(zip(prompts, together, strict=True)):
+        assert joined(previewed, i) == contents(document.parts[len(prompt.parts) :])  # previews draw nothing of it
+    assert together[0].images[0].tobytes() != together[1].images[0].tobytes()
 
 
 def test_between_pieces_the_model_is_as_it_was(make: Make) -> None:
@@ -285,9 +344,6 @@ def test_a_model_scores_by_reading_its_own_image(model: UnifiedModel) -> None:
     for undrawn in (PROMPT, photo):  # an image that was given says nothing of the model
         with pytest.raises(ValueError, match="documents: expected a text and a drawn image behind it"):
             reads_back(model)([undrawn])
-        reading = DecodingSettings(max_tokens=2, max_images=0)
-        with pytest.raises(ValueError, match="documents: expected a text and a drawn image behind it"):
-            look_again(model, [undrawn], reading, [1], 1, lambda document, read: True)
 
 
 # ---- draw, look, draw again
@@ -318,6 +374,37 @@ def test_what_reads_wrong_is_drawn_again_up_to_a_limit(model: UnifiedModel) -> N
             assert one.read == "".join(part.text for part in read)
     with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
         look_again(model, [PROMPT], DRAWING, [1], 0, third_time)
+    with pytest.raises(ValueError, match="max_images: expected at least 1 to look at, got 0"):
+        look_again(model, [PROMPT], DecodingSettings(max_images=0), [1], 1, third_time)
+
+
+def test_a_try_that_draws_nothing_does_not_fit(make: Make) -> None:
+    """A model that may think first may also end without an image: one such try must not take the others with it."""
+    model, settings = make("flow"), DecodingSettings("text", max_tokens=3, max_images=1, temperature=1.5)
+    seeds = list(range(12))
+    looks = look_again(model, [PROMPT] * 12, settings, seeds, 2, lambda document, read: True)
+    first = decode(model, [PROMPT] * 12, settings, seeds)
+    assert {len(document.images) for document in first} == {0, 1}
+    for tries, document in zip(looks, first, strict=True):
+        assert contents(tries[0].document.parts) == contents(document.parts)
+        assert [one.agrees for one in tries] == (
+            [True] if document.images else [False, bool(tries[-1].document.images)]
+        )
+        assert all(one.read == "" for one in tries if not one.document.images)
+
+
+def test_what_does_not_fit_may_be_shown_to_the_model(make: Make) -> None:
+    def corrected(document: Document, look: Look) -> Document:
+        wrong = Part(f" reads {look.read}. Again: ", learn=False)
+        return Document((*document.parts, Part(look.document.images[-1], learn=False), wrong), document.kind)
+
+    model = make("flow")
+    (tries,) = look_again(model, [PROMPT], DRAWING, [1], 2, lambda document, read: False, again=corrected)
+    assert contents(tries[0].document.parts) == contents(decode(model, [PROMPT], DRAWING, [1])[0].parts)
+    shown = corrected(PROMPT, tries[0])
+    assert contents(tries[1].document.parts[:-1]) == contents(shown.parts)
+    (redrawn,) = decode(model, [shown], DRAWING, [_try_seed(1, 1)])
+    assert contents(tries[1].document.parts) == contents(redrawn.parts)
 
 
 def test_a_mask_of_another_number_of_tokens_is_refused() -> None:

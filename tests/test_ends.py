@@ -1,7 +1,7 @@
 """Images that take the places their tokens need (`Autoregressive.stops`): learned, drawn and read alike."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ class Brightness(ImageTokenizer):
         rows = torch.arange(8).expand(len(images), -1)
         return torch.where(rows < count[:, None], (rows + count[:, None]) % 3, END)
 
-    def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
+    def decode_batch(
+        self, tokens: torch.Tensor, grid: Grid, rngs: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
         said = (tokens != END).sum(1) / 4.5 - 1
         return said[:, None, None, None].expand(-1, 3, 8, 8)
 

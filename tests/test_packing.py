@@ -205,6 +205,24 @@ def test_text_is_dropped_at_the_rate_asked_for(make: Callable[..., UnifiedModel]
     assert 0.3 * 600 - 4 * 11.3 < dropped < 0.3 * 600 + 4 * 11.3
 
 
+def test_images_are_dropped_at_a_rate_of_their_own(make: Callable[..., UnifiedModel]) -> None:
+    """Of 2,000 documents: images alone, text alone, both, each as often as if neither knew of the other."""
+    sequencer = make("flow", drop_text=0.4, drop_images=0.3).sequencer
+    edit = Document((Part(picture(1), learn=False), Part("redder", learn=False), Part(picture(2))))
+    words = sequencer.document(edit, KEY, train=False)
+    counts = {(text, image): 0 for text in (False, True) for image in (False, True)}
+    for i in range(2000):
+        laid = sequencer.document(edit, (7, 0, i))
+        images = sum(s.block is not None for s in laid.segments)
+        ids = sum(len(s.ids) for s in laid.segments)
+        whole = sum(s.block is not None for s in words.segments)
+        counts[ids < sum(len(s.ids) for s in words.segments) - 4, images < whole] += 1
+    shares = {(True, True): 0.12, (True, False): 0.28, (False, True): 0.18, (False, False): 0.42}
+    for kind, share in shares.items():
+        spread = 4 * (2000 * share * (1 - share)) ** 0.5
+        assert abs(counts[kind] - 2000 * share) < spread, (kind, counts)
+
+
 def test_dropping_says_nothing_about_what_a_source_draws(make: Callable[..., UnifiedModel]) -> None:
     """A source draws from the same key. (Seeds (a, b) and (a, b, 0) give numpy one and the same stream.)"""
     sequencer = make("flow", drop_text=0.3).sequencer

@@ -1,7 +1,7 @@
 """Models over tokens without a place: what a grid of one row would be, and refused where rows or places are needed."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import generator_cases
@@ -40,8 +40,10 @@ class GrayRow(GrayLevels):
         super().__init__()
         self.layout = TokenLayout("sequence", dim=1, stride=2, codebooks=(16,), length=16, image=(8, 8))
 
-    def decode_batch(self, tokens: torch.Tensor, grid: Grid, rng: torch.Generator | None = None) -> torch.Tensor:
-        return super().decode_batch(tokens, Grid(4, 4), rng)
+    def decode_batch(
+        self, tokens: torch.Tensor, grid: Grid, rngs: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        return super().decode_batch(tokens, Grid(4, 4), rngs)
 
 
 @pytest.fixture

@@ -258,7 +258,7 @@ class _Decoder:
                     yield Piece(i, preview=to_image(pixels))
             newest = tokens
         assert newest is not None  # every sampler yields the image
-        for i, pixels in zip(images, self.model.tokenizer.decode_each(newest), strict=True):
+        for i, pixels in zip(images, self.model.tokenizer.decode_each(newest, rngs), strict=True):
             row, image = self.rows[i], to_image(pixels)
             row.parts.append(Part(image, role=GENERATED))
             row.images += 1

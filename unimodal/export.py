@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc import locate
@@ -184,21 +184,41 @@ def _makes(tokenizer: nn.Module) -> dict[str, str]:
     return {**makes, "layout": str(tokenizer.layout)}
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, key: str = "weights") -> None:
-    """Load every weight, or none and name every mismatch; `key` is the setting that named them."""
-    check_weights(module, weights, source, key)
+def load_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    key: str = "weights",
+    may_lack: Collection[str] = (),
+) -> None:
+    """Load every weight, or none and name every mismatch.
+
+    Args:
+        module: it takes them.
+        weights: by name.
+        source: where they come from, for messages.
+        key: the setting that named them, likewise.
+        may_lack: names that stay as they are where they are missing.
+    """
+    check_weights(module, weights, source, key, may_lack)
     own = module.state_dict()
     if any(isinstance(tensor, DTensor) for tensor in own.values()):
-        for name, tensor in own.items():
-            write(tensor, weights[name])
+        for name in own.keys() & weights.keys():
+            write(own[name], weights[name])
     else:
-        module.load_state_dict(dict(weights))
+        module.load_state_dict({**own, **weights})
 
 
-def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, key: str = "weights") -> None:
+def check_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    key: str = "weights",
+    may_lack: Collection[str] = (),
+) -> None:
     """Refuse weights that do not fit, naming every mismatch."""
     own = module.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in weights]
+    problems = [f"{name} is missing" for name in own if name not in weights and name not in may_lack]
     problems += [f"{name} is unknown" for name in weights if name not in own]
     problems += [
         f"{name} has shape {list(weights[name].shape)}, expected {list(own[name].shape)}"

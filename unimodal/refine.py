@@ -21,7 +21,7 @@ class Look:
 
     Args:
         document: the prompt and what was made of it.
-        read: what the model says of the last image in it.
+        read: what the model says of the last image that it drew; empty where it drew none.
         agrees: whether that was found to fit.
     """
 
@@ -88,35 +88,45 @@ def look_again(
     rounds: int,
     agrees: Callable[[Document, str], bool],
     max_tokens: int = 64,
+    again: Callable[[Document, Look], Document] | None = None,
 ) -> list[list[Look]]:
     """Draw (think first, where `settings.start` is "text"), describe the last image, and draw anew what does not fit.
+
+    A try in which nothing was drawn reads as nothing and does not fit.
 
     Args:
         model: it draws and reads.
         documents: what is there.
-        settings: how they go on; every try has an image.
+        settings: how they go on.
         seeds: one a document; the first try is what `decode` makes of it.
         rounds: most tries.
         agrees: whether a document and what the model reads from its last image fit.
         max_tokens: of a description.
+        again: what is continued next, given what is there and the try that does not fit, for instance with that image and
+            what it was read as, for a model that was taught to correct itself; None: what is there, with other draws.
 
     Returns:
         The tries of each document in order; the last one is the result.
 
     Raises:
-        ValueError: less than one round, or a try without an image.
+        ValueError: less than one round, or settings that never draw.
     """
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    if settings.max_images < 1:
+        raise ValueError(f"settings: max_images: expected at least 1 to look at, got {settings.max_images}")
     looks: list[list[Look]] = [[] for _ in documents]
     left = list(range(len(documents)))
+    reading = DecodingSettings(max_tokens=max_tokens, max_images=0)
     for number in range(rounds):
-        tries = decode(model, [documents[i] for i in left], settings, [_try_seed(seeds[i], number) for i in left])
-        reading = DecodingSettings(max_tokens=max_tokens, max_images=0)
-        read = decode(model, [_look(document) for document in tries], reading, [0] * len(tries))
-        for i, document, description in zip(left, tries, read, strict=True):
-            text = "".join(part.text for part in description.parts[1:])
-            looks[i].append(Look(document, text, agrees(document, text)))
+        given = [documents[i] if again is None or number == 0 else again(documents[i], looks[i][-1]) for i in left]
+        tries = decode(model, given, settings, [_try_seed(seeds[i], number) for i in left])
+        seen = [bool(_drawn(t.parts[len(g.parts) :])) for g, t in zip(given, tries, strict=True)]
+        looked = [_look(document) for document, drew in zip(tries, seen, strict=True) if drew]
+        read = iter(decode(model, looked, reading, [0] * len(looked)))
+        for i, document, drew in zip(left, tries, seen, strict=True):
+            text = "".join(part.text for part in next(read).parts[1:]) if drew else ""
+            looks[i].append(Look(document, text, drew and agrees(document, text)))
         left = [i for i in left if not looks[i][-1].agrees]
     return looks
 
@@ -128,9 +138,13 @@ def _try_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def _drawn(parts: Sequence[Part]) -> list[int]:
+    """Which parts are images that were drawn: one that was given says nothing of the model."""
+    return [i for i, part in enumerate(parts) if part.is_image and part.role == GENERATED]
+
+
 def _last_image(document: Document) -> int:
-    """The last that was drawn: one that was given says nothing of the model."""
-    places = [i for i, part in enumerate(document.parts) if part.is_image and part.role == GENERATED]
+    places = _drawn(document.parts)
     if not places:
         raise ValueError("documents: expected a text and a drawn image behind it, got no drawn image")
     return places[-1]

@@ -29,6 +29,7 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
+    in_rows,
 )
 from unimodal_generators.choice import ChoiceSettings, choose
 from unimodal_generators.code_heads import CodeHeads, ParallelHeads, SharedHeads
@@ -203,7 +204,7 @@ class Autoregressive(ImageGenerator):
         rngs: Sequence[torch.Generator],
         known: Known | None = None,
     ) -> Iterator[ImageTokens]:
-        """One position a document and step; an image has exactly its tokens. Grids of one call are equal.
+        """One position a document and step, a preview a row; an image has exactly its tokens. Grids of one call are equal.
 
         Given ids are put where they are known; what comes before them does not see them.
         """
@@ -238,8 +239,10 @@ class Autoregressive(ImageGenerator):
                 x = torch.cat([x, self.row_end.to(x.dtype).expand_as(x)], dim=1)
             hidden = session.append(Embeddings(x.flatten(0, 1)), [block.piece(at, x.shape[1])] * r)
             hidden = hidden.unflatten(1, (r, -1))[:, :, -1]  # (G, R * 1 or 2, C) -> (G, R, C)
-        ids = torch.cat(drawn, dim=1)[:, order.argsort().to(hidden.device)]  # (R, n, Q), row-major
-        yield ImageTokens(ids.flatten(0, 1) if len(self.codebooks) > 1 else ids.flatten(), tuple(grids))
+            m = len(drawn) * step
+            if m % (grids[0].w * self.side) == 0:
+                ids = torch.cat(drawn, dim=1)[:, order[:m].argsort().to(hidden.device)]  # (R, m, Q), row-major
+                yield in_rows(ids if len(self.codebooks) > 1 else ids[..., 0], grids[0], known)
 
     def _until_the_end(
         self,

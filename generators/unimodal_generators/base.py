@@ -323,6 +323,7 @@ class ImageGenerator(nn.Module, ABC):
     inpaints: bool = False  # whether `sample` can be given some of the tokens
     layers: tuple[int, ...] = (-1,)  # of the backbone, whose hidden states it gets, side by side
     conditions: bool = False  # whether `embed` gives a condition an image, which backbone.adaln reads
+    new_weights: ClassVar[tuple[str, ...]] = ()  # of its own, which the weights of a model to start from may lack
     ends: int | None = None  # the id with which an image's places end; None: it has as many as its grid
     image_ids: int = 0  # rows that are added to the model's vocabulary for this generator
     layout: TokenLayout
@@ -407,6 +408,22 @@ def per_token(values: Shaped[Tensor, "N *rest"], grids: Sequence[Grid]) -> Shape
     return values.repeat_interleave(lengths, 0, output_size=sum(g.length for g in grids))  # no waiting for a GPU
 
 
+def in_rows(values: Shaped[Tensor, "R m *c"], grid: Grid, known: Known | None) -> ImageTokens:
+    """Images of one grid of which so many first tokens are drawn, a whole number of rows: a preview.
+
+    What is given stands in its place already, and everywhere else below the last row is repeated.
+    """
+    r, m, n = *values.shape[:2], grid.length
+    rows = values.unflatten(1, (-1, grid.w))  # (R, m / w, w, *c)
+    whole = torch.cat([rows, *[rows[:, -1:]] * ((n - m) // grid.w)], dim=1).flatten(0, 2)  # (T, *c)
+    if known is not None:
+        below = (
+            known.mask.to(whole.device).view(r, n).index_fill(1, torch.arange(m, device=whole.device), False).flatten()
+        )
+        whole = torch.where(below.view(-1, *[1] * (whole.ndim - 1)), known.tokens.values.to(whole), whole)
+    return ImageTokens(whole, (grid,) * r)
+
+
 def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[Tensor, "*rest"]:
     """Classifier-free guidance (arXiv 2207.12598), nested over any number of conditions as BAGEL does for two.
 
@@ -421,5 +438,5 @@ def guide(outputs: Float[Tensor, "G *rest"], scales: Sequence[float]) -> Float[T
 __all__ = [
     "Block", "Branch", "Corrupted", "DecodingSession", "DenoisingSettings", "Embeddings", "Grid", "ImageGenerator",
     "ImageRows", "ImageTokens", "Known", "LossBreakdown", "LossTerm", "SamplingSettings", "TokenKind", "TokenLayout",
-    "guide", "per_token",
+    "guide", "in_rows", "per_token",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ codebook, C width, R documents of a session, G guidance branches, K steps.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -157,13 +157,14 @@ class Masked(Discrete):
 
 class ParallelNext(Masked):
     """Parallel prediction for a model that has learned the next id with `Autoregressive`: one codebook of its own, no depth,
-    shuffle or row ends. Its weights fit; `hidden` is new, so they are loaded with `strict=False`, not by a recipe's `init`.
+    shuffle or row ends. Its weights fit, `hidden` alone is new: `init` may name its export.
 
     As Emu3.5's discrete diffusion adaptation (arXiv 2510.26583): hidden copies see all of themselves and all that was
     before, clean ones stay causal; an id goes on being read from the position before its own, as that model learned.
     """
 
     reads: Literal["own", "previous"] = "previous"
+    new_weights: ClassVar = ("hidden",)
 
     def plan_context(self, grid: Grid) -> list[Block]:
         """One causal block."""

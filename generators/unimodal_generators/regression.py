@@ -26,6 +26,7 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
+    in_rows,
 )
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout, precise
 
@@ -129,12 +130,15 @@ class Regression(ImageGenerator):
         rngs: Sequence[torch.Generator],
         known: Known | None = None,
     ) -> Iterator[ImageTokens]:
-        """Raster order appends one token a document and step, given ones where they are known; in parallel, one step."""
+        """Raster order appends one token a document and step, given ones where they are known; in parallel, one step.
+
+        Previews: raster order shows every row.
+        """
         if not isinstance(settings, RegressionSettings):
             raise ValueError(f"sampling: expected RegressionSettings, got {type(settings).__name__}")
         self.check_known(known)
         if self.order == "raster":
-            yield self._one_by_one(session, grids, settings, known)
+            yield from self._one_by_one(session, grids, settings, known)
             return
         for name, ends in (("interval", settings.interval), ("image_interval", settings.image_interval)):
             if ends not in (None, (0.0, 1.0)):
@@ -149,7 +153,7 @@ class Regression(ImageGenerator):
 
     def _one_by_one(
         self, session: DecodingSession, grids: Sequence[Grid], settings: RegressionSettings, known: Known | None
-    ) -> ImageTokens:
+    ) -> Iterator[ImageTokens]:
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: raster-order images of one call need one size, got {sorted(set(grids))}")
         block, n = self._block(grids[0]), grids[0].length
@@ -164,7 +168,8 @@ class Regression(ImageGenerator):
             drawn.append(token)
             one = Corrupted(token, token.new_ones(len(grids)), (Grid(1, 1),) * len(grids))
             hidden = session.append(self.embed(one), [block.piece(i, 1)] * len(grids))
-        return ImageTokens(torch.stack(drawn, dim=1).flatten(0, 1), tuple(grids))  # (R, n, D) -> (T, D)
+            if len(drawn) % grids[0].w == 0:
+                yield in_rows(torch.stack(drawn, dim=1), grids[0], known)
 
 
 def unit_variance(x: Float[Tensor, "*rest D"]) -> Float[Tensor, "*rest D"]:

@@ -30,6 +30,7 @@ from unimodal_generators.base import (
     LossTerm,
     SamplingSettings,
     TokenKind,
+    in_rows,
 )
 from unimodal_generators.denoising import draw_noise
 from unimodal_tokenizers import diffusion
@@ -258,7 +259,7 @@ class TokenDiffusion(ImageGenerator):
         rngs: Sequence[torch.Generator],
         known: Known | None = None,
     ) -> Iterator[ImageTokens]:
-        """Raster order appends one token a document and step; random order peeks K times, with a preview each.
+        """Raster order appends one token a document and step, with a preview a row; random order peeks K times, one each.
 
         Given tokens are never drawn: raster order reads them in their place, random order never masks them.
         """
@@ -289,7 +290,8 @@ class TokenDiffusion(ImageGenerator):
             drawn.append(token)
             one = Corrupted(token, token.new_ones(len(grids)), (Grid(1, 1),) * len(grids))
             hidden = session.append(self.embed(one), [block.piece(i, 1)] * len(grids))
-        yield ImageTokens(torch.stack(drawn, dim=1).flatten(0, 1), tuple(grids))  # (R, n, D) -> (T, D)
+            if len(drawn) % grids[0].w == 0:
+                yield in_rows(torch.stack(drawn, dim=1), grids[0], known)
 
     def _random(
         self,

@@ -128,6 +128,8 @@ def test_diffusions_of_a_gaussian_meet_the_closed_form(
     (Flow, FlowSettings(solver="euler"), 100, 200, 1), (Flow, FlowSettings(solver="heun", steps=1), 99, 199, 2),
     (Flow, FlowSettings(solver="FlowMatchEulerDiscreteScheduler"), 100, 200, 1),
     (Flow, FlowSettings(solver="FlowMatchHeunDiscreteScheduler", steps=1), 99, 199, 2),
+    (Flow, FlowSettings(solver="DPMSolverMultistepScheduler"), 200, 400, 2),
+    (Flow, FlowSettings(solver="UniPCMultistepScheduler"), 100, 200, 2),
     (Diffusion, DiffusionSettings(solver="ddim"), 100, 200, 1),
     (Diffusion, DiffusionSettings(solver="heun", steps=1), 25, 49, 2),
 ])  # fmt: skip
@@ -136,6 +138,14 @@ def test_the_error_falls_at_the_solver_s_order(
 ) -> None:
     errors = [error(made(LAYOUT, 8), settings.override(steps=n)) for n in (few, many)]  # type: ignore[arg-type, call-arg]
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_multistep_solvers_of_diffusions_beat_the_first_order(schedule: str, solver: str) -> None:
+    """They are given times out of 1,000, whole numbers: rounded, steps are uneven, and the order is not clean."""
+    errors = [error(diffusion_of(schedule), DiffusionSettings(steps=n, solver=solver)) for n in (25, 100)]
+    assert errors[1] < errors[0] / 4
 
 
 @pytest.mark.parametrize("solver", FLOW_SCHEDULERS)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from unimodal.export import ExportInfo, load_export, save_export
 from unimodal.training.tokenizer import TokenizerTraining
 from unimodal_tokenizers import DiffusionRepresentation, Grid, Representation
+from unimodal_tokenizers.base import ImageTokens
 from unimodal_tokenizers.quantizers.base import step_generator
 
 NAME = "vit_tiny_patch16_224"
@@ -23,6 +24,10 @@ SETTINGS: dict[str, Any] = {"decoder_width": 16, "decoder_depth": 2, "decoder_he
 def made(**settings: Any) -> DiffusionRepresentation:
     torch.manual_seed(0)
     return DiffusionRepresentation(NAME, OPTIONS, **{**SETTINGS, **settings})
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def images(count: int = 4, height: int = 8, width: int = 8) -> Tensor:
@@ -90,10 +95,16 @@ def test_an_image_does_not_depend_on_those_beside_it_and_a_generator_draws_anoth
     together = tokenizer.decode(tokens)
     for one, image in zip(tokens.split(), together, strict=True):
         torch.testing.assert_close(tokenizer.decode(one)[0], image, atol=1e-5, rtol=0)
-    twice = [tokenizer.decode(tokens, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(twice[0], twice[1])
-    assert not torch.equal(twice[0], twice[2])
-    assert not torch.equal(twice[0][0] - together[0], twice[0][1] - together[1])  # each its own noise
+    drawn = [tokenizer.decode(tokens, generators(*seeds)) for seeds in ((1, 2, 3, 4), (1, 2, 3, 4), (5, 2, 3, 4))]
+    assert torch.equal(drawn[0], drawn[1])
+    changed = (drawn[0] - drawn[2]).abs().amax((1, 2, 3)) > 1e-3
+    assert changed.tolist() == [True, False, False, False]  # each its own noise
+    for one, seed, image in zip(tokens.split(), (1, 2, 3, 4), drawn[0], strict=True):
+        torch.testing.assert_close(tokenizer.decode(one, generators(seed))[0], image, atol=1e-5, rtol=0)
+    several = tokenizer.decode_each(ImageTokens.cat([tokens, tokenizer.encode(images(2, 4, 8))]), generators(*range(6)))
+    torch.testing.assert_close(several[5], tokenizer.decode(tokenizer.encode(images(2, 4, 8)), generators(4, 5))[1])
+    with pytest.raises(ValueError, match="rngs: expected one for each of 4 images, got 1"):
+        tokenizer.decode(tokens, generators(1))
     wide = tokenizer.encode(images(1, 4, 8))
     assert tokenizer.decode(wide).shape == (1, 3, 4, 8)
 

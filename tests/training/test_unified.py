@@ -32,6 +32,7 @@ from unimodal.training.ema import EMA
 ROOT = Path(__file__).parents[2]
 FLOW = ROOT / "lightning_configs" / "models" / "digits_mot_flow.yaml"
 VQ = ROOT / "lightning_configs" / "models" / "digits_vq_ar.yaml"
+PARALLEL = ROOT / "lightning_configs" / "models" / "digits_emu35_parallel.yaml"
 MASKED = ROOT / "lightning_configs" / "models" / "digits_showo_masked.yaml"
 TINY = """
 model:
@@ -305,6 +306,26 @@ def test_starting_from_an_export(tmp_path: Path, recorder: Recorder, capsys: pyt
     assert said.count("is missing") + int((re.findall(r"and (\d+) more", said) or ["0"])[0]) == 16
     assert fit(FLOW, tmp_path / "third", f"--init={tmp_path / 'nowhere'}") == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_model_of_next_ids_is_where_a_parallel_one_starts(
+    tmp_path: Path, recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Emu3.5's adaptation, by its recipe: one vector is new, and nothing else may be missing."""
+    first = tmp_path / "first"
+    assert fit(VQ, first, "--trainer.max_steps", "2", "--model.init_args.tokenizer_weights", "null") == 0
+    exported = load_run(first).state_dict()
+    recorder.weights.clear()
+    assert fit(PARALLEL, tmp_path / "second", "--init", str(first / "export")) == 0
+    began = {n.removeprefix("model."): w for n, w in recorder.weights[0].items()}
+    assert {n for n in began if n not in exported} == {"generator.hidden"}
+    assert all(torch.equal(w, exported[n]) for n, w in began.items() if n in exported)
+    adapted = load_run(tmp_path / "second").state_dict()
+    assert adapted.keys() - exported.keys() == {"generator.hidden"}
+    capsys.readouterr()
+    assert fit(MASKED, tmp_path / "third", "--init", str(first / "export")) == 2  # which reads elsewhere
+    assert "init: " in (said := capsys.readouterr().err)
+    assert "generator.hidden is missing" in said
 
 
 def test_tokens_that_the_generator_cannot_learn_are_refused_naming_both(

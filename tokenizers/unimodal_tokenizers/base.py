@@ -169,9 +169,12 @@ class ImageTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
-        """The inverse of `encode_batch` (up to what the tokenizer loses)."""
+        """The inverse of `encode_batch` (up to what the tokenizer loses).
+
+        It draws where the tokenizer does, from a generator for each image; without them it is deterministic.
+        """
 
     @abstractmethod
     def lookup(self, tokens: Shaped[Tensor, "T *channels"]) -> Float[Tensor, "T D"]:
@@ -206,18 +209,23 @@ class ImageTokenizer(nn.Module, ABC):
                 parts[i] = one
         return ImageTokens.cat([part for part in parts if part is not None])
 
-    def decode(self, tokens: ImageTokens, rng: torch.Generator | None = None) -> Float[Tensor, "B 3 H W"]:
+    def decode(self, tokens: ImageTokens, rngs: Sequence[torch.Generator] | None = None) -> Float[Tensor, "B 3 H W"]:
         """Images of tokens; all grids must be equal (`decode_each` takes any)."""
+        if rngs is not None and len(rngs) != len(tokens):
+            raise ValueError(f"rngs: expected one for each of {len(tokens)} images, got {len(rngs)}")
         if len(set(tokens.grids)) != 1:
             raise ValueError(f"tokens: decode expects images of one grid, got {sorted(set(tokens.grids))}")
         n = tokens.grids[0].length
-        return self.decode_batch(tokens.values.unflatten(0, (-1, n)), tokens.grids[0], rng)  # (B, N, ...) -> images
+        return self.decode_batch(tokens.values.unflatten(0, (-1, n)), tokens.grids[0], rngs)  # (B, N, ...) -> images
 
-    def decode_each(self, tokens: ImageTokens, rng: torch.Generator | None = None) -> list[Float[Tensor, "3 _ _"]]:
+    def decode_each(
+        self, tokens: ImageTokens, rngs: Sequence[torch.Generator] | None = None
+    ) -> list[Float[Tensor, "3 _ _"]]:
         """Images of tokens of any grids, equal grids decoded together."""
         images: list[Tensor] = [torch.empty(0)] * len(tokens)
         for members in _groups(tokens.grids):
-            for i, image in zip(members, self.decode(tokens.select(members), rng), strict=True):
+            own = None if rngs is None else [rngs[i] for i in members]
+            for i, image in zip(members, self.decode(tokens.select(members), own), strict=True):
                 images[i] = image
         return images
 

@@ -8,6 +8,7 @@ Letters: B images, H height, W width (pixels); N tokens of an image, n those of 
 """
 
 import io
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -80,9 +81,9 @@ class CodecTokenizer(ImageTokenizer):
         self._ids(image)
 
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
-        """Ids, or a prefix of them, to images in [-1, 1]; `rng` is not used.
+        """Ids, or a prefix of them, to images in [-1, 1]; `rngs` are not used.
 
         Raises:
             ValueError: ids that are none, or not as many as the grid has.

@@ -53,9 +53,9 @@ class CodeTokenizer(ImageTokenizer):
             return self.vectors_to_ids(self.image_to_vectors(images)).unflatten(0, (-1, grid.length))  # (B, N)
 
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
-        """Ids `(B, N)` to images `(B, 3, H, W)`, about in [-1, 1] (not clamped); `rng` is not used.
+        """Ids `(B, N)` to images `(B, 3, H, W)`, about in [-1, 1] (not clamped); `rngs` are not used.
 
         Raises:
             ValueError: ids that are no integers or lie outside the codebook, or not as many of them as the grid has.

@@ -7,7 +7,7 @@ Letters: B images, H height, W width (pixels); h, w the token grid, N = h w; D c
 x_t an image on its way from noise at t = 0 to data at t = 1, v = dx_t/dt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,8 +28,8 @@ class DiffusionRepresentation(Representation):
     place (U-ViT, arXiv 2209.12152, without its long skips). It gives the data, whose v is (data - x_t) / (1 - t): a narrow
     network cannot carry the noise through (JiT, arXiv 2511.13720). In training the reconstruction is that; otherwise it
     is what the solver draws. The error of v is a term of the loss, so that the error of pixels may weigh nothing.
-    Decoding begins with one and the same noise for every image unless a generator is given: it is deterministic, and an
-    image does not depend on those beside it.
+    Decoding begins with one and the same noise for every image unless each is given a generator: it is deterministic, and
+    an image does not depend on those beside it.
     """
 
     needs_error = False
@@ -101,17 +101,17 @@ class DiffusionRepresentation(Representation):
         return precise(patches_to_images(self.pixels_out(h), grid, p))
 
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
-        """Tokens to images, about in [-1, 1] (not clamped), in `steps` evaluations; `rng` draws other noise for each.
+        """Tokens to images, about in [-1, 1] (not clamped), in `steps` evaluations; `rngs` draw where each begins.
 
         Raises:
             ValueError: the tokens are not h w vectors of D channels an image.
         """
         self.check_tokens(tokens, grid)
         height, width = self.layout.size(grid)
-        shape = (1 if rng is None else len(tokens), 3, height, width)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0) if rng is None else rng)
+        rngs = [torch.Generator().manual_seed(0)] if rngs is None else rngs
+        noise = torch.stack([torch.randn(3, height, width, generator=rng) for rng in rngs])  # (B or 1, 3, H, W)
         x = precise(noise.to(tokens)).expand(len(tokens), -1, -1, -1)
 
         def velocity(x: Tensor, t: float) -> Tensor:

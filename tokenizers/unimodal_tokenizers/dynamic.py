@@ -111,9 +111,9 @@ class DynamicTokenizer(RowTokenizer):
             return ids
 
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
-        """Ids to images, about in [-1, 1] (not clamped); what follows the first id K is not read; `rng` is not used.
+        """Ids to images, about in [-1, 1] (not clamped); what follows the first id K is not read; `rngs` are not used.
 
         Raises:
             ValueError: ids that are no integers or lie outside the codebook, or more than N of them an image.

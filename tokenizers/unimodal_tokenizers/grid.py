@@ -107,9 +107,9 @@ class CodebookTokenizer(TrainableTokenizer):
             return self.vectors_to_ids(self._images_to_vectors(images), grid)
 
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
-        """Ids `(B, N)` or `(B, N, Q)` to images `(B, 3, H, W)`, about in [-1, 1] (not clamped); `rng` is not used.
+        """Ids `(B, N)` or `(B, N, Q)` to images `(B, 3, H, W)`, about in [-1, 1] (not clamped); `rngs` are not used.
 
         Raises:
             ValueError: ids that are no integers or lie outside the codebook, or not as many of them as the grid has.

@@ -65,9 +65,9 @@ class LatentTokenizer(ImageTokenizer):
             return self.latent_to_tokens(self.image_to_latent(images, rng))
 
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
-        """Normalised latents to images, about in [-1, 1] (not clamped, unless the network does); `rng` is not used.
+        """Normalised latents to images, about in [-1, 1] (not clamped, unless the network does); `rngs` are not used.
 
         Raises:
             ValueError: the tokens are not h w vectors of D channels an image.

@@ -4,6 +4,7 @@ Letters: B images, H height, W width (pixels); h, w the token grid, N = h w; p t
 c colours, D = c p p channels of a token; T tokens of all images end to end.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -50,7 +51,7 @@ class PatchTokenizer(ImageTokenizer):
         return rearrange(images, "B c (h p_h) (w p_w) -> B (h w) (p_h p_w c)", p_h=p, p_w=p)  # (B, N, D)
 
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
         """The exact inverse of `encode_batch`: `(B, N, c p p)` to `(B, 3, h p, w p)`.
 

@@ -7,7 +7,7 @@ Letters: B images, H height, W width (pixels); h, w the token grid, N = h w; p t
 feature, D of a token, C width of the decoder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,9 +94,9 @@ class Representation(TrainableTokenizer):
         return self.normalise(tokens.flatten(0, 1)).view_as(tokens)  # (B, N, D)
 
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
-        """Normalised features to images, about in [-1, 1] (not clamped); `rng` is not used.
+        """Normalised features to images, about in [-1, 1] (not clamped); `rngs` are not used.
 
         Raises:
             ValueError: the tokens are not h w vectors of D channels an image.

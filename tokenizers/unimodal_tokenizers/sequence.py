@@ -197,9 +197,9 @@ class SequenceTokenizer(RowTokenizer):
             return ids.unflatten(0, (-1, grid.length))  # (B, N, *Q)
 
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
-        """Ids, or a prefix of them, to images, about in [-1, 1] (not clamped); `rng` is not used.
+        """Ids, or a prefix of them, to images, about in [-1, 1] (not clamped); `rngs` are not used.
 
         Raises:
             ValueError: ids that are no integers or lie outside the codebook, a prefix that was not trained to decode, or

@@ -106,9 +106,9 @@ class StagedTokenizer(TrainableTokenizer):
         return torch.cat([tokens.values.new_empty(0, self.tokens_in.out_features), *parts])
 
     def decode_batch(
-        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rng: torch.Generator | None = None
+        self, tokens: Shaped[Tensor, "B N *channels"], grid: Grid, rngs: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B 3 H W"]:
-        """Tokens to images, about in [-1, 1] (not clamped); `rng` is not used.
+        """Tokens to images, about in [-1, 1] (not clamped); `rngs` are not used.
 
         Raises:
             ValueError: the tokens are not h w vectors of D channels an image.
