@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt
 TYPED := unimodal tokenizers/unimodal_tokenizers generators/unimodal_generators experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help venv checked demo demo-vq shapes designs tokenizers evaluate-demo faults bench bench-gpu test test-fast lint format wheel clean FORCE
+.PHONY: help venv checked demo demo-vq shapes designs designs-full tokenizers evaluate-demo faults bench bench-gpu test test-fast lint format wheel clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -70,11 +70,11 @@ demo-vq: checked ## the same with discrete tokens: leaves out/demo-vq/index.html
 shapes: checked ## train the shapes recipe and its tokenizer, and score it in full; leaves out/shapes/index.html
 	@$(PY) -m experiments.evaluation --only shapes --full --out out/shapes
 
-# WORLD=shapes: the coloured shapes, in full, which takes hours; their report lies in out/designs-shapes.
-WORLD := digits
-designs: checked ## train ten published designs on the same digits and compare them, about 75 minutes; leaves out/designs/report.md
-	@$(PY) -m experiments.designs --world $(WORLD) $(if $(filter digits,$(WORLD)),--quick) --jobs 2 \
-		--out out/designs$(if $(filter digits,$(WORLD)),,-$(WORLD))
+designs: checked ## train ten published designs on the same digits, one seed; leaves out/designs/digits/report.md
+	@$(PY) -m experiments.designs --quick --jobs 2 --out out/designs
+
+designs-full: checked ## the same with three seeds, and on the coloured shapes: many hours; goes on where `make designs` ended
+	@$(PY) -m experiments.designs --jobs 2 --out out/designs
 
 tokenizers: checked ## train every tokenizer on photographs, three held out in turn: about 6 hours of one core; leaves out/tokenizers/report.md
 	@$(PY) -m experiments.tokenizers --out out/tokenizers

@@ -335,19 +335,19 @@ def test_a_design_of_two_stages_from_beginning_to_report(tmp_path: Path, monkeyp
     monkeypatch.setattr("experiments.designs.__main__.DESIGNS", chosen(["llamafusion"]))  # others have no such steps
     monkeypatch.setitem(WORLDS, "digits", replace(world, step_flops=budget / 6))
     out = tmp_path / "out"
-    command = ["--out", str(out), "--only", "llamafusion", "--steps", "6", "--seeds", "1"]
+    command = ["--out", str(out), "--only", "llamafusion", "--steps", "6", "--quick"]
     with Forks("unimodal.commands", "unimodal.training.lightning_cli", "experiments.designs.seconds") as forks:
         monkeypatch.setattr(Runner, "_call", lambda _, command, log: forks.check(command, log))
         assert main(command) == 0
-    rows = json.loads((out / "rows.json").read_text())
+    rows = json.loads((out / "digits" / "rows.json").read_text())
     assert [row["at"] for row in rows] == ["flops", "steps"]
     assert rows[0]["optimizer_steps"] < rows[1]["optimizer_steps"] == 6
     assert all(row["name"] == "llamafusion" and row["seed"] == 0 for row in rows)
-    assert "llamafusion" in (out / "report.md").read_text()
-    assert (out / "plot.png").stat().st_size > 1000
+    assert "llamafusion" in (out / "digits" / "report.md").read_text()
+    assert (out / "digits" / "plot.png").stat().st_size > 1000
     monkeypatch.setattr(Runner, "_call", lambda *_: pytest.fail("done already"))
     assert main(command) == 0
-    assert json.loads((out / "rows.json").read_text()) == rows
+    assert json.loads((out / "digits" / "rows.json").read_text()) == rows
 
 
 # --- what is said of them
@@ -377,7 +377,7 @@ def row(name: str, seed: int, value: float, at: str = "steps") -> Row:
 
 def test_the_gallery_shows_the_first_draws_of_every_design(tmp_path: Path) -> None:
     sheet(tmp_path / "samples.png")
-    gallery([row("janus", 0, 0.5), row("bagel", 0, 0.5), row("bagel", 1, 0.5)], tmp_path)
+    gallery([row("janus", 0, 0.5), row("bagel", 0, 0.5), row("bagel", 1, 0.5)], tmp_path, tmp_path / "gallery.png")
     with Image.open(tmp_path / "gallery.png") as picture:
         shown = picture.convert("RGB")
     assert shown.height == 2 * (36 + 3)  # a line a design
@@ -423,7 +423,7 @@ def test_the_report_has_every_design_both_points_and_every_claim(tmp_path: Path)
     rows = [row(name, 0, 0.5, at) for name in NAMES for at in ("steps", "flops")]
     sheet(tmp_path / "samples.png")
     write_report(rows, DIGITS, tmp_path)
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "digits" / "report.md").read_text()
     assert text.count("| bagel |") == 2
     assert "Equal steps" in text
     assert "Equal training FLOPs" in text

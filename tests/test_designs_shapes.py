@@ -141,12 +141,12 @@ def test_the_report_has_the_scores_of_the_world(tmp_path: Path) -> None:
     rows = [row(name, 0.05, at) for name in ("bagel", "janus") for at in ("steps", "flops")]
     Image.new("RGB", (4 * 36 + 4, 10 * 36 + 4)).save(tmp_path / "samples.png")
     write_report(rows, SHAPES, tmp_path)
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "shapes" / "report.md").read_text()
     for said in ("geneval shapes", "shapes questions", "Frechet (pixels192)", "0.250", "5.0 (3.0 to 8.0)", "circle"):
         assert said in text, said
     for not_here in ("asked digit", "copies"):
         assert not_here not in text
-    with Image.open(tmp_path / "gallery.png") as gallery:
+    with Image.open(tmp_path / "shapes" / "gallery.png") as gallery:
         assert gallery.height == 2 * (36 + 3)
 
 
@@ -155,16 +155,22 @@ def test_of_one_seed_an_interval_is_what_scoring_found() -> None:
     assert (found.low, found.high) == (0.05 - 0.02, 0.05 + 0.03)
 
 
-def test_a_report_on_another_world_is_not_overwritten(
+def test_one_command_is_of_both_worlds_and_the_quick_one_of_digits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps([{"world": "digits"}]))
-    monkeypatch.setattr("experiments.designs.__main__.plan", lambda design, world, seed, steps: None)
-    monkeypatch.setattr("experiments.designs.__main__.describe", lambda runs, budget: None)
-    monkeypatch.setattr("experiments.designs.__main__.DESIGNS", ())
-    with pytest.raises(SystemExit):
-        main(["--world", "shapes", "--out", str(tmp_path)])
-    assert "--out: expected a folder of the shapes" in capsys.readouterr().err
+    monkeypatch.setattr("experiments.designs.__main__.DESIGNS", chosen(["flow-dense"]))
+    for options, planned in (
+        ([], ["flow-dense-0-1200", "flow-dense-1-1200", "flow-dense-2-1200", "flow-dense-0-1200"]),
+        (["--quick"], ["flow-dense-0-1200"]),
+        (["--world", "shapes", "--steps", "9", "--seeds", "2"], ["flow-dense-0-9", "flow-dense-1-9"]),
+    ):
+        assert main(["--out", str(tmp_path / "out"), "--plan", *options]) == 0
+        said = capsys.readouterr().out
+        assert [line.split()[0] for line in said.splitlines() if line.startswith("flow-dense")] == planned
+        assert [world for world in WORLDS if f"\n{world} " in said] == (
+            ["digits", "shapes"] if not options else ["digits" if "--quick" in options else "shapes"]
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -180,11 +186,11 @@ def test_a_design_from_beginning_to_report(tmp_path: Path, monkeypatch: pytest.M
     with Forks("unimodal.training.lightning_cli", "experiments.designs.shapes", "experiments.designs.seconds") as forks:
         monkeypatch.setattr(Runner, "_call", lambda _, command, log: forks.check(command, log))
         assert main(command) == 0
-    rows = json.loads((out / "rows.json").read_text())
+    rows = json.loads((out / "shapes" / "rows.json").read_text())
     assert [(row["at"], row["world"], row["seed"]) for row in rows] == [("flops", "shapes", 0), ("steps", "shapes", 0)]
     assert all(set(SHAPES.scores) | set(SHAPES.noted) <= set(row) for row in rows)
     with Image.open(out / rows[0]["samples"]) as sheet:
         assert np.asarray(sheet).shape == (10 * 36 + 4, 10 * 36 + 4, 3)
     monkeypatch.setattr(Runner, "_call", lambda *_: pytest.fail("done already"))
     assert main(command) == 0
-    assert json.loads((out / "rows.json").read_text()) == rows
+    assert json.loads((out / "shapes" / "rows.json").read_text()) == rows

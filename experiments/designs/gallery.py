@@ -13,8 +13,8 @@ DRAWS = 2
 _TITLE, _GAP, _CELL = 130, 3, 36  # pixels: of a name, between lines, of a digit with its margin (`sample_grid`)
 
 
-def gallery(rows: Sequence[Row], out: Path) -> None:
-    """`gallery.png` from the first runs' samples; designs without a row are left out."""
+def gallery(rows: Sequence[Row], out: Path, path: Path) -> None:
+    """A picture at `path` from the first runs' samples, which rows name within `out`; designs without a row are left out."""
     lines = []
     for design in DESIGNS:
         mine = [row for row in rows if row["name"] == design.name and row["at"] == "steps"]
@@ -29,7 +29,7 @@ def gallery(rows: Sequence[Row], out: Path) -> None:
     for number, (name, line) in enumerate(lines):
         draw.text((8, number * height + line.height // 2), name, fill="black", font=font, anchor="lm")
         picture.paste(line, (_TITLE, number * height))
-    picture.quantize(64).save(out / "gallery.png")
+    picture.quantize(64).save(path)
 
 
 def _line(path: Path) -> Image.Image:

@@ -26,7 +26,11 @@ POINTS = {"steps": "Equal steps", "flops": "Equal training FLOPs"}
 
 
 def write_report(rows: Sequence[Row], world: World, out: Path) -> None:
-    """`report.md` with a table for each point, `plot.png`, and `gallery.png` of what was drawn."""
+    """In the world's folder: `report.md` with a table for each point, `plot.png`, and `gallery.png` of what was drawn.
+
+    `out` is the folder of all runs, in which rows say where their samples are.
+    """
+    folder = out / world.name
     parts = [f"# Designs on {world.name}\n"]
     _, written = world.measures["frechet"]
     real = f"Frechet distance of unseen real images: {written(rows[0]['frechet_real'])}"
@@ -37,9 +41,9 @@ def write_report(rows: Sequence[Row], world: World, out: Path) -> None:
             parts += [f"## {title}\n", table(mine, world), "", orderings(mine, world), ""]
     if world.legend:
         parts.append(f"{world.legend}\n")
-    write_atomically(out / "report.md", "\n".join(parts).encode())
-    plot([row for row in rows if row["at"] == "steps"], world, out / "plot.png")
-    gallery(rows, out)
+    write_atomically(folder / "report.md", "\n".join(parts).encode())
+    plot(rows, world, folder / "plot.png")
+    gallery(rows, out, folder / "gallery.png")
 
 
 def of(rows: Sequence[Row], name: str) -> list[Row]:
@@ -127,7 +131,8 @@ def verdict(better: Sequence[Row], worse: Sequence[Row], score: str, world: Worl
 
 
 def plot(rows: Sequence[Row], world: World, path: Path) -> None:
-    """Drawing and reading, with intervals, a bar a design."""
+    """Drawing and reading: a bar a design at equal steps, with its interval, and a diamond at equal FLOPs."""
+    within, rows = ([row for row in rows if row["at"] == at] for at in ("flops", "steps"))
     names = [design.name for design in DESIGNS if of(rows, design.name)]
     if not names:
         return
@@ -145,6 +150,9 @@ def plot(rows: Sequence[Row], world: World, path: Path) -> None:
             dots = [100 * row[score] for row in of(rows, name)]
             if len(dots) > 1:
                 ax.plot(dots, [place] * len(dots), "k.", markersize=4)
+            if equal := of(within, name):
+                share = 100 * mean(row[score] for row in equal)
+                ax.plot(share, place, "D", color="#c2694f", markersize=5, markerfacecolor="none")
         most = max(i.high for i in found)
         most = 1.0 if most > 0.5 else most  # small scores of a hard world are still to be told apart
         ax.set(xlim=(0, 105 * most), xlabel=f"{world.name} {title}, %")
