@@ -6,20 +6,29 @@ import textwrap
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from unimodal.cli import main
+from unimodal.decoding import stream
+from unimodal.decoding_settings import DecodingSettings
+from unimodal.documents import GENERATED, Document, Part
 from unimodal.export import load_tokenizer
 from unimodal.model import UnifiedModel
 from unimodal_tokenizers import quantizers
 
 ROOT = Path(__file__).parents[1]
+PROMPT = Document((Part("a handwritten seven", learn=False),), "text_to_image")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_block_of_python_runs(
-    make: Callable[..., UnifiedModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make: Callable[..., UnifiedModel],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
@@ -42,14 +51,45 @@ def test_every_block_of_python_runs(
 
     monkeypatch.setattr(model.backbone, "logits", spoken)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert opened == ["out/demo/run", "out/shapes/run"]
     assert (tmp_path / "seven.png").is_file()
-    assert len(names["variations"]) == 4  # type: ignore[arg-type]
-    assert len(names["joined"].images) == 3  # type: ignore[attr-defined]
-    assert names["continued"].parts[-1].text.strip("n") == ""  # type: ignore[attr-defined]
+    for name, images in (
+        ("edited", 2),
+        ("joined", 3),
+        ("answered", 1),
+        ("continued", 0),
+        ("inpainted", 1),
+        ("best", 1),
+    ):
+        assert len(names[name].images) == images, name
+    for name in ("read", "answered", "continued"):
+        written = names[name].parts[-1]
+        assert written.role == GENERATED
+        assert set(written.text) == {"n"}
+    assert len({document.images[-1].tobytes() for document in names["variations"]}) == 4
+    before, after = (np.asarray(image) for image in (names["picture"], names["inpainted"].images[-1]))
+    half = len(before) // 2
+    assert np.array_equal(before[half:], after[half:])
+    assert not np.array_equal(before[:half], after[:half])
+    assert len(names["tries"]) == 3  # it says nothing but "n", which never fits
+    said = capsys.readouterr().out
+    assert "n" in said
+
+
+def test_every_kind_of_piece_that_the_readme_streams_comes(make: Callable[..., UnifiedModel]) -> None:
+    """Its loop shows text, previews and images."""
+    (loop,) = re.findall(r"for piece in stream\(.*\n.*\n", README)
+    assert "previews=True" in loop
+    assert "print(piece.text or piece.preview or piece.image)" in loop
+    pieces = list(stream(make("flow"), [PROMPT], DecodingSettings("image", 3, 1, temperature=1.5), [0], previews=True))
+    assert {(p.text != "", p.preview is not None, p.image is not None) for p in pieces} == {
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    }
 
 
 def test_every_tokenizer_recipe_stands_in_the_list_of_tokenizers() -> None:
