@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -264,6 +265,47 @@ def test_guidance_zero_ignores_the_prompt(model: UnifiedModel) -> None:
     torch.testing.assert_close(a.double(), b.double(), atol=1e-9, rtol=0)
     assert not torch.equal(b, c)
     assert drawn[0].images[-1].tobytes() == drawn[1].images[-1].tobytes()
+
+
+def test_guidance_zero_reads_the_negative_words_alone(model: UnifiedModel) -> None:
+    """u + 0 (c - u) is u, and u has read the negative words where the prompt's stood: text, given images and all."""
+    model = model.double()
+    try:
+        image = model.generator.sampling
+        drawn = []
+        for asked, negative, guidance in (("three plus", "a handwritten seven", 0.0), ("a handwritten seven", "", 1.0)):
+            settings = DecodingSettings(
+                "image", max_tokens=0, max_images=1, image=image.override(guidance=guidance), negative=negative
+            )
+            given = (Part(picture(3), learn=False), Part(asked, learn=False), Part(picture(4, 4, 8), learn=False))
+            prompts = [Document((Part(asked, learn=False),)), Document((*given, Part(" and then" * (guidance == 0))))]
+            drawn.append(decode(model, prompts, settings, [3, 4]))
+        plain = [decode(model, [d], replace(settings, image=image.override(guidance=2.0)), [3])[0] for d in prompts[:1]]
+        led = replace(settings, image=image.override(guidance=2.0), negative="three plus")
+        away = decode(model, prompts[:1], led, [3])
+    finally:
+        model.float()
+    for ours, theirs in zip(*drawn, strict=True):
+        assert ours.images[-1].tobytes() == theirs.images[-1].tobytes()
+    assert plain[0].images[-1].tobytes() != away[0].images[-1].tobytes()
+
+
+def test_negative_words_need_guidance_and_no_dropped_text(make: Callable[..., UnifiedModel]) -> None:
+    prompt, drawing = Document((Part("three", learn=False),)), DecodingSettings("image", max_tokens=0, max_images=1)
+    model = make("flow", drop_text=0.0)
+    plain, guided = (model.generator.sampling.override(guidance=scale, steps=2) for scale in (1.0, 2.0))
+    with pytest.raises(ValueError, match=r"negative: expected none where guidance is 1, .* got 'blurred'"):
+        decode(model, [prompt], replace(drawing, image=plain, negative="blurred"), [0])
+    with pytest.raises(ValueError, match="guidance: this recipe never dropped text"):
+        decode(model, [prompt], replace(drawing, image=guided), [0])
+    (drawn,) = decode(model, [prompt], replace(drawing, image=guided, negative="blurred"), [0])
+    assert len(drawn.images) == 1
+    with pytest.raises(ValueError, match=r"prompt 0: it has \d+ tokens, more than this recipe's sequence"):
+        decode(model, [prompt], replace(drawing, image=guided, negative="blurred " * 90), [0])
+    (silent,) = decode(
+        model, [Document((Part(picture(1), learn=False),))], replace(drawing, image=guided, negative="x"), [0]
+    )
+    assert len(silent.images) == 2
 
 
 @pytest.mark.parametrize("name", WHOLE)

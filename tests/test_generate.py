@@ -195,6 +195,14 @@ def test_settings_without_an_option_reach_the_sampler_too(draw: Draw) -> None:
     assert all(np.array_equal(late[name], alone[name]) for name in late)  # no step lies in it
 
 
+def test_words_to_be_led_away_from_reach_the_sampler(draw: Draw, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, (record,) = draw("--guidance", 300)
+    away, (led,) = draw("--guidance", 300, "--negative", "a handwritten two")
+    assert "negative" not in record
+    assert led["negative"] == "a handwritten two"
+    assert any((plain[name] != away[name]).any() for name in plain)
+
+
 def test_inpainting_keeps_what_is_given(draw: Draw, tmp_path: Path) -> None:
     pixels = (
         np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8).repeat(3, axis=2)

@@ -34,6 +34,7 @@ def test_every_block_of_python_runs(
     assert len(blocks) >= 2
     opened: list[str] = []
     model = make("flow")
+    model.generator.sampling = model.generator.sampling.override(guidance=2.0)  # as its recipes have it
 
     def pretrained(folder: str) -> UnifiedModel:
         opened.append(folder)
@@ -74,6 +75,7 @@ def test_every_block_of_python_runs(
     half = len(before) // 2
     assert np.array_equal(before[half:], after[half:])
     assert not np.array_equal(before[:half], after[:half])
+    assert names["led"].images[-1].tobytes() != names["picture"].tobytes()
     assert len(names["tries"]) == 3  # it says nothing but "n", which never fits
     said = capsys.readouterr().out
     assert "n" in said

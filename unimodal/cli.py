@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     image.add_argument("--batch", type=int, default=64, help="images drawn at once (64); changes no image")
     image.add_argument("--inpaint", metavar="IMAGE", type=Path, help="an image that is given in part ...")
     image.add_argument("--redraw", metavar="MASK", type=Path, help="... and where it is drawn: what is not black")
+    image.add_argument("--negative", metavar="TEXT", default="", help="words to be led away from, by guidance")
     _add_image_sampling(image)
     image.set_defaults(run="generate_image")
     document = kinds.add_parser("document", help="a document of text and images, continued")
@@ -112,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     document.add_argument("--max-tokens", type=int, default=128, help="most text tokens (128)")
     document.add_argument("--max-images", type=int, default=4, help="most images (4)")
     document.add_argument("--text-temperature", type=float, default=0.0, help="0: the likeliest word (0)")
+    document.add_argument(
+        "--negative", metavar="TEXT", default="", help="words to be led away from, by guidance of images"
+    )
     _add_image_sampling(document)
     document.set_defaults(run="generate_document")
     describe = commands.add_parser("describe", help="text about an image")

@@ -39,9 +39,11 @@ def generate_image(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     model = _model(args)
     image = overridden(model.generator.sampling, vars(args))
-    settings = DecodingSettings("image", max_tokens=0, max_images=1, image=image, size=_size(args.size))
+    settings = DecodingSettings(
+        "image", max_tokens=0, max_images=1, image=image, size=_size(args.size), negative=args.negative
+    )
     given = _inpaint(args.inpaint, args.redraw)
-    asked = {"size": args.size, "inpaint": args.inpaint, "redraw": args.redraw}
+    asked = {"size": args.size, "inpaint": args.inpaint, "redraw": args.redraw, "negative": args.negative or None}
     asked = {name: str(value) for name, value in asked.items() if value is not None}
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
     here = processes.current()
@@ -76,6 +78,7 @@ def generate_document(args: argparse.Namespace) -> int:
     settings = DecodingSettings(
         args.start, max_tokens=args.max_tokens, max_images=args.max_images, temperature=args.text_temperature,
         image=overridden(model.generator.sampling, vars(args)), size=_size(args.size), stop=tuple(args.stop),
+        negative=args.negative,
     )  # fmt: skip
     parts: list[Part] = []
     for piece in stream(model, [prompt], settings, [args.seed]):

@@ -5,7 +5,7 @@ Letters: R documents, V rows of the vocabulary, n tokens of one image, H, W pixe
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -74,7 +74,8 @@ class _Decoder:
     def _tokens(self, runs: Sequence[Run]) -> int:
         forms = self.model.sequencer.context_blocks
         images = [forms(*r.image.shape[:2], drawn=False) for r in runs if r.image is not None]
-        return sum(len(r.ids) for r in runs) + sum(block.length for blocks in images for block in blocks)
+        ids = sum(max(len(r.ids), len(r.without_text)) for r in runs)
+        return ids + sum(block.length for blocks in images for block in blocks)
 
     def _drawn(self, grid: Grid) -> int:
         """Tokens a drawn image needs at most: what stays of drawing it, and more that is peeked at or read again."""
@@ -397,11 +398,13 @@ def _decoder(
     if settings.size is not None and tuple(settings.size) not in {tuple(s) for s in model.sequence.image_sizes}:
         allowed = ", ".join(f"{w}x{h}" for h, w in model.sequence.image_sizes)
         raise ValueError(f"size: this recipe draws {allowed}, got {settings.size[1]}x{settings.size[0]}")
-    check_guidance(model, settings.image or model.generator.sampling)
+    check_guidance(model, settings.image or model.generator.sampling, settings.negative)
     if not documents:
         return None
     with _inference(model):
         runs = [model.sequencer.prompt(document) for document in documents]
+        if settings.negative:
+            runs = [_with_negative(prompt, tuple(model.text.encode(settings.negative))) for prompt in runs]
         decoder = _Decoder(model, runs, settings, seeds, streaming)
         if inpaint is not None:
             decoder.give(inpaint)
@@ -431,13 +434,24 @@ def _inference(model: UnifiedModel) -> Iterator[None]:
         model.train(training)
 
 
-def check_guidance(model: UnifiedModel, image: SamplingSettings) -> None:
-    """A condition that was never dropped in training has no model without it."""
+def _with_negative(runs: Sequence[Run], ids: tuple[int, ...]) -> list[Run]:
+    """A prompt in which these ids stand instead of the text, where that begins; behind the first token if there is none."""
+    at = next((i for i, run in enumerate(runs) if not all(run.structural)), 0)
+    return [replace(run, instead=ids) if i == at else run for i, run in enumerate(runs)]
+
+
+def check_guidance(model: UnifiedModel, image: SamplingSettings, negative: str = "") -> None:
+    """A condition that was never dropped in training has no model without it.
+
+    Where words are read instead of the text, no branch lacks text.
+    """
+    if negative and not any(not b.text for b in image.branches):
+        raise ValueError(f"negative: expected none where guidance is 1, which compares with nothing, got {negative!r}")
     for name, key, dropped, share in (
         ("guidance", "drop_text", any(not b.text for b in image.branches), model.sequence.drop_text),
         ("image_guidance", "drop_images", any(not b.images for b in image.branches), model.sequence.drop_images),
     ):
-        if dropped and share == 0:
+        if dropped and share == 0 and not (negative and key == "drop_text"):
             what, scale = key.removeprefix("drop_"), getattr(image, name)
             raise ValueError(f"{name}: this recipe never dropped {what} in training (sequence.{key}), got {scale}")
 

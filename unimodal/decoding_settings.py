@@ -32,6 +32,7 @@ class DecodingSettings:
         size: (height, width) of drawn images; None takes the recipe's first, or what the model writes where
             sequence.write_size lets it.
         stop: a document ends before any of these, where a text of it would hold one.
+        negative: words to be led away from: where guidance drops the prompt's text, they are read in its place.
     """
 
     start: Literal["text", "image"] = "text"
@@ -43,6 +44,7 @@ class DecodingSettings:
     image: SamplingSettings | None = None
     size: tuple[int, int] | None = None
     stop: tuple[str, ...] = ()
+    negative: str = ""
 
     def __post_init__(self) -> None:
         if "" in self.stop:

@@ -91,6 +91,14 @@ class Run:
     ids: tuple[int, ...] = ()
     structural: tuple[bool, ...] = ()
     image: UInt8[np.ndarray, "_ _ 3"] | None = None
+    instead: tuple[int, ...] = ()  # read where the text begins, by branches that drop it
+
+    @property
+    def without_text(self) -> tuple[int, ...]:
+        """The ids that a branch without text reads."""
+        begin = next((i for i, kept in enumerate(self.structural) if not kept), 1)
+        rest = zip(self.ids[begin:], self.structural[begin:], strict=True)
+        return (*self.ids[:begin], *self.instead, *(i for i, kept in rest if kept))
 
 
 @dataclass

@@ -96,7 +96,7 @@ class Session:
         return self._image(embeddings, blocks, keep=False, branches=range(branches or self.branches))
 
     def append_text(self, runs: Sequence[Run]) -> None:
-        """One run of text ids a document. Branches without text get the structural ids only."""
+        """One run of text ids a document. Branches without text get the structural ids and what stands instead of text."""
         self._text(runs, keep=True)
 
     def peek_text(self, runs: Sequence[Run]) -> Float[Tensor, "N T C"] | None:
@@ -110,15 +110,14 @@ class Session:
         sequences, ids = [], []
         for sequence, run in zip(self._sequences(), list(runs) * self.branches, strict=True):
             branch = self._state.branches[sequence // self._total]
-            kept = [i for i, s in zip(run.ids, run.structural, strict=True) if s or branch.text]
-            if kept:
+            if kept := run.ids if branch.text else run.without_text:
                 sequences.append(sequence)
                 ids.append(kept)
         if not sequences:
             return None
         state, counts = self._state, [len(i) for i in ids]
         tokens = max(counts)
-        padded = torch.tensor([i + [0] * (tokens - len(i)) for i in ids], device=state.last.device)  # (R, T)
+        padded = torch.tensor([[*i, *[0] * (tokens - len(i))] for i in ids], device=state.last.device)  # (R, T)
         placed = [state.model.scheme.text(state.next[s], tokens) for s in sequences]
         x = state.model.backbone.embedding(padded)  # (R, T, C)
         hidden = self._forward(x, placed, sequences, counts, TokenKind.TEXT, bidirectional=False)
