@@ -14,6 +14,7 @@ from unimodal_generators import (
     DiffusionSettings,
     DiT,
     Flow,
+    HeadDiffusion,
     Masked,
     MaskedText,
     NextScale,
@@ -160,6 +161,17 @@ CASES = {
     ),
     "token_random": Case(
         made(TokenDiffusion, mask_min=0.3, sampling=TokenDiffusionSettings(steps=3, head_steps=4), **small), squares
+    ),
+    "mar": Case(
+        made(
+            TokenDiffusion,
+            noising=HeadDiffusion(),
+            mask_min=0.3,
+            sampling=TokenDiffusionSettings(steps=3, head_steps=5, solver="ddpm"),
+            **small,
+        ),
+        squares,
+        whole=False,
     ),
     "regression": Case(Regression, squares),
     "cosine": Case(made(Regression, loss="cosine"), squares, whole=False),

@@ -38,7 +38,7 @@ ONE_OF_EACH = [
 NOT_MEASURED = {
     "digits_emu35_parallel",
     "digits_jpeg_ar",
-    "digits_unidisc_masked",
+    "digits_mar_diffusion",
     "shapes_flux_latents",
     "shapes_llamagen_codes",
 }

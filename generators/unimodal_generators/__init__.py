@@ -14,6 +14,7 @@ from unimodal_generators.patch_coders import ConvNeXtCoder, LinearCoder, UNetCod
 from unimodal_generators.queries import Queries
 from unimodal_generators.regression import Regression, RegressionSettings
 from unimodal_generators.token_diffusion import TokenDiffusion, TokenDiffusionSettings
+from unimodal_generators.token_head import HeadDiffusion, HeadFlow
 from unimodal_generators.unmasking import MaskedSettings
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "DiffusionSettings",
     "Flow",
     "FlowSettings",
+    "HeadDiffusion",
+    "HeadFlow",
     "ImageGenerator",
     "LinearCoder",
     "Masked",

@@ -9,7 +9,7 @@ a, b the shares of data and noise, a^2 + b^2 = 1. Outside, time is t = 1 - n / N
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -26,9 +26,6 @@ from unimodal_tokenizers.base import Grid, TokenLayout
 
 STEPS = 1000
 """N of every published schedule."""
-
-FAINTEST = 0.006
-"""Least share of the data at which sampling begins (DPM-Solver++ begins cosine schedules at a log of it of -5.1)."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class Diffusion(DenoisingGenerator):
         super().__init__(layout, width, time, coder, bidirectional, sampling)
         self.predicts = predicts
         self.shares = np.sqrt(diffusion.alpha_bars(schedule, STEPS))  # a_n: exact whatever the weights' type
-        self.noisiest = int(np.flatnonzero(self.shares >= FAINTEST)[-1])
+        self.noisiest = int(np.flatnonzero(self.shares >= diffusion.FAINTEST)[-1])
 
     def draw_time(self, grid: Grid, rng: np.random.Generator) -> float:
         """n is uniform from 1 to N (DDPM)."""
@@ -150,7 +147,8 @@ class Diffusion(DenoisingGenerator):
             return (data, noise) if clip is None else diffusion.from_data(x, data.clamp(-clip, clip), a, b)
 
         if settings.solver == "ddim":
-            states = self._ddim(parts, noise, points, settings.eta, lambda: draw_noise(grids, rngs, self.layout.dim))
+            draw = partial(draw_noise, grids, rngs, self.layout.dim)
+            states = diffusion.ddim(parts, noise, self.shares, points, settings.eta, draw)
         elif settings.solver == "heun":
             states = self._heun(parts, noise, points)
         else:
@@ -158,24 +156,6 @@ class Diffusion(DenoisingGenerator):
             states = run_diffusion_scheduler(settings.solver, lambda x, i: parts(x, points[i])[0], noise, sigmas)
         for n, x in zip(points[1:], states, strict=True):
             yield 1 - n / STEPS, x
-
-    def _ddim(
-        self,
-        parts: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-        x: Float[Tensor, "T D"],
-        points: Sequence[int],
-        eta: float,
-        draw: Callable[[], Tensor],
-    ) -> Iterator[Float[Tensor, "T D"]]:
-        """x_m = a_m data + sqrt(b_m^2 - s^2) noise + s z (DDIM, eq. 12), s by eq. 16; eta = 1 is DDPM's eq. 7."""
-        for n, m in pairwise(points):
-            data, noise = parts(x, n)
-            (a_n, a_m), (b2_n, b2_m) = self.shares[[n, m]], 1 - self.shares[[n, m]] ** 2
-            s = eta * math.sqrt(b2_m / b2_n * (1 - (a_n / a_m) ** 2))
-            x = a_m * data + math.sqrt(b2_m - s**2) * noise
-            if eta:
-                x = x + s * draw().to(x)
-            yield x
 
     def _heun(
         self, parts: Callable[[Tensor, int], tuple[Tensor, Tensor]], x: Float[Tensor, "T D"], points: Sequence[int]

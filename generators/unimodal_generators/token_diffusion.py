@@ -1,10 +1,10 @@
-"""Continuous tokens one by one or a few at a time, each drawn by a small flow of its own, given its hidden state.
+"""Continuous tokens one by one or a few at a time, each drawn by a small network of its own, given its hidden state.
 
 MAR (arXiv 2406.11838), UniFluid (arXiv 2503.13436), Ming-UniVision (arXiv 2510.06590).
 
 Letters: N images, T tokens of all of them, n tokens of one image, m tokens that are learned or drawn, K noise draws a
-token, D channels of a token, C width of the backbone, W width of the head, G guidance branches, K backbone evaluations.
-z a hidden state, x_t a noised token, v its velocity.
+token, D channels of a token, C width of the backbone, G guidance branches, K backbone evaluations, L draws of noise that
+sampling a token takes. z a hidden state, x_t a noised token.
 """
 
 import math
@@ -33,6 +33,7 @@ from unimodal_generators.base import (
     in_rows,
 )
 from unimodal_generators.denoising import draw_noise
+from unimodal_generators.token_head import STEPS, HeadFlow, HeadNoising, TokenHead
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout, precise
 
@@ -45,16 +46,16 @@ class TokenDiffusionSettings(DenoisingSettings):
         steps: evaluations of the backbone, exactly, which random order spends by the cosine schedule; None: one a token, all
             that raster order can do.
         head_steps: evaluations of the head a token, exactly.
-        solver: of the head.
-        shift: above 1: more of the head's steps near the noise.
-        temperature: of the noise a token begins as: its deviation; 0 is one token for all seeds.
+        solver: of the head: euler or heun of a flow, ddpm of a diffusion.
+        shift: above 1: more of the head's steps near the noise; a flow's alone.
+        temperature: deviation of the noise that a flow begins as (0 is one token for all seeds), or that a diffusion adds.
         growth: whether guidance is the same for every token, or grows from 1 with the share that is drawn (MAR's linear
             schedule).
     """
 
     steps: int | None = None
     head_steps: int = 20
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Literal["euler", "heun", "ddpm"] = "euler"
     shift: float = 1.0
     temperature: float = 1.0
     growth: Literal["none", "linear"] = "none"
@@ -65,6 +66,14 @@ class TokenDiffusionSettings(DenoisingSettings):
             raise ValueError(f"temperature: expected 0 (no noise) or more, got {self.temperature}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: expected at least 1 evaluation of the backbone, got {self.steps}")
+        if self.solver == "ddpm":
+            if not 1 <= self.head_steps < STEPS:
+                raise ValueError(
+                    f"head_steps: expected 1 to {STEPS - 1} evaluations of the head, got {self.head_steps}"
+                )
+            if self.shift != 1:
+                raise ValueError(f"shift: ddpm goes by its own schedule, expected 1, got {self.shift}")
+            return
         try:
             diffusion.sampling_times(self.head_steps, self.shift, self.solver)
         except ValueError as error:
@@ -84,12 +93,12 @@ class CorruptedTokens(Corrupted):
 
 
 class TokenDiffusion(ImageGenerator):
-    """Learns p(token | hidden state) by a small flow, the diffusion loss of MAR (section 3.2) as flow matching.
+    """Learns p(token | hidden state) by a small network, the diffusion loss of MAR (section 3.2).
 
     In raster order an image is causal and its own context, and a token is drawn given those before it. In random order
     (MAR, section 3.4) an image is a private bidirectional block in which a random share of the tokens is replaced by a
     learned vector; those are learned, and drawn in K groups of growing size. MAR's encoder does not see the masked tokens
-    and its decoder does; here one network sees all, as in MaskGIT. MAR noises by DDPM; a flow has fewer settings.
+    and its decoder does; here one network sees all, as in MaskGIT.
 
     Args:
         layout: of the image tokenizer.
@@ -98,8 +107,7 @@ class TokenDiffusion(ImageGenerator):
         head_width: of the head.
         head_depth: residual blocks of the head.
         multiply: noise draws a token and step; the loss is their mean (MAR, section 3.2: four).
-        time_mean: of the logit-normal the head's training times are drawn from.
-        time_std: likewise.
+        noising: between tokens and noise: `HeadDiffusion` as MAR, or None for `HeadFlow()`.
         mask_min: least share of masked tokens; the share is drawn from a normal of mean 1 and deviation `mask_std`, cut to
             [mask_min, 1] (MAR, section 4.2).
         mask_std: see there.
@@ -119,8 +127,7 @@ class TokenDiffusion(ImageGenerator):
         head_width: int = 256,
         head_depth: int = 3,
         multiply: int = 4,
-        time_mean: float = 0.0,
-        time_std: float = 1.0,
+        noising: HeadNoising | None = None,
         mask_min: float = 0.7,
         mask_std: float = 0.25,
         input_noise: float = 0.0,
@@ -139,13 +146,13 @@ class TokenDiffusion(ImageGenerator):
         self.layout, self.sampling, self.order = layout, sampling, order
         self.reads = "previous" if order == "raster" else "own"
         self.repeats = order == "random"
-        self.multiply, self.time_mean, self.time_std = multiply, time_mean, time_std
+        self.multiply, self.noising = multiply, HeadFlow() if noising is None else noising
         self.mask_min, self.mask_std, self.input_noise = mask_min, mask_std, input_noise
         self.token_in = nn.Linear(layout.dim, width)
-        self.head = FlowHead(layout.dim, width, head_width, head_depth)
+        self.head = TokenHead(layout.dim, width, head_width, head_depth)
         if order == "random":
             self.mask = nn.Parameter(torch.randn(width) * 0.02)
-        check_steps(sampling, order)
+        self._check(sampling)
 
     def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
         """One block: how many tokens are learned, and the seed of which, and of their noise."""
@@ -180,8 +187,7 @@ class TokenDiffusion(ImageGenerator):
             if self.order == "random":
                 masked.append(first + torch.randperm(block.grid.length, generator=rng)[: block.n_targets].sort().values)
             noise.append(torch.randn(block.n_targets, self.multiply, dim, generator=rng))
-            logits = self.time_mean + self.time_std * torch.randn(block.n_targets, self.multiply, generator=rng)
-            time.append(logits.sigmoid())  # as diffusion.logit_normal_time
+            time.append(self.noising.draw_time((block.n_targets, self.multiply), rng))
             if self.input_noise:
                 read.append(self.input_noise * torch.randn(block.grid.length, dim, generator=rng))
             first += block.grid.length
@@ -208,7 +214,7 @@ class TokenDiffusion(ImageGenerator):
         return Embeddings(values)
 
     def loss(self, hidden: Float[Tensor, "T C"], embeddings: Embeddings, corrupted: Corrupted) -> LossBreakdown:
-        """Squared error of v (MAR, eq. 1), a mean over a token's channels and draws and a sum over learned tokens."""
+        """Squared error (MAR, eq. 1), a mean over a token's channels and draws and a sum over learned tokens."""
         assert isinstance(corrupted, CorruptedTokens)
         noise, time, targets = corrupted.noise, corrupted.head_time, corrupted.targets
         assert noise is not None
@@ -216,37 +222,55 @@ class TokenDiffusion(ImageGenerator):
         assert targets is not None
         z = hidden if corrupted.where is None else hidden[corrupted.where]  # (m, C)
         data, rows = targets.repeat_interleave(self.multiply, 0), noise.flatten(0, 1)  # (m K, D)
-        x = diffusion.interpolate(rows, data, time.flatten()[:, None])
-        v = self.head(z[:, None], x.view_as(noise), time)  # (m, K, D): z is projected once, whatever K
-        error = F.mse_loss(v, diffusion.velocity(rows, data).view_as(noise), reduction="none").mean((1, 2))  # (m,)
+        t = time.flatten()[:, None]  # (m K, 1)
+        x = self.noising.noised(rows, data, t)
+        said = self.head(z[:, None], x.view_as(noise), time)  # (m, K, D): z is projected once, whatever K
+        target = self.noising.target(rows, data, t).view_as(noise)
+        error = F.mse_loss(said, target, reduction="none").mean((1, 2))  # (m,)
         return {"image": LossTerm(error.sum(), len(targets))}
 
     def draw(
         self,
         z: Float[Tensor, "G m C"],
-        noise: Float[Tensor, "m D"],
+        noise: Float[Tensor, "m L D"],
         settings: TokenDiffusionSettings,
         lengths: Sequence[int],
         progress: float,
     ) -> Float[Tensor, "m D"]:
-        """Solve dx/dt = v(x, t | z) for every token from its own noise.
+        """Every token from its own noise.
 
-        Every step computes v for the hidden states of all active branches and guides it as the image's `progress` has it.
+        Every step asks the head about the hidden states of all active branches and guides as the image's `progress` has it.
         `lengths`: tokens of each image.
         """
 
-        def velocity(x: Tensor, t: float) -> Tensor:
+        def estimate(x: Tensor, t: float) -> Tensor:
             return settings.guide_images(self.head(z, x, x.new_full((), t)), lengths, progress)
 
-        times = diffusion.sampling_times(settings.head_steps, settings.shift, settings.solver)
-        *_, tokens = diffusion.SOLVERS[settings.solver](velocity, settings.temperature * noise, times)
-        return tokens
+        s = settings
+        return self.noising.solve(estimate, noise, s.head_steps, s.solver, s.shift, s.temperature)
+
+    def _noise(
+        self, grids: Sequence[Grid], rngs: Sequence[torch.Generator], settings: TokenDiffusionSettings
+    ) -> Float[Tensor, "T L D"]:
+        """All that is drawn for each token, each image's from its own generator."""
+        draws, dim = self.noising.draws(settings.head_steps), self.layout.dim
+        return draw_noise(grids, rngs, draws * dim).to(self._precise()).unflatten(1, (draws, dim))
+
+    def _check(self, settings: TokenDiffusionSettings) -> None:
+        """Refuse steps that would be ignored, and a solver that the head's noising has not."""
+        if settings.solver not in self.noising.solvers:
+            name, listed = type(self.noising).__name__, " or ".join(self.noising.solvers)
+            raise ValueError(f"solver: expected {listed} of a {name}, got {settings.solver}")
+        if self.order == "raster" and settings.steps is not None:
+            raise ValueError(
+                f"steps: raster order evaluates the backbone once a token, expected none, got {settings.steps}"
+            )
 
     def check_sampling(self, settings: SamplingSettings, grids: Sequence[Grid]) -> None:
         """Raster order takes no steps; random order draws one token at least in each."""
         if not isinstance(settings, TokenDiffusionSettings):
             raise ValueError(f"sampling: expected TokenDiffusionSettings, got {type(settings).__name__}")
-        check_steps(settings, self.order)
+        self._check(settings)
         least = min(grid.length for grid in grids)
         if settings.steps is not None and settings.steps > least:
             raise ValueError(f"steps: expected at most one a token ({least}), got {settings.steps}")
@@ -278,7 +302,7 @@ class TokenDiffusion(ImageGenerator):
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: raster-order images of one call need one size, got {sorted(set(grids))}")
         block, n, dim = self._block(grids[0]), grids[0].length, self.layout.dim
-        noise = draw_noise(grids, rngs, dim).to(self._precise()).unflatten(0, (len(grids), n))  # (R, n, D)
+        noise = self._noise(grids, rngs, settings).unflatten(0, (len(grids), n))  # (R, n, L, D)
         given = None if known is None else (known.tokens.values.to(noise).view(-1, n, dim), known.mask.view(-1, n))
         drawn: list[Tensor] = []
         hidden = session.last  # (G, R, C)
@@ -303,8 +327,8 @@ class TokenDiffusion(ImageGenerator):
     ) -> Iterator[ImageTokens]:
         blocks = [self._block(grid) for grid in grids]
         orders = self._orders(grids, rngs, known)
-        noise = draw_noise(grids, rngs, self.layout.dim).to(self._precise())  # (T, D)
-        x = torch.zeros_like(noise)
+        noise = self._noise(grids, rngs, settings)  # (T, L, D)
+        x = torch.zeros_like(noise[:, 0])  # (T, D)
         if known is not None:
             x = torch.where(known.mask.to(x.device)[:, None], known.tokens.values.to(x), x)
         if settings.steps is None and len({grid.length for grid in grids}) != 1:
@@ -345,14 +369,6 @@ class TokenDiffusion(ImageGenerator):
         return weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
-def check_steps(settings: TokenDiffusionSettings, order: str) -> None:
-    """Refuse a count of steps that would be ignored."""
-    if order == "raster" and settings.steps is not None:
-        raise ValueError(
-            f"steps: raster order evaluates the backbone once a token, expected none, got {settings.steps}"
-        )
-
-
 def cosine_counts(tokens: int, length: int, steps: int | None) -> list[int]:
     """How many of an image's unknown tokens are drawn at each step, at least one: few at first (MaskGIT, MAR).
 
@@ -366,65 +382,3 @@ def cosine_counts(tokens: int, length: int, steps: int | None) -> list[int]:
         counts.append(left - rest)
         left = rest
     return counts
-
-
-class FlowHead(nn.Module):
-    """v(x_t, t | z): a residual MLP whose norms are modulated by z and t (MAR, section 4.1).
-
-    Args:
-        dim: channels D of a token.
-        condition: width C of a hidden state.
-        width: W of the head.
-        depth: residual blocks.
-    """
-
-    def __init__(self, dim: int, condition: int, width: int, depth: int) -> None:
-        super().__init__()
-        self.x_in = nn.Linear(dim, width)
-        self.z_in = nn.Linear(condition, width)
-        self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, dim)
-        for layer in (self.modulation, self.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(
-        self, z: Float[Tensor, "*#rest C"], x: Float[Tensor, "*#rest D"], t: Float[Tensor, "*#rest"]
-    ) -> Float[Tensor, "*rest D"]:
-        """Velocities, in fp32 or better."""
-        weight = self.x_in.weight
-        time = self.time_in(diffusion.timestep_embedding(t.flatten()).to(weight.dtype))
-        c = F.silu(self.z_in(z.to(weight.dtype)) + time.view(*t.shape, time.shape[-1]))  # (*rest, W)
-        h = self.x_in(x.to(weight.dtype))  # (*rest, W)
-        for block in self.blocks:
-            h = block(h, c)
-        shift, scale = self.modulation(c).chunk(2, dim=-1)
-        out = self.out(modulate(self.norm(h), shift, scale))
-        return precise(out)
-
-
-class HeadBlock(nn.Module):
-    """h + gate * MLP((1 + scale) LN(h) + shift), modulated by the condition (adaLN-Zero, DiT, arXiv 2212.09748)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Linear(width, 3 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-
-    def forward(self, h: Float[Tensor, "*#rest W"], c: Float[Tensor, "*#rest W"]) -> Float[Tensor, "*rest W"]:
-        """One residual step."""
-        shift, scale, gate = self.modulation(c).chunk(3, dim=-1)
-        return h + gate * self.mlp(modulate(self.norm(h), shift, scale))
-
-
-def modulate(
-    h: Float[Tensor, "*#rest W"], shift: Float[Tensor, "*#rest W"], scale: Float[Tensor, "*#rest W"]
-) -> Float[Tensor, "*rest W"]:
-    """(1 + scale) h + shift."""
-    return h * (1 + scale) + shift

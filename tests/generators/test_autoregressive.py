@@ -97,7 +97,7 @@ def test_an_image_has_exactly_its_tokens(make: Callable[..., UnifiedModel], grid
     model = make("autoregressive")
     session = begun(model, ["seven", "a handwritten three"], guided=True)
     before, following = list(session._state.cache.lengths), list(session._state.next)
-    (final,) = sampled(session, model, [grid] * 2, ChoiceSettings(guidance=2.0), [0, 1])
+    *_, final = sampled(session, model, [grid] * 2, ChoiceSettings(guidance=2.0), [0, 1])
     assert final.values.shape == (2 * grid.length,)
     assert final.values.dtype == torch.long
     assert 0 <= final.values.min() <= final.values.max() < 16
@@ -110,7 +110,7 @@ def test_greedy_ids_by_hand(make: Callable[..., UnifiedModel]) -> None:
     """The likeliest id given everything before it, from a training pass over the whole image."""
     model = make("autoregressive").double()
     grid = Grid(4, 4)
-    (final,) = sampled(begun(model, ["seven"]), model, [grid], ChoiceSettings(temperature=0.0), [0])
+    *_, final = sampled(begun(model, ["seven"]), model, [grid], ChoiceSettings(temperature=0.0), [0])
     session, states = begun(model, ["seven"]), []
     states.append(session.last[0, 0])
     block = Block(grid, TokenKind.LEARNED, bidirectional=False, private=False)
@@ -123,7 +123,7 @@ def test_greedy_ids_by_hand(make: Callable[..., UnifiedModel]) -> None:
 def test_guidance_is_on_scores(make: Callable[..., UnifiedModel]) -> None:
     model = make("autoregressive").double()
     settings = ChoiceSettings(guidance=3.0, temperature=0.0)
-    (final,) = sampled(begun(model, ["seven"], guided=True), model, [Grid(4, 4)], settings, [0])
+    *_, final = sampled(begun(model, ["seven"], guided=True), model, [Grid(4, 4)], settings, [0])
     with torch.no_grad():
         c, u = scores_of(model.generator, begun(model, ["seven"], guided=True).last[:, 0])
     assert int(final.values[0]) == int((u + 3.0 * (c - u)).argmax())
@@ -134,11 +134,11 @@ def test_an_image_does_not_depend_on_its_neighbours(make: Callable[..., UnifiedM
     model = make("autoregressive").double()
     settings = ChoiceSettings(guidance=guidance, top_k=12, top_p=0.9)
     prompts, seeds, grid = ["a handwritten seven", "three", ""], [3, 4, 5], Grid(4, 4)
-    (together,) = sampled(begun(model, prompts, guidance != 1), model, [grid] * 3, settings, seeds)
+    *_, together = sampled(begun(model, prompts, guidance != 1), model, [grid] * 3, settings, seeds)
     for i, one in enumerate(together.split()):
-        (alone,) = sampled(begun(model, [prompts[i]], guidance != 1), model, [grid], settings, [seeds[i]])
+        *_, alone = sampled(begun(model, [prompts[i]], guidance != 1), model, [grid], settings, [seeds[i]])
         assert torch.equal(one.values, alone.values)
-    (again,) = sampled(begun(model, prompts, guidance != 1), model, [grid] * 3, settings, [3, 4, 6])
+    *_, again = sampled(begun(model, prompts, guidance != 1), model, [grid] * 3, settings, [3, 4, 6])
     assert torch.equal(again.values[:32], together.values[:32])
     assert not torch.equal(again.values[32:], together.values[32:])
 

@@ -41,7 +41,7 @@ def sampled(
 ) -> ImageTokens:  # fmt: skip
     session, rngs = begun(model, prompts, settings.guidance != 1), [torch.Generator().manual_seed(s) for s in seeds]
     with torch.no_grad():
-        (final,) = model.generator.sample(
+        *_, final = model.generator.sample(
             session, [grid] * len(prompts), settings, rngs or [torch.Generator()] * len(prompts), known
         )
     return final
@@ -94,7 +94,7 @@ def test_an_image_has_exactly_its_tokens_and_positions(make: Make, kind: str) ->
     session = begun(model, ["seven", "a handwritten three"], guided=True)
     before, following = list(session._state.cache.lengths), list(session._state.next)
     with torch.no_grad():
-        (final,) = model.generator.sample(
+        *_, final = model.generator.sample(
             session, [Grid(2, 4)] * 2, ChoiceSettings(guidance=2.0), [torch.Generator(), torch.Generator()]
         )
     (block,) = model.generator.plan_context(Grid(2, 4))

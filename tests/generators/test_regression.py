@@ -35,7 +35,7 @@ def sampled(
     known: Known | None = None,
 ) -> ImageTokens:  # fmt: skip
     with torch.no_grad():
-        (out,) = model.generator.sample(
+        *_, out = model.generator.sample(
             session, grids, settings or RegressionSettings(), [torch.Generator()] * len(grids), known
         )
     return out

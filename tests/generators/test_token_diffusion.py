@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 from unimodal.decoding import Session
 from unimodal.model import UnifiedModel
-from unimodal_generators import FlowSettings, TokenDiffusion, TokenDiffusionSettings
+from unimodal_generators import FlowSettings, HeadDiffusion, TokenDiffusion, TokenDiffusionSettings
 from unimodal_generators.base import Block, Corrupted, Embeddings, Grid, ImageTokens, Known, TokenKind
 from unimodal_generators.token_diffusion import CorruptedTokens, cosine_counts
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import TokenLayout
+from unimodal_tokenizers.diffusion import alpha_bars
 
 LAYOUT = TokenLayout("continuous", dim=12, stride=2)
 GRIDS = (Grid(4, 4), Grid(2, 4), Grid(1, 3))
 ORDERS = ("raster", "random")
+DDPM = TokenDiffusionSettings(head_steps=20, solver="ddpm")
 
 
 def made(order: str = "random", **settings: Any) -> TokenDiffusion:
@@ -184,7 +186,7 @@ def gaussian_error(solver: str, steps: int, temperature: float = 1.0) -> float:
     generator.head = Gaussian(0.7, 0.3)  # type: ignore[assignment]
     noise = torch.randn(50, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     settings = TokenDiffusionSettings(head_steps=steps, solver=solver, temperature=temperature)  # type: ignore[arg-type]
-    drawn = generator.draw(torch.zeros(1, 50, 32, dtype=torch.float64), noise, settings, [50], 0.0)
+    drawn = generator.draw(torch.zeros(1, 50, 32, dtype=torch.float64), noise[:, None], settings, [50], 0.0)
     return float((drawn - (0.7 + 0.3 * temperature * noise)).square().mean().sqrt())
 
 
@@ -197,24 +199,87 @@ def test_a_gaussian_token_in_closed_form() -> None:
     assert gaussian_error("heun", 199) / gaussian_error("heun", 99) == pytest.approx(1 / 4, rel=0.2)
 
 
-def test_a_head_learns_the_tokens_of_each_hidden_state() -> None:
+class GaussianNoise(Gaussian):
+    """The expected noise of DDPM's x_n = a data + b noise, data N(mu, s^2): b (x - a mu) / (a^2 s^2 + b^2)."""
+
+    def __init__(self, mu: float, s: float, noising: HeadDiffusion) -> None:
+        super().__init__(mu, s)
+        self.shares = noising.shares
+
+    def forward(self, z: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        a = self.shares[round(1000 * (1 - t.flatten()[0].item()))]
+        noise = (1 - a**2) ** 0.5 * (x - a * self.mu) / (a**2 * self.s**2 + 1 - a**2)
+        return noise.expand(*z.shape[:-1], x.shape[-1])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_ddpm_draws_a_gaussian_by_its_moments(schedule: Any) -> None:
+    """4,000 tokens of two channels; less noise is added where the temperature is lower, and none where it is 0."""
+    noising = HeadDiffusion(schedule)
+    generator = TokenDiffusion(TokenLayout("continuous", 2, 1), 8, noising=noising, sampling=DDPM).double()
+    generator.head = GaussianNoise(0.7, 0.3, noising)  # type: ignore[assignment]
+    noise = torch.randn(4000, 250, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def drawn(temperature: float, noise: Tensor = noise) -> Tensor:
+        settings = DDPM.override(head_steps=250, temperature=temperature)
+        return generator.draw(torch.zeros(1, 4000, 8, dtype=torch.float64), noise, settings, [4000], 0.0)
+
+    whole, cool, still = drawn(1.0), drawn(0.7), drawn(0.0)
+    torch.testing.assert_close(whole.mean(0), torch.full((2,), 0.7, dtype=torch.float64), atol=0.02, rtol=0)
+    torch.testing.assert_close(whole.std(0), torch.full((2,), 0.3, dtype=torch.float64), atol=0.02, rtol=0)
+    assert (still.std(0) < cool.std(0)).all()
+    assert (cool.std(0) < 0.9 * whole.std(0)).all()
+    assert torch.equal(still, drawn(0.0, torch.cat([noise[:, :1], -noise[:, 1:]], dim=1)))  # but for where it begins
+
+
+def test_what_a_diffusion_head_learns_is_the_noise() -> None:
+    """DDPM's eq. 14 written out, at drawn steps of the schedule."""
+    generator = made(noising=HeadDiffusion(), sampling=DDPM)
+    corrupted = generator.corrupt(tokens(), planned(generator))
+    assert corrupted.noise is not None
+    assert corrupted.head_time is not None
+    assert corrupted.targets is not None
+    hidden = torch.randn(27, 32, generator=torch.Generator().manual_seed(3))
+    abar = alpha_bars("cosine")
+    total, steps = 0.0, set()
+    for row, i in enumerate(corrupted.where.tolist()):  # type: ignore[union-attr]
+        for noise, t in zip(corrupted.noise[row], corrupted.head_time[row], strict=True):
+            n = round(1000 * (1 - float(t)))
+            steps.add(n)
+            x = float(abar[n]) ** 0.5 * corrupted.targets[row] + float(1 - abar[n]) ** 0.5 * noise
+            total += float((generator.head(hidden[i], x, t) - noise).square().mean()) / len(corrupted.noise[row])
+    term = generator.loss(hidden, Embeddings(hidden), corrupted)["image"]
+    assert float(term.sum) == pytest.approx(total, rel=1e-4)
+    assert len(steps) > 20
+    assert min(steps) >= 1
+    assert max(steps) <= 1000
+
+
+@pytest.mark.parametrize("noising", [None, HeadDiffusion()], ids=["flow", "ddpm"])
+def test_a_head_learns_the_tokens_of_each_hidden_state(noising: HeadDiffusion | None) -> None:
     """Two hidden states, two Gaussians: a trained head draws each of them."""
     torch.manual_seed(0)
-    generator = TokenDiffusion(TokenLayout("continuous", 2, 1), 2, order="raster", head_width=48, head_depth=2)
+    generator = TokenDiffusion(
+        TokenLayout("continuous", 2, 1), 2, order="raster", head_width=48, head_depth=2, noising=noising, multiply=8,
+        sampling=TokenDiffusionSettings() if noising is None else DDPM.override(head_steps=100),
+    )  # fmt: skip
+    draws = 1 if noising is None else 100
     optimizer = torch.optim.Adam(generator.head.parameters(), 3e-3)
+    slower = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.995)
     z = torch.eye(2).repeat(16, 1)
     mean, deviation = torch.tensor([[1.0, -1.0], [-0.5, 0.5]]), torch.tensor([[0.2], [0.6]])
     grid, rng = Grid(1, 32), np.random.default_rng(0)
-    for _ in first_checked(range(400)):
+    for _ in first_checked(range(400 if noising is None else 600)):
         data = ImageTokens((mean + deviation * torch.randn(16, 2, 2)).flatten(0, 1), (grid,))
         corrupted = generator.corrupt(data, generator.plan(grid, rng))
         term = generator.loss(z, Embeddings(z), corrupted)["image"]
         optimizer.zero_grad()
         (term.sum / term.count).backward()
         optimizer.step()
+        slower.step()
     with torch.no_grad():
         drawn = generator.draw(
-            torch.eye(2).repeat(2000, 1)[None], torch.randn(4000, 2), generator.sampling, [4000], 0.0
+            torch.eye(2).repeat(2000, 1)[None], torch.randn(4000, draws, 2), generator.sampling, [4000], 0.0
         )
     drawn = drawn.unflatten(0, (2000, 2))
     torch.testing.assert_close(drawn.mean(0), mean, atol=0.12, rtol=0)
@@ -237,7 +302,14 @@ def test_every_step_of_the_head_is_guided() -> None:
         c, u = (generator.head(branch, x, x.new_full((), i / 3)) for branch in z)
         v = u + 3.0 * (c - u)
         x = x + v * (c.norm(dim=1, keepdim=True) / v.norm(dim=1, keepdim=True)).clamp(0, 1) / 3
-    torch.testing.assert_close(generator.draw(z, noise, settings, [1, 2], 0.5), x)
+    torch.testing.assert_close(generator.draw(z, noise[:, None], settings, [1, 2], 0.5), x)
+
+
+def test_a_solver_of_the_other_noising_is_refused() -> None:
+    with pytest.raises(ValueError, match="solver: expected ddpm of a HeadDiffusion, got euler"):
+        made(noising=HeadDiffusion())
+    with pytest.raises(ValueError, match="solver: expected euler or heun of a HeadFlow, got ddpm"):
+        made(sampling=DDPM)
 
 
 # ---- the samplers
@@ -293,8 +365,10 @@ def test_steps_are_evaluations_of_the_backbone(make: Callable[..., UnifiedModel]
     assert changed == cosine_counts(16, 16, steps)[1:]
     raster = make("token_raster")
     session = Counted(begun(raster, ["seven"]))
-    (final,) = sampled(session, raster, [Grid(4, 4)], TokenDiffusionSettings(head_steps=1), [0])
-    assert (session.peeks, session.appends, final.values.shape) == (0, 16, (16, 12))
+    rows = sampled(session, raster, [Grid(4, 4)], TokenDiffusionSettings(head_steps=1), [0])
+    assert (session.peeks, session.appends, rows[-1].values.shape) == (0, 16, (16, 12))
+    for done, row in enumerate(rows, start=1):
+        assert torch.equal(row.values[: 4 * done], rows[-1].values[: 4 * done])
 
 
 def test_random_order_by_hand(make: Callable[..., UnifiedModel]) -> None:
@@ -334,7 +408,7 @@ def test_raster_order_by_hand(make: Callable[..., UnifiedModel]) -> None:
     generator = model.generator
     assert isinstance(generator, TokenDiffusion)
     settings, grid = TokenDiffusionSettings(guidance=2.5, head_steps=2, temperature=0.9), Grid(4, 4)
-    (final,) = sampled(begun(model, ["seven"], guided=True), model, [grid], settings, [11])
+    final = sampled(begun(model, ["seven"], guided=True), model, [grid], settings, [11])[-1]
     noise = torch.randn(16, 12, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
     session, block = begun(model, ["seven"], guided=True), Block(grid, TokenKind.LEARNED, False, False)
     hidden = session.last
@@ -349,13 +423,15 @@ def test_raster_order_by_hand(make: Callable[..., UnifiedModel]) -> None:
             hidden = session.append(Embeddings(generator.token_in(token)[None]), [block.piece(i, 1)])
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_an_image_does_not_depend_on_its_neighbours(make: Callable[..., UnifiedModel], order: str) -> None:
-    model = make(f"token_{order}").double()
+@pytest.mark.parametrize("name", ["token_raster", "token_random", "mar"])
+def test_an_image_does_not_depend_on_its_neighbours(make: Callable[..., UnifiedModel], name: str) -> None:
+    model = make(name).double()
+    order = model.generator.order
     grids = [Grid(4, 4), Grid(2, 4) if order == "random" else Grid(4, 4), Grid(4, 4)]
     settings = TokenDiffusionSettings(
-        guidance=2.0, steps=3 if order == "random" else None, head_steps=2, renorm="global", growth="linear"
-    )
+        guidance=2.0, steps=3 if order == "random" else None, head_steps=2, renorm="global", growth="linear",
+        solver=model.generator.sampling.solver,
+    )  # fmt: skip
     prompts, seeds = ["a handwritten seven", "three", ""], [3, 4, 5]
     together = sampled(begun(model, prompts, True), model, grids, settings, seeds)[-1].split()
     for i, one in enumerate(together):
@@ -419,6 +495,8 @@ def test_one_step_draws_all_tokens_at_once(make: Callable[..., UnifiedModel]) ->
     ({"temperature": -0.1}, r"temperature: .* got -0\.1"),
     ({"steps": 0}, "steps: .* got 0"),
     ({"rescale": 2.0}, r"rescale: .* got 2\.0"),
+    ({"solver": "ddpm", "head_steps": 1000}, "head_steps: expected 1 to 999 .* got 1000"),
+    ({"solver": "ddpm", "shift": 2.0}, r"shift: ddpm .* expected 1, got 2\.0"),
 ])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -147,6 +147,11 @@ SOLVERS = {"euler": euler, "heun": heun}
 NoiseSchedule = Literal["linear", "scaled_linear", "cosine"]
 
 
+FAINTEST = 0.006
+"""Least share of the data at which sampling begins (DPM-Solver++ begins cosine schedules at a log of it of -5.1): errors of
+a predicted noise are divided by it."""
+
+
 def alpha_bars(schedule: NoiseSchedule, steps: int = 1000) -> Float[np.ndarray, "{steps}+1"]:
     """abar_n = prod (1 - beta_i), i = 1 .. n; abar_0 = 1 is the data, and the last is nearly noise.
 
@@ -193,6 +198,34 @@ def from_angular_velocity(x: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[T
 def from_data(x: Tensor, data: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Data and noise of x_n and its data: noise = (x - a data) / b."""
     return data, (x - a * data) / b
+
+
+def ddim(
+    parts: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    x: Float[Tensor, "T D"],
+    shares: Float[np.ndarray, " N"],
+    points: Sequence[int],
+    eta: float,
+    draw: Callable[[], Tensor],
+) -> Iterator[Float[Tensor, "T D"]]:
+    """x_m = a_m data + sqrt(b_m^2 - s^2) noise + s z (DDIM, arXiv 2010.02502, eq. 12), s by eq. 16; eta = 1 is DDPM's eq. 7.
+
+    Args:
+        parts: the data and the noise that x_n is taken to come from.
+        x: where it begins.
+        shares: a_n of every n.
+        points: n, from noise to 0.
+        eta: how much of the noise is drawn anew.
+        draw: z, asked for where some of it is added: at no last step.
+    """
+    for n, m in pairwise(points):
+        data, noise = parts(x, n)
+        (a_n, a_m), (b2_n, b2_m) = shares[[n, m]], 1 - shares[[n, m]] ** 2
+        s = eta * math.sqrt(b2_m / b2_n * (1 - (a_n / a_m) ** 2))
+        x = a_m * data + math.sqrt(b2_m - s**2) * noise
+        if eta and m:
+            x = x + s * draw().to(x)
+        yield x
 
 
 def timestep_embedding(t: Float[Tensor, " N"], dim: int = 256) -> Float[Tensor, "N {dim}"]:

@@ -1,0 +1,228 @@
+"""The small network that draws one token given its hidden state, and the ways between a token and noise.
+
+MAR (arXiv 2406.11838), DDPM (arXiv 2006.11239), flow matching (arXiv 2210.02747).
+
+Letters: n tokens, K noise draws a token, D channels of a token, C width of a hidden state z, W width of the head; L draws
+of noise that sampling a token takes; t time, 0 noise, 1 data, and DDPM's steps n = N (1 - t), 0 data to N noise.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from unimodal_tokenizers import diffusion
+from unimodal_tokenizers.base import precise
+
+STEPS = 1000
+"""N of the published schedules."""
+
+Estimate = Callable[[Tensor, float], Tensor]  # what the head says of x at t
+
+
+class HeadNoising(ABC):
+    """A way between a token and noise: what the head learns, and how a token is drawn with it."""
+
+    solvers: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "n K"]:
+        """Training times, on the host."""
+
+    @abstractmethod
+    def noised(
+        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
+    ) -> Float[Tensor, "n D"]:
+        """x_t."""
+
+    @abstractmethod
+    def target(
+        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
+    ) -> Float[Tensor, "n D"]:
+        """What the head is to say of x_t."""
+
+    @abstractmethod
+    def draws(self, steps: int) -> int:
+        """L, for so many evaluations of the head."""
+
+    @abstractmethod
+    def solve(
+        self,
+        estimate: Estimate,
+        noise: Float[Tensor, "n L D"],
+        steps: int,
+        solver: str,
+        shift: float,
+        temperature: float,
+    ) -> Float[Tensor, "n D"]:
+        """Tokens, in exactly `steps` evaluations."""
+
+
+class HeadFlow(HeadNoising):
+    """The straight path, whose velocity is learned (UniFluid's and others' head).
+
+    Args:
+        mean: of the logit-normal that training times are drawn from.
+        std: likewise.
+    """
+
+    solvers = ("euler", "heun")
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        self.mean, self.std = mean, std
+
+    def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "n K"]:
+        """As `diffusion.logit_normal_time`."""
+        return (self.mean + self.std * torch.randn(*shape, generator=rng)).sigmoid()
+
+    def noised(
+        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
+    ) -> Float[Tensor, "n D"]:
+        """(1 - t) noise + t data."""
+        return diffusion.interpolate(noise, data, t)
+
+    def target(
+        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
+    ) -> Float[Tensor, "n D"]:
+        """v."""
+        return diffusion.velocity(noise, data)
+
+    def draws(self, steps: int) -> int:
+        """Where it begins."""
+        return 1
+
+    def solve(
+        self,
+        estimate: Estimate,
+        noise: Float[Tensor, "n L D"],
+        steps: int,
+        solver: str,
+        shift: float,
+        temperature: float,
+    ) -> Float[Tensor, "n D"]:
+        """dx/dt = v from noise of deviation `temperature`."""
+        times = diffusion.sampling_times(steps, shift, solver)
+        *_, x = diffusion.SOLVERS[solver](estimate, temperature * noise[:, 0], times)
+        return x
+
+
+class HeadDiffusion(HeadNoising):
+    """DDPM: the noise is learned, and tokens are drawn by its ancestral sampler (MAR, whose variances are learned too).
+
+    Args:
+        schedule: "cosine" (MAR), "linear" or "scaled_linear".
+    """
+
+    solvers = ("ddpm",)
+
+    def __init__(self, schedule: diffusion.NoiseSchedule = "cosine") -> None:
+        self.shares = np.sqrt(diffusion.alpha_bars(schedule, STEPS))  # a_n
+        self.noisiest = int(np.flatnonzero(self.shares >= diffusion.FAINTEST)[-1])
+
+    def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "n K"]:
+        """n is uniform from 1 to N."""
+        return 1 - torch.randint(1, STEPS + 1, tuple(shape), generator=rng) / STEPS
+
+    def noised(
+        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
+    ) -> Float[Tensor, "n D"]:
+        """a data + b noise."""
+        a = torch.from_numpy(self.shares).to(t.device)[((1 - t.double()) * STEPS).round().long()]  # (n, 1)
+        return diffusion.diffuse(noise, data, a.to(data), (1 - a**2).sqrt().to(data))
+
+    def target(
+        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
+    ) -> Float[Tensor, "n D"]:
+        """The noise (DDPM, eq. 14)."""
+        return noise
+
+    def draws(self, steps: int) -> int:
+        """Where it begins, and what every step but the last adds."""
+        return steps
+
+    def solve(
+        self,
+        estimate: Estimate,
+        noise: Float[Tensor, "n L D"],
+        steps: int,
+        solver: str,
+        shift: float,
+        temperature: float,
+    ) -> Float[Tensor, "n D"]:
+        """DDPM's eq. 11 over evenly chosen steps; what is added is `temperature` times what DDPM adds, as MAR has it."""
+        points = [round(self.noisiest * (1 - i / steps)) for i in range(steps + 1)]
+        more = iter((temperature * noise[:, 1:]).unbind(1))
+
+        def parts(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+            a = x.new_tensor(self.shares[n])
+            return diffusion.from_noise(x, estimate(x, 1 - n / STEPS), a, (1 - a**2).sqrt())
+
+        *_, x = diffusion.ddim(parts, noise[:, 0], self.shares, points, 1.0, lambda: next(more))
+        return x
+
+
+class TokenHead(nn.Module):
+    """What a token's noising asks for, given x_t, t and z: a residual MLP whose norms they modulate (MAR, section 4.1).
+
+    Args:
+        dim: channels D of a token.
+        condition: width C of a hidden state.
+        width: W of the head.
+        depth: residual blocks.
+    """
+
+    def __init__(self, dim: int, condition: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.x_in = nn.Linear(dim, width)
+        self.z_in = nn.Linear(condition, width)
+        self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, dim)
+        for layer in (self.modulation, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, z: Float[Tensor, "*#rest C"], x: Float[Tensor, "*#rest D"], t: Float[Tensor, "*#rest"]
+    ) -> Float[Tensor, "*rest D"]:
+        """Velocities or noises, in fp32 or better."""
+        weight = self.x_in.weight
+        time = self.time_in(diffusion.timestep_embedding(t.flatten()).to(weight.dtype))
+        c = F.silu(self.z_in(z.to(weight.dtype)) + time.view(*t.shape, time.shape[-1]))  # (*rest, W)
+        h = self.x_in(x.to(weight.dtype))  # (*rest, W)
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.modulation(c).chunk(2, dim=-1)
+        out = self.out(modulate(self.norm(h), shift, scale))
+        return precise(out)
+
+
+class HeadBlock(nn.Module):
+    """h + gate * MLP((1 + scale) LN(h) + shift), modulated by the condition (adaLN-Zero, DiT, arXiv 2212.09748)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Linear(width, 3 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h: Float[Tensor, "*#rest W"], c: Float[Tensor, "*#rest W"]) -> Float[Tensor, "*rest W"]:
+        """One residual step."""
+        shift, scale, gate = self.modulation(c).chunk(3, dim=-1)
+        return h + gate * self.mlp(modulate(self.norm(h), shift, scale))
+
+
+def modulate(
+    h: Float[Tensor, "*#rest W"], shift: Float[Tensor, "*#rest W"], scale: Float[Tensor, "*#rest W"]
+) -> Float[Tensor, "*rest W"]:
+    """(1 + scale) h + shift."""
+    return h * (1 + scale) + shift
