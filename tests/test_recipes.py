@@ -71,6 +71,8 @@ def model_options(recipe: Path, folder: Path) -> list[str]:
     settings = yaml.safe_load(recipe.read_text())["model"]["init_args"]
     if "tokenizer_weights" in settings:
         options += ["--model.init_args.tokenizer_weights", "null"]
+    if "init" in settings:
+        options += ["--model.init_args.init", "null"]
     if "benchmarks" in settings:
         options += ["--model.init_args.benchmarks", "[]"]
     if "source" in settings["model"]["tokenizer"]["init_args"]:
@@ -117,9 +119,9 @@ def test_the_head_of_a_recipe_says_what_paper_command_and_measured(recipe: Path)
     assert head == ["# What", "# Paper", "# Command", "# Measured"]
     command, measured = recipe.read_text().splitlines()[2:4]
     assert str(recipe.relative_to(CONFIGS.parent)) in command
-    needed = re.search(r"tokenizer_weights: out/(\w+)/export", recipe.read_text())
-    if needed:
-        assert command.index(f"tokenizers/{needed[1]}.yaml") < command.index(f"models/{recipe.name}")
+    for key, kind in (("tokenizer_weights", "tokenizers"), ("init", "models")):
+        if needed := re.search(rf" {key}: out/(\w+)/export", recipe.read_text()):
+            assert command.index(f"{kind}/{needed[1]}.yaml") < command.index(f"models/{recipe.name}")
     if recipe in (*MODELS, *TOKENIZERS):
         found = re.search(r"\d (s|CPU minutes)\b.* \d+(\.\d+)? (%|dB)", measured)
         assert (found is None) == (recipe.stem in NOT_MEASURED), measured

@@ -316,6 +316,8 @@ def test_a_model_of_next_ids_is_where_a_parallel_one_starts(
     assert fit(VQ, first, "--trainer.max_steps", "2", "--model.init_args.tokenizer_weights", "null") == 0
     exported = load_run(first).state_dict()
     recorder.weights.clear()
+    assert fit(PARALLEL, tmp_path / "second") == 2  # it names what it starts from
+    assert "out/digits_vq_ar/export/export.json is missing" in capsys.readouterr().err
     assert fit(PARALLEL, tmp_path / "second", "--init", str(first / "export")) == 0
     began = {n.removeprefix("model."): w for n, w in recorder.weights[0].items()}
     assert {n for n in began if n not in exported} == {"generator.hidden"}
