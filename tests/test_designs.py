@@ -1,6 +1,7 @@
 """The comparison of designs: equal where it says so, resumable, and it claims no more than its intervals do."""
 
 import json
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from scipy import stats
 
 from experiments.designs import running
-from experiments.designs.__main__ import main
+from experiments.designs.__main__ import main, time_alone
 from experiments.designs.__main__ import train as train_all
 from experiments.designs.cost import Cost
 from experiments.designs.gallery import DRAWS, gallery
@@ -302,8 +303,55 @@ def test_a_tokenizer_and_its_teacher_are_trained_once(tmp_path: Path) -> None:
     assert sum(call[0] == "experiments.digits.teacher" for call in runner.calls) == 1
     held = tmp_path / "tokenizers" / "digits_diffused.yaml"
     held.write_text(held.read_text().replace("steps: 25", "steps: 24"))
-    with pytest.raises(RuntimeError, match=r"digits_diffused.yaml is no longer what .*: delete .* to begin again"):
-        runner.check(replace(made("other", [2.0], [10]), design=chosen(["metamorph"])[0]))
+    other = replace(made("other", [2.0], [10]), design=chosen(["metamorph"])[0])
+    with pytest.raises(
+        RuntimeError, match=r"digits_diffused.yaml is no longer what .*: delete .*digits_diffused and the"
+    ):
+        runner.check(other)
+    held.unlink()
+    with pytest.raises(RuntimeError, match="no longer what"):
+        runner.check(other)
+
+
+def test_a_folder_of_runs_may_be_moved_and_named_in_another_way(tmp_path: Path) -> None:
+    run = replace(made("metamorph", [2.0], [10]), design=chosen(["metamorph"])[0])
+    run = replace(run, stages=(replace(run.stages[0], config=plan(run.design, TINY, 0, 4).stages[0].config),))
+    Recorded(tmp_path / "out").train(run, 20.0)
+    Recorded(Path(os.path.relpath(tmp_path / "out"))).check(run)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    moved = Recorded(tmp_path / "elsewhere")
+    moved.train(run, 20.0)
+    assert moved.calls == []
+
+
+def test_a_design_that_cannot_be_timed_leaves_the_others_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner, runs = Recorded(tmp_path), [made("bagel", [2.0], [10]), made("janus", [2.0], [10])]
+    for run in runs:
+        runner.train(run, 13.0)
+    runner.dies = "experiments.designs.seconds"
+    assert time_alone(runs, runner) == [run.name for run in runs]
+    assert capsys.readouterr().out.count("not timed") == 2
+    runner.dies = None
+    assert time_alone(runs, runner) == []
+
+
+def test_a_changed_design_ends_the_command_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    design = chosen(["flow-dense"])
+    monkeypatch.setattr("experiments.designs.__main__.DESIGNS", design)
+    held = tmp_path / "runs" / "digits" / "flow-dense-2-9"  # the last of three
+    (held / "run").mkdir(parents=True)
+    (held / "run.yaml").write_text("model: {init_args: {lr: 1.0}}")
+    monkeypatch.setattr(Runner, "_call", lambda *_: pytest.fail("nothing is to be trained"))
+    with pytest.raises(SystemExit) as end:
+        main(["--world", "digits", "--steps", "9", "--out", str(tmp_path)])
+    assert end.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--out: " in said
+    assert "flow-dense-2-9/run.yaml is no longer what the design says" in said
 
 
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -226,14 +226,16 @@ def test_a_drawn_image_does_not_depend_on_the_batch_in_single_precision(model: U
         pytest.skip("ids: test_decoding_many_equals_decoding_each compares them in float64")
     prompts = {"a handwritten seven": 1, "two": 2, "one more, with a longer prompt": 3}
     grows = scale > 1 and isinstance(model.generator, Regression) and model.generator.order == "raster"
-    for dtype, tolerance in ((torch.float32, 1e-3 if grows else 1e-5), (torch.float64, 1e-9)):
-        model.to(dtype)
-        _, together = _sample_each(model, scale, prompts)
-        for (prompt, seed), tokens in zip(prompts.items(), together, strict=True):
-            _, (alone,) = _sample_each(model, scale, {prompt: seed})
-            assert tokens.dtype == dtype
-            torch.testing.assert_close(tokens, alone, atol=tolerance, rtol=tolerance)
-    model.float()
+    try:
+        for dtype, tolerance in ((torch.float32, 1e-3 if grows else 1e-5), (torch.float64, 1e-9)):
+            model.to(dtype)
+            _, together = _sample_each(model, scale, prompts)
+            for (prompt, seed), tokens in zip(prompts.items(), together, strict=True):
+                _, (alone,) = _sample_each(model, scale, {prompt: seed})
+                assert tokens.dtype == dtype
+                torch.testing.assert_close(tokens, alone, atol=tolerance, rtol=tolerance)
+    finally:
+        model.float()
 
 
 def test_guidance_one_is_the_conditional_model(model: UnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +302,7 @@ def test_negative_words_need_guidance_and_no_dropped_text(make: Callable[..., Un
         decode(model, [prompt], replace(drawing, image=guided), [0])
     (drawn,) = decode(model, [prompt], replace(drawing, image=guided, negative="blurred"), [0])
     assert len(drawn.images) == 1
-    with pytest.raises(ValueError, match=r"prompt 0: it has \d+ tokens, more than this recipe's sequence"):
+    with pytest.raises(ValueError, match=r"prompt 0: it has 63\d tokens, with 6\d\d of negative in"):
         decode(model, [prompt], replace(drawing, image=guided, negative="blurred " * 90), [0])
     (silent,) = decode(
         model, [Document((Part(picture(1), learn=False),))], replace(drawing, image=guided, negative="x"), [0]

@@ -195,7 +195,7 @@ def test_settings_without_an_option_reach_the_sampler_too(draw: Draw) -> None:
     assert all(np.array_equal(late[name], alone[name]) for name in late)  # no step lies in it
 
 
-def test_words_to_be_led_away_from_reach_the_sampler(draw: Draw, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_to_be_led_away_from_reach_the_sampler(draw: Draw) -> None:
     plain, (record,) = draw("--guidance", 300)
     away, (led,) = draw("--guidance", 300, "--negative", "a handwritten two")
     assert "negative" not in record
@@ -262,6 +262,10 @@ def test_a_document_goes_on_in_markdown_and_html(run: Path, tmp_path: Path, caps
     record = json.loads((out / "settings.json").read_text())
     assert (record["seed"], record["weights"], record["max_tokens"]) == (4, "ema", 5)
     assert record["image"]["steps"] == 3
+    assert record["negative"] == ""
+    led = ["--start", "image", "--max-tokens", "0", "--max-images", "1", "--guidance", "300", "--negative", "two"]
+    assert main([*command[:5], "one plus one", "--out", str(tmp_path / "led"), *led]) == 0
+    assert json.loads((tmp_path / "led" / "settings.json").read_text())["negative"] == "two"
     assert main([*command[:5], "one plus one", "--out", str(tmp_path / "text"), "--max-tokens", "3"]) == 0
     assert "one plus one" in (tmp_path / "text" / "document.md").read_text(encoding="utf-8")
 

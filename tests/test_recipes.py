@@ -37,7 +37,6 @@ ONE_OF_EACH = [
 """A model, a tokenizer, and one that is laid over another: all of a kind are parsed alike."""
 NOT_MEASURED = {
     "digits_emu35_parallel",
-    "digits_jpeg_ar",
     "digits_mar_diffusion",
     "shapes_flux_latents",
     "shapes_llamagen_codes",

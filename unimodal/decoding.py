@@ -89,8 +89,11 @@ class _Decoder:
     def _prefill(self, runs: list[list[Run]]) -> None:
         for i, run in enumerate(runs):
             if (tokens := self._tokens(run)) > self.capacity:
+                led = sum(len(r.instead) for r in run)
+                why = f", with {led} of negative in the place of its text" if led else ""
                 raise ValueError(
-                    f"prompt {i}: it has {tokens} tokens, more than this recipe's sequence.context_length {self.capacity}"
+                    f"prompt {i}: it has {tokens} tokens{why}, more than this recipe's sequence.context_length "
+                    f"{self.capacity}"
                 )
         for step in range(max(len(r) for r in runs)):
             texts = [i for i, r in enumerate(runs) if step < len(r) and r[step].image is None]
@@ -368,7 +371,8 @@ def stream(
     """`decode` as it happens: text in pieces, images when they are done.
 
     Joined by document, the pieces that are no previews are what `decode` returns behind the prompts. Between two pieces the
-    model is left as it was found.
+    model is left as it was found. Where the tokenizer's decoder draws, previews begin from one noise and the image from the
+    document's own: they may differ in what tokens leave open.
 
     Args:
         model: as of `decode`.

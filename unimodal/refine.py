@@ -23,11 +23,13 @@ class Look:
         document: the prompt and what was made of it.
         read: what the model says of the last image that it drew; empty where it drew none.
         agrees: whether that was found to fit.
+        drawn: whether it drew one.
     """
 
     document: Document
     read: str
     agrees: bool
+    drawn: bool
 
 
 def best_of(
@@ -103,7 +105,8 @@ def look_again(
         agrees: whether a document and what the model reads from its last image fit.
         max_tokens: of a description.
         again: what is continued next, given what is there and the try that does not fit, for instance with that image and
-            what it was read as, for a model that was taught to correct itself; None: what is there, with other draws.
+            what it was read as, for a model that was taught to correct itself. None, and behind a try in which nothing was
+            drawn: what is there, with other draws.
 
     Returns:
         The tries of each document in order; the last one is the result.
@@ -119,14 +122,17 @@ def look_again(
     left = list(range(len(documents)))
     reading = DecodingSettings(max_tokens=max_tokens, max_images=0)
     for number in range(rounds):
-        given = [documents[i] if again is None or number == 0 else again(documents[i], looks[i][-1]) for i in left]
+        given = [documents[i] for i in left]
+        if again is not None and number > 0:
+            last = [looks[i][-1] for i in left]
+            given = [again(d, look) if look.drawn else d for d, look in zip(given, last, strict=True)]
         tries = decode(model, given, settings, [_try_seed(seeds[i], number) for i in left])
         seen = [bool(_drawn(t.parts[len(g.parts) :])) for g, t in zip(given, tries, strict=True)]
         looked = [_look(document) for document, drew in zip(tries, seen, strict=True) if drew]
         read = iter(decode(model, looked, reading, [0] * len(looked)))
         for i, document, drew in zip(left, tries, seen, strict=True):
             text = "".join(part.text for part in next(read).parts[1:]) if drew else ""
-            looks[i].append(Look(document, text, drew and agrees(document, text)))
+            looks[i].append(Look(document, text, drew and agrees(document, text), drew))
         left = [i for i in left if not looks[i][-1].agrees]
     return looks
 

@@ -73,9 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         for one in comparisons:  # world by world: what is done first is reported first
             mine = one.of_designs(asked)
             failed += (failures := train(mine, one.budget, Runner(args.out, threads), args.jobs))
-            for run in mine:
-                if run.name not in failures:
-                    alone.time(run)
+            failed += time_alone([run for run in mine if run.name not in failures], alone)
             one.report(alone)
     return 1 if failed else 0
 
@@ -147,6 +145,18 @@ def train(runs: list[Run], budget: float, runner: Runner, jobs: int) -> list[str
         runner.stop()
         pool.shutdown()
         signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+def time_alone(runs: list[Run], runner: Runner) -> list[str]:
+    """How long each takes for an image; names of those that could not say."""
+    failed = []
+    for run in runs:
+        try:
+            runner.time(run)
+        except RuntimeError as error:
+            failed.append(run.name)
+            print(f"{run.name}: not timed: {error}", flush=True)
     return failed
 
 

@@ -157,15 +157,17 @@ class Runner:
         """Refuse to go on with, or to report, what was trained by other settings than today's."""
         for stage in run.stages:
             config = self.folder(run) / f"{stage.name}.yaml"
-            if config.with_suffix("").is_dir() and config.read_text(encoding="utf-8") != self._config(run, stage):
+            if config.with_suffix("").is_dir() and _settings(config) != _placeless(self._config(run, stage)):
                 raise RuntimeError(
                     f"{config} is no longer what the design says: delete {config.parent} to train it again"
                 )
         if run.tokenizer is not None:
             folder, (recipe, settings) = self.out / "tokenizers" / run.tokenizer, _tokenizer_recipe(run.tokenizer)
             config = folder.with_suffix(".yaml")
-            if (folder / "export").is_dir() and config.read_text(encoding="utf-8") != settings:
-                raise RuntimeError(f"{config} is no longer what {recipe} says: delete {self.out} to begin again")
+            if (folder / "export").is_dir() and _settings(config) != _placeless(settings):
+                raise RuntimeError(
+                    f"{config} is no longer what {recipe} says: delete {folder} and the runs that use it to train them again"
+                )
 
     def _config(self, run: Run, stage: Stage) -> str:
         """What `unimodal fit` reads, with the tokenizer that the run has."""
@@ -296,6 +298,20 @@ class Runner:
         if code:
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             raise RuntimeError(f"{' '.join(command[2:6])} ended with {code}: {lines[-1]} (all of it in {log})")
+
+
+def _settings(config: Path) -> Any:
+    """What a training was given; None where nobody knows."""
+    return _placeless(config.read_text(encoding="utf-8")) if config.is_file() else None
+
+
+def _placeless(config: str) -> Any:
+    """Settings without where the tokenizer lies: a folder of runs may be moved, and named in several ways."""
+    settings = yaml.safe_load(config)
+    given = settings.get("model", {}).get("init_args", {})
+    if given.get("tokenizer_weights"):
+        given["tokenizer_weights"] = Path(given["tokenizer_weights"]).parent.name
+    return settings
 
 
 def _tokenizer_recipe(name: str) -> tuple[Path, str]:

@@ -252,7 +252,10 @@ class DenoisingSettings(SamplingSettings):
 
 @dataclass(frozen=True)
 class Branch:
-    """One condition of guidance: which parts of a document it keeps. Boundary tokens and drawn images always stay."""
+    """One condition of guidance: which parts of a document it keeps. Boundary tokens and drawn images always stay.
+
+    Other words may be read in the place of dropped text (`negative` of `DecodingSettings`).
+    """
 
     text: bool = True
     images: bool = True  # those that are given, not drawn
@@ -416,11 +419,9 @@ def in_rows(values: Shaped[Tensor, "R m *c"], grid: Grid, known: Known | None) -
     r, m, n = *values.shape[:2], grid.length
     rows = values.unflatten(1, (-1, grid.w))  # (R, m / w, w, *c)
     whole = torch.cat([rows, *[rows[:, -1:]] * ((n - m) // grid.w)], dim=1).flatten(0, 2)  # (T, *c)
-    if known is not None:
-        below = (
-            known.mask.to(whole.device).view(r, n).index_fill(1, torch.arange(m, device=whole.device), False).flatten()
-        )
-        whole = torch.where(below.view(-1, *[1] * (whole.ndim - 1)), known.tokens.values.to(whole), whole)
+    if known is not None:  # those above are given already
+        mask = known.mask.to(whole.device).view(-1, *[1] * (whole.ndim - 1))
+        whole = torch.where(mask, known.tokens.values.to(whole), whole)
     return ImageTokens(whole, (grid,) * r)
 
 

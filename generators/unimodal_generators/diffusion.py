@@ -23,9 +23,7 @@ from unimodal_generators.patch_coders import LinearCoder, PatchCoder
 from unimodal_generators.schedulers import MULTISTEP, check_solver, run_diffusion_scheduler
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, TokenLayout
-
-STEPS = 1000
-"""N of every published schedule."""
+from unimodal_tokenizers.diffusion import STEPS
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,7 @@ class Diffusion(DenoisingGenerator):
     ) -> None:
         super().__init__(layout, width, time, coder, bidirectional, sampling)
         self.predicts = predicts
-        self.shares = np.sqrt(diffusion.alpha_bars(schedule, STEPS))  # a_n: exact whatever the weights' type
-        self.noisiest = int(np.flatnonzero(self.shares >= diffusion.FAINTEST)[-1])
+        self.schedule = diffusion.Schedule(schedule)
 
     def draw_time(self, grid: Grid, rng: np.random.Generator) -> float:
         """n is uniform from 1 to N (DDPM)."""
@@ -111,20 +108,15 @@ class Diffusion(DenoisingGenerator):
         self, noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
     ) -> Float[Tensor, "T D"]:
         """x_n."""
-        return diffusion.diffuse(noise, data, *self._shares(t, data))
+        return diffusion.diffuse(noise, data, *self.schedule.at(t, data))
 
     def target(
         self, noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], t: Float[Tensor, "#T 1"]
     ) -> Float[Tensor, "T D"]:
         """The noise, v, or the data."""
         if self.predicts == "v":
-            return diffusion.angular_velocity(noise, data, *self._shares(t, data))
+            return diffusion.angular_velocity(noise, data, *self.schedule.at(t, data))
         return noise if self.predicts == "noise" else data
-
-    def _shares(self, t: Float[Tensor, "#T 1"], like: Tensor) -> tuple[Float[Tensor, "#T 1"], Float[Tensor, "#T 1"]]:
-        n = ((1 - t.double()) * STEPS).round().long()
-        a = torch.from_numpy(self.shares).to(t.device)[n]
-        return a.to(like.dtype), (1 - a**2).sqrt().to(like.dtype)
 
     def solve(
         self,
@@ -136,11 +128,11 @@ class Diffusion(DenoisingGenerator):
     ) -> Iterator[tuple[float, Float[Tensor, "T D"]]]:
         """Down the schedule."""
         assert isinstance(settings, DiffusionSettings)
-        points = settings.points(self.noisiest)
+        points = settings.points(self.schedule.noisiest)
 
         def parts(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
             """The data and the noise that x_n is taken to come from."""
-            a, b = (s[0] for s in self._shares(x.new_tensor([[1 - n / STEPS]]), x))
+            a, b = self.schedule.of(n)
             given = {"noise": diffusion.from_noise, "v": diffusion.from_angular_velocity, "data": diffusion.from_data}
             data, noise = given[self.predicts](x, estimate(x, 1 - n / STEPS), a, b)
             clip = settings.clip
@@ -148,11 +140,11 @@ class Diffusion(DenoisingGenerator):
 
         if settings.solver == "ddim":
             draw = partial(draw_noise, grids, rngs, self.layout.dim)
-            states = diffusion.ddim(parts, noise, self.shares, points, settings.eta, draw)
+            states = diffusion.ddim(parts, noise, self.schedule, points, settings.eta, draw)
         elif settings.solver == "heun":
             states = self._heun(parts, noise, points)
         else:
-            sigmas = [math.sqrt(1 / self.shares[n] ** 2 - 1) for n in points]
+            sigmas = [math.sqrt(1 / self.schedule.shares[n] ** 2 - 1) for n in points]
             states = run_diffusion_scheduler(settings.solver, lambda x, i: parts(x, points[i])[0], noise, sigmas)
         for n, x in zip(points[1:], states, strict=True):
             yield 1 - n / STEPS, x
@@ -161,7 +153,7 @@ class Diffusion(DenoisingGenerator):
         self, parts: Callable[[Tensor, int], tuple[Tensor, Tensor]], x: Float[Tensor, "T D"], points: Sequence[int]
     ) -> Iterator[Float[Tensor, "T D"]]:
         """dx/dphi = v by Heun's method; in phi the path has an even speed at both ends, in sigma = b / a it has not."""
-        angles = [math.acos(self.shares[n]) for n in points]
+        angles = [math.acos(self.schedule.shares[n]) for n in points]
         at = dict(zip(angles, points, strict=True))
 
         def v(x: Tensor, phi: float) -> Tensor:

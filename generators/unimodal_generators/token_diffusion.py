@@ -3,8 +3,8 @@
 MAR (arXiv 2406.11838), UniFluid (arXiv 2503.13436), Ming-UniVision (arXiv 2510.06590).
 
 Letters: N images, T tokens of all of them, n tokens of one image, m tokens that are learned or drawn, K noise draws a
-token, D channels of a token, C width of the backbone, G guidance branches, K backbone evaluations, L draws of noise that
-sampling a token takes. z a hidden state, x_t a noised token.
+token, D channels of a token, C width of the backbone, G guidance branches, K backbone evaluations.
+z a hidden state, x_t a noised token.
 """
 
 import math
@@ -33,7 +33,7 @@ from unimodal_generators.base import (
     in_rows,
 )
 from unimodal_generators.denoising import draw_noise
-from unimodal_generators.token_head import STEPS, HeadFlow, HeadNoising, TokenHead
+from unimodal_generators.token_head import HeadFlow, HeadNoising, TokenHead
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout, precise
 
@@ -46,7 +46,7 @@ class TokenDiffusionSettings(DenoisingSettings):
         steps: evaluations of the backbone, exactly, which random order spends by the cosine schedule; None: one a token, all
             that raster order can do.
         head_steps: evaluations of the head a token, exactly.
-        solver: of the head: euler or heun of a flow, ddpm of a diffusion.
+        solver: of the head: euler or heun of a flow, ddpm of a diffusion; None: the first of these that it has.
         shift: above 1: more of the head's steps near the noise; a flow's alone.
         temperature: deviation of the noise that a flow begins as (0 is one token for all seeds), or that a diffusion adds.
         growth: whether guidance is the same for every token, or grows from 1 with the share that is drawn (MAR's linear
@@ -55,7 +55,7 @@ class TokenDiffusionSettings(DenoisingSettings):
 
     steps: int | None = None
     head_steps: int = 20
-    solver: Literal["euler", "heun", "ddpm"] = "euler"
+    solver: Literal["euler", "heun", "ddpm"] | None = None
     shift: float = 1.0
     temperature: float = 1.0
     growth: Literal["none", "linear"] = "none"
@@ -66,16 +66,8 @@ class TokenDiffusionSettings(DenoisingSettings):
             raise ValueError(f"temperature: expected 0 (no noise) or more, got {self.temperature}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: expected at least 1 evaluation of the backbone, got {self.steps}")
-        if self.solver == "ddpm":
-            if not 1 <= self.head_steps < STEPS:
-                raise ValueError(
-                    f"head_steps: expected 1 to {STEPS - 1} evaluations of the head, got {self.head_steps}"
-                )
-            if self.shift != 1:
-                raise ValueError(f"shift: ddpm goes by its own schedule, expected 1, got {self.shift}")
-            return
         try:
-            diffusion.sampling_times(self.head_steps, self.shift, self.solver)
+            diffusion.sampling_times(self.head_steps, self.shift, "heun" if self.solver == "heun" else "euler")
         except ValueError as error:
             raise ValueError(f"head_{error}" if str(error).startswith("steps") else str(error)) from error
 
@@ -232,12 +224,13 @@ class TokenDiffusion(ImageGenerator):
     def draw(
         self,
         z: Float[Tensor, "G m C"],
-        noise: Float[Tensor, "m L D"],
+        noise: Float[Tensor, "m D"],
         settings: TokenDiffusionSettings,
         lengths: Sequence[int],
+        rngs: Sequence[torch.Generator],
         progress: float,
     ) -> Float[Tensor, "m D"]:
-        """Every token from its own noise.
+        """Every token from its own noise; a solver that draws more of it asks the generator of each token's image.
 
         Every step asks the head about the hidden states of all active branches and guides as the image's `progress` has it.
         `lengths`: tokens of each image.
@@ -246,21 +239,15 @@ class TokenDiffusion(ImageGenerator):
         def estimate(x: Tensor, t: float) -> Tensor:
             return settings.guide_images(self.head(z, x, x.new_full((), t)), lengths, progress)
 
-        s = settings
-        return self.noising.solve(estimate, noise, s.head_steps, s.solver, s.shift, s.temperature)
+        def draw() -> Tensor:
+            return draw_noise([Grid(1, n) for n in lengths], rngs, self.layout.dim).to(noise)
 
-    def _noise(
-        self, grids: Sequence[Grid], rngs: Sequence[torch.Generator], settings: TokenDiffusionSettings
-    ) -> Float[Tensor, "T L D"]:
-        """All that is drawn for each token, each image's from its own generator."""
-        draws, dim = self.noising.draws(settings.head_steps), self.layout.dim
-        return draw_noise(grids, rngs, draws * dim).to(self._precise()).unflatten(1, (draws, dim))
+        s = settings
+        return self.noising.solve(estimate, noise, draw, s.head_steps, s.solver, s.shift, s.temperature)
 
     def _check(self, settings: TokenDiffusionSettings) -> None:
         """Refuse steps that would be ignored, and a solver that the head's noising has not."""
-        if settings.solver not in self.noising.solvers:
-            name, listed = type(self.noising).__name__, " or ".join(self.noising.solvers)
-            raise ValueError(f"solver: expected {listed} of a {name}, got {settings.solver}")
+        self.noising.check(settings.head_steps, settings.solver, settings.shift)
         if self.order == "raster" and settings.steps is not None:
             raise ValueError(
                 f"steps: raster order evaluates the backbone once a token, expected none, got {settings.steps}"
@@ -302,13 +289,13 @@ class TokenDiffusion(ImageGenerator):
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: raster-order images of one call need one size, got {sorted(set(grids))}")
         block, n, dim = self._block(grids[0]), grids[0].length, self.layout.dim
-        noise = self._noise(grids, rngs, settings).unflatten(0, (len(grids), n))  # (R, n, L, D)
+        noise = draw_noise(grids, rngs, dim).to(self._precise()).unflatten(0, (len(grids), n))  # (R, n, D)
         given = None if known is None else (known.tokens.values.to(noise).view(-1, n, dim), known.mask.view(-1, n))
         drawn: list[Tensor] = []
         hidden = session.last  # (G, R, C)
         for i in range(n):
             z, grown = hidden[: settings.active(i / n)], settings.grown((i + 1) / n)
-            token = self.draw(z, noise[:, i], grown, [1] * len(grids), i / n)  # (R, D)
+            token = self.draw(z, noise[:, i], grown, [1] * len(grids), rngs, i / n)  # (R, D)
             if given is not None:
                 token = torch.where(given[1][:, i, None].to(token.device), given[0][:, i], token)
             drawn.append(token)
@@ -327,8 +314,8 @@ class TokenDiffusion(ImageGenerator):
     ) -> Iterator[ImageTokens]:
         blocks = [self._block(grid) for grid in grids]
         orders = self._orders(grids, rngs, known)
-        noise = self._noise(grids, rngs, settings)  # (T, L, D)
-        x = torch.zeros_like(noise[:, 0])  # (T, D)
+        noise = draw_noise(grids, rngs, self.layout.dim).to(self._precise())  # (T, D)
+        x = torch.zeros_like(noise)
         if known is not None:
             x = torch.where(known.mask.to(x.device)[:, None], known.tokens.values.to(x), x)
         if settings.steps is None and len({grid.length for grid in grids}) != 1:
@@ -346,10 +333,10 @@ class TokenDiffusion(ImageGenerator):
                 # Guidance grows with the share of an image's tokens that is there behind the step.
                 shares = [1 - len(order) / grid.length for order, grid in zip(orders, grids)]
                 for share in sorted(set(shares)) if settings.growth != "none" else [None]:
-                    some = [one for one, reached in zip(now, shares) if share in (None, reached)]
-                    at, lengths = torch.cat(some).to(x.device), [len(one) for one in some]  # (m,)
-                    guided = settings if share is None else settings.grown(share)
-                    x = x.index_put((at,), self.draw(hidden[:, at], noise[at], guided, lengths, progress))
+                    some = [r for r, reached in enumerate(shares) if share in (None, reached)]
+                    at, lengths = torch.cat([now[r] for r in some]).to(x.device), [len(now[r]) for r in some]  # (m,)
+                    guided, own = settings if share is None else settings.grown(share), [rngs[r] for r in some]
+                    x = x.index_put((at,), self.draw(hidden[:, at], noise[at], guided, lengths, own, progress))
             yield ImageTokens(x, tuple(grids))
 
     def _orders(

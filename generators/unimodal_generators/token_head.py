@@ -2,15 +2,14 @@
 
 MAR (arXiv 2406.11838), DDPM (arXiv 2006.11239), flow matching (arXiv 2210.02747).
 
-Letters: n tokens, K noise draws a token, D channels of a token, C width of a hidden state z, W width of the head; L draws
-of noise that sampling a token takes; t time, 0 noise, 1 data, and DDPM's steps n = N (1 - t), 0 data to N noise.
+Letters: m tokens, K noise draws a token, D channels of a token, C width of a hidden state z, W width of the head; t time,
+0 noise, 1 data, and DDPM's steps n = N (1 - t), 0 data to N noise; a, b the shares of data and of noise.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 
 from unimodal_tokenizers import diffusion
 from unimodal_tokenizers.base import precise
-
-STEPS = 1000
-"""N of the published schedules."""
+from unimodal_tokenizers.diffusion import STEPS
 
 Estimate = Callable[[Tensor, float], Tensor]  # what the head says of x at t
 
@@ -28,43 +25,50 @@ Estimate = Callable[[Tensor, float], Tensor]  # what the head says of x at t
 class HeadNoising(ABC):
     """A way between a token and noise: what the head learns, and how a token is drawn with it."""
 
-    solvers: ClassVar[tuple[str, ...]]
+    solvers: ClassVar[tuple[str, ...]]  # the first is what is taken where none is named
+
+    def check(self, steps: int, solver: str | None, shift: float) -> None:
+        """Refuse what `solve` could not do.
+
+        Raises:
+            ValueError: naming the setting, what was expected, and what came.
+        """
+        if solver not in (None, *self.solvers):
+            listed = " or ".join(self.solvers)
+            raise ValueError(f"solver: expected {listed} of a {type(self).__name__}, got {solver}")
 
     @abstractmethod
-    def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "n K"]:
+    def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "m K"]:
         """Training times, on the host."""
 
     @abstractmethod
     def noised(
-        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
-    ) -> Float[Tensor, "n D"]:
+        self, noise: Float[Tensor, "m D"], data: Float[Tensor, "m D"], t: Float[Tensor, "m 1"]
+    ) -> Float[Tensor, "m D"]:
         """x_t."""
 
     @abstractmethod
     def target(
-        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
-    ) -> Float[Tensor, "n D"]:
+        self, noise: Float[Tensor, "m D"], data: Float[Tensor, "m D"], t: Float[Tensor, "m 1"]
+    ) -> Float[Tensor, "m D"]:
         """What the head is to say of x_t."""
-
-    @abstractmethod
-    def draws(self, steps: int) -> int:
-        """L, for so many evaluations of the head."""
 
     @abstractmethod
     def solve(
         self,
         estimate: Estimate,
-        noise: Float[Tensor, "n L D"],
+        noise: Float[Tensor, "m D"],
+        draw: Callable[[], Tensor],
         steps: int,
-        solver: str,
+        solver: str | None,
         shift: float,
         temperature: float,
-    ) -> Float[Tensor, "n D"]:
-        """Tokens, in exactly `steps` evaluations."""
+    ) -> Float[Tensor, "m D"]:
+        """Tokens from noise, in exactly `steps` evaluations; `draw` gives more noise, each token's its own."""
 
 
 class HeadFlow(HeadNoising):
-    """The straight path, whose velocity is learned (UniFluid's and others' head).
+    """The straight path, whose velocity is learned.
 
     Args:
         mean: of the logit-normal that training times are drawn from.
@@ -76,38 +80,36 @@ class HeadFlow(HeadNoising):
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
         self.mean, self.std = mean, std
 
-    def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "n K"]:
+    def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "m K"]:
         """As `diffusion.logit_normal_time`."""
         return (self.mean + self.std * torch.randn(*shape, generator=rng)).sigmoid()
 
     def noised(
-        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
-    ) -> Float[Tensor, "n D"]:
+        self, noise: Float[Tensor, "m D"], data: Float[Tensor, "m D"], t: Float[Tensor, "m 1"]
+    ) -> Float[Tensor, "m D"]:
         """(1 - t) noise + t data."""
         return diffusion.interpolate(noise, data, t)
 
     def target(
-        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
-    ) -> Float[Tensor, "n D"]:
+        self, noise: Float[Tensor, "m D"], data: Float[Tensor, "m D"], t: Float[Tensor, "m 1"]
+    ) -> Float[Tensor, "m D"]:
         """v."""
         return diffusion.velocity(noise, data)
-
-    def draws(self, steps: int) -> int:
-        """Where it begins."""
-        return 1
 
     def solve(
         self,
         estimate: Estimate,
-        noise: Float[Tensor, "n L D"],
+        noise: Float[Tensor, "m D"],
+        draw: Callable[[], Tensor],
         steps: int,
-        solver: str,
+        solver: str | None,
         shift: float,
         temperature: float,
-    ) -> Float[Tensor, "n D"]:
-        """dx/dt = v from noise of deviation `temperature`."""
+    ) -> Float[Tensor, "m D"]:
+        """dx/dt = v from noise of deviation `temperature`; nothing more is drawn."""
+        solver = solver or self.solvers[0]
         times = diffusion.sampling_times(steps, shift, solver)
-        *_, x = diffusion.SOLVERS[solver](estimate, temperature * noise[:, 0], times)
+        *_, x = diffusion.SOLVERS[solver](estimate, temperature * noise, times)
         return x
 
 
@@ -121,48 +123,49 @@ class HeadDiffusion(HeadNoising):
     solvers = ("ddpm",)
 
     def __init__(self, schedule: diffusion.NoiseSchedule = "cosine") -> None:
-        self.shares = np.sqrt(diffusion.alpha_bars(schedule, STEPS))  # a_n
-        self.noisiest = int(np.flatnonzero(self.shares >= diffusion.FAINTEST)[-1])
+        self.schedule = diffusion.Schedule(schedule)
 
-    def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "n K"]:
-        """n is uniform from 1 to N."""
+    def check(self, steps: int, solver: str | None, shift: float) -> None:
+        """Its steps are those of the schedule."""
+        super().check(steps, solver, shift)
+        if steps > self.schedule.noisiest:
+            raise ValueError(f"head_steps: expected at most {self.schedule.noisiest} of the schedule, got {steps}")
+        if shift != 1:
+            raise ValueError(f"shift: ddpm goes by its own schedule, expected 1, got {shift}")
+
+    def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "m K"]:
+        """The step is uniform from 1 to N."""
         return 1 - torch.randint(1, STEPS + 1, tuple(shape), generator=rng) / STEPS
 
     def noised(
-        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
-    ) -> Float[Tensor, "n D"]:
+        self, noise: Float[Tensor, "m D"], data: Float[Tensor, "m D"], t: Float[Tensor, "m 1"]
+    ) -> Float[Tensor, "m D"]:
         """a data + b noise."""
-        a = torch.from_numpy(self.shares).to(t.device)[((1 - t.double()) * STEPS).round().long()]  # (n, 1)
-        return diffusion.diffuse(noise, data, a.to(data), (1 - a**2).sqrt().to(data))
+        return diffusion.diffuse(noise, data, *self.schedule.at(t, data))
 
     def target(
-        self, noise: Float[Tensor, "n D"], data: Float[Tensor, "n D"], t: Float[Tensor, "n 1"]
-    ) -> Float[Tensor, "n D"]:
+        self, noise: Float[Tensor, "m D"], data: Float[Tensor, "m D"], t: Float[Tensor, "m 1"]
+    ) -> Float[Tensor, "m D"]:
         """The noise (DDPM, eq. 14)."""
         return noise
-
-    def draws(self, steps: int) -> int:
-        """Where it begins, and what every step but the last adds."""
-        return steps
 
     def solve(
         self,
         estimate: Estimate,
-        noise: Float[Tensor, "n L D"],
+        noise: Float[Tensor, "m D"],
+        draw: Callable[[], Tensor],
         steps: int,
-        solver: str,
+        solver: str | None,
         shift: float,
         temperature: float,
-    ) -> Float[Tensor, "n D"]:
+    ) -> Float[Tensor, "m D"]:
         """DDPM's eq. 11 over evenly chosen steps; what is added is `temperature` times what DDPM adds, as MAR has it."""
-        points = [round(self.noisiest * (1 - i / steps)) for i in range(steps + 1)]
-        more = iter((temperature * noise[:, 1:]).unbind(1))
+        points = [round(self.schedule.noisiest * (1 - i / steps)) for i in range(steps + 1)]
 
         def parts(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-            a = x.new_tensor(self.shares[n])
-            return diffusion.from_noise(x, estimate(x, 1 - n / STEPS), a, (1 - a**2).sqrt())
+            return diffusion.from_noise(x, estimate(x, 1 - n / STEPS), *self.schedule.of(n))
 
-        *_, x = diffusion.ddim(parts, noise[:, 0], self.shares, points, 1.0, lambda: next(more))
+        *_, x = diffusion.ddim(parts, noise, self.schedule, points, 1.0, lambda: temperature * draw())
         return x
 
 

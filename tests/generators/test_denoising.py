@@ -40,7 +40,7 @@ def exact(generator: DenoisingGenerator, rho: float = 0.0) -> DenoisingGenerator
 
     def predict(hidden: torch.Tensor, embeddings: Embeddings, corrupted: Corrupted) -> torch.Tensor:
         t = per_token(corrupted.time, corrupted.grids)[:, None].double()
-        a, b = (t, 1 - t) if isinstance(generator, Flow) else generator._shares(t, hidden)
+        a, b = (t, 1 - t) if isinstance(generator, Flow) else generator.schedule.at(t, hidden)
         parts = [posterior(x, a, b, rho) for x in hidden]  # of each branch
         return torch.stack([generator.target(noise, data, t) for data, noise in parts])
 
@@ -93,7 +93,7 @@ def error(generator: DenoisingGenerator, settings: FlowSettings | DiffusionSetti
     y = float(last.values[0] - k * noise[0])
     if isinstance(generator, Flow):
         return math.hypot(y - MEAN, k - STD)
-    a = float(generator.shares[generator.noisiest])  # where it begins is not quite noise
+    a = float(generator.schedule.shares[generator.schedule.noisiest])  # where it begins is not quite noise
     begin = math.sqrt((a * STD) ** 2 + 1 - a**2)  # (x - a MEAN) / begin is constant along the path
     return math.hypot(y - (MEAN - STD * a * MEAN / begin), k - STD / begin)
 
@@ -189,7 +189,7 @@ def test_stochastic_samples_have_the_moments_of_the_data(eta: float) -> None:
     """By the closed form of each step, which is affine with noise; and the data's own to the first order."""
     generator, settings = exact(diffusion_of()), DiffusionSettings(steps=200, eta=eta)
     *_, last = drawn(generator, settings, [Grid(200, 200)])
-    points, a = settings.points(generator.noisiest), generator.shares
+    points, a = settings.points(generator.schedule.noisiest), generator.schedule.shares
     mean, variance = 0.0, 1.0
     for n, m in pairwise(points):
         b2_n, b2_m = 1 - a[n] ** 2, 1 - a[m] ** 2
@@ -213,7 +213,7 @@ def test_eta_one_is_the_ancestral_sampler() -> None:
     x, *z = (torch.randn(2, 1, generator=rng, dtype=torch.float64) for _ in range(4))
     points = [1000, 667, 333, 0]
     for n, m, noise, state in zip(points, points[1:], z, states, strict=False):
-        bar_n, bar_m = (generator.shares[i] ** 2 for i in (n, m))
+        bar_n, bar_m = (generator.schedule.shares[i] ** 2 for i in (n, m))
         alpha = bar_n / bar_m
         a, b = (torch.tensor([[s]], dtype=torch.float64) for s in (math.sqrt(bar_n), math.sqrt(1 - bar_n)))
         data, _ = posterior(x, a, b, 0.0)

@@ -97,10 +97,10 @@ def test_data_and_noise_come_back_from_each() -> None:
 
 def test_the_schedule_is_exact_whatever_the_weights_type(make: Callable[..., UnifiedModel]) -> None:
     generator = make("diffusion").bfloat16().generator
-    assert generator.shares.dtype == np.float64
-    a, b = generator._shares(torch.tensor([[0.999]]), torch.zeros(1))
-    assert float(a) == pytest.approx(float(generator.shares[1]))
-    assert float(b) == pytest.approx(float(np.sqrt(1 - generator.shares[1] ** 2)), rel=1e-4)
+    assert generator.schedule.shares.dtype == np.float64
+    a, b = generator.schedule.at(torch.tensor([[0.999]]), torch.zeros(1))
+    assert float(a) == pytest.approx(float(generator.schedule.shares[1]))
+    assert float(b) == pytest.approx(float(np.sqrt(1 - generator.schedule.shares[1] ** 2)), rel=1e-4)
 
 
 @pytest.mark.parametrize(("generator", "settings"), [

@@ -171,6 +171,33 @@ def alpha_bars(schedule: NoiseSchedule, steps: int = 1000) -> Float[np.ndarray, 
     return np.concatenate([[1.0], np.cumprod(1 - betas)])
 
 
+STEPS = 1000
+"""N of every published schedule."""
+
+
+class Schedule:
+    """DDPM's steps n, 0 data to N noise. Outside, time is t = 1 - n / N: 0 noise, 1 data, as everywhere.
+
+    Attributes:
+        shares: a_n in float64: exact whatever the weights' type.
+        noisiest: n at which sampling begins.
+    """
+
+    def __init__(self, name: NoiseSchedule) -> None:
+        self.shares = np.sqrt(alpha_bars(name, STEPS))
+        self.noisiest = int(np.flatnonzero(self.shares >= FAINTEST)[-1])
+
+    def at(self, t: Float[Tensor, "#T 1"], like: Tensor) -> tuple[Float[Tensor, "#T 1"], Float[Tensor, "#T 1"]]:
+        """a and b at times that are whole steps, in the type of `like`."""
+        n = ((1 - t.double()) * STEPS).round().long()
+        a = torch.from_numpy(self.shares).to(t.device)[n]
+        return a.to(like.dtype), (1 - a**2).sqrt().to(like.dtype)
+
+    def of(self, n: int) -> tuple[float, float]:
+        """a and b of a step."""
+        return float(self.shares[n]), math.sqrt(1 - self.shares[n] ** 2)
+
+
 def diffuse(
     noise: Float[Tensor, "T D"], data: Float[Tensor, "T D"], a: Float[Tensor, "#T 1"], b: Float[Tensor, "#T 1"]
 ) -> Float[Tensor, "T D"]:
@@ -185,17 +212,17 @@ def angular_velocity(
     return a * noise - b * data
 
 
-def from_noise(x: Tensor, noise: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def from_noise(x: Tensor, noise: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     """Data and noise of x_n and its noise: data = (x - b noise) / a."""
     return (x - b * noise) / a, noise
 
 
-def from_angular_velocity(x: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def from_angular_velocity(x: Tensor, v: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     """Data and noise of x_n and its v: data = a x - b v, noise = b x + a v (arXiv 2202.00512)."""
     return a * x - b * v, b * x + a * v
 
 
-def from_data(x: Tensor, data: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def from_data(x: Tensor, data: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     """Data and noise of x_n and its data: noise = (x - a data) / b."""
     return data, (x - a * data) / b
 
@@ -203,7 +230,7 @@ def from_data(x: Tensor, data: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Te
 def ddim(
     parts: Callable[[Tensor, int], tuple[Tensor, Tensor]],
     x: Float[Tensor, "T D"],
-    shares: Float[np.ndarray, " N"],
+    schedule: Schedule,
     points: Sequence[int],
     eta: float,
     draw: Callable[[], Tensor],
@@ -213,14 +240,14 @@ def ddim(
     Args:
         parts: the data and the noise that x_n is taken to come from.
         x: where it begins.
-        shares: a_n of every n.
+        schedule: of which `points` are.
         points: n, from noise to 0.
         eta: how much of the noise is drawn anew.
         draw: z, asked for where some of it is added: at no last step.
     """
     for n, m in pairwise(points):
         data, noise = parts(x, n)
-        (a_n, a_m), (b2_n, b2_m) = shares[[n, m]], 1 - shares[[n, m]] ** 2
+        (a_n, a_m), (b2_n, b2_m) = schedule.shares[[n, m]], 1 - schedule.shares[[n, m]] ** 2
         s = eta * math.sqrt(b2_m / b2_n * (1 - (a_n / a_m) ** 2))
         x = a_m * data + math.sqrt(b2_m - s**2) * noise
         if eta and m:

@@ -127,13 +127,10 @@ class UnifiedTraining(LightningModule):
         """The weights that training begins with, where others than new ones are asked for."""
         init, init_from = self._start
         if init is not None:
-            load_weights(self.model, read_weights(Path(init), "init"), str(init), "init", self._new_weights())
+            new = [f"generator.{name}" for name in self.model.generator.new_weights]
+            load_weights(self.model, read_weights(Path(init), "init"), str(init), "init", may_lack=new)
         if init_from is not None:
             load_text(self.model.backbone, init_from)
-
-    def _new_weights(self) -> list[str]:
-        """Those that a model to start from may lack."""
-        return [f"generator.{name}" for name in self.model.generator.new_weights]
 
     def configure_model(self) -> None:
         """Cut the model where the strategy is `Sharded`; others hold it whole. Refuse a precision there is not."""
@@ -143,8 +140,7 @@ class UnifiedTraining(LightningModule):
             deferred = self.model.backbone.deferred
             shard(
                 self.model, self._device_mesh, self.trainer.strategy.root_device,
-                torch.bfloat16 if precision == "bf16-mixed" else None,
-                fill=self._start[0] is None or bool(self._new_weights()),
+                torch.bfloat16 if precision == "bf16-mixed" else None, fill=self._start[0] is None,
             )  # fmt: skip
             if deferred:
                 self._load_start()
