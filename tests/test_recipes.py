@@ -35,12 +35,7 @@ ONE_OF_EACH = [
     for path in ("models/digits_mot_flow.yaml", "tokenizers/digits_vq.yaml", "tokenizers/digits_fsq.yaml")
 ]
 """A model, a tokenizer, and one that is laid over another: all of a kind are parsed alike."""
-NOT_MEASURED = {
-    "digits_emu35_parallel",
-    "digits_mar_diffusion",
-    "shapes_flux_latents",
-    "shapes_llamagen_codes",
-}
+NOT_MEASURED = {"shapes_flux_latents", "shapes_llamagen_codes"}
 QUICK = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.enable_progress_bar", "false"]
 
 
