@@ -18,14 +18,15 @@ from scipy import stats
 from experiments.designs import running
 from experiments.designs.__main__ import main, time_alone
 from experiments.designs.__main__ import train as train_all
-from experiments.designs.cost import Cost
+from experiments.designs.cost import Cost, Costs
 from experiments.designs.gallery import DRAWS, gallery
 from experiments.designs.report import interval, orderings, table, verdict, write_report
-from experiments.designs.running import Row, Run, Runner, Stage, plan
+from experiments.designs.running import Row, Run, Runner, Stage, plan, read_rows
 from experiments.designs.table import CLAIMS, DESIGNS, DIGITS, WORLDS, Design, chosen, merged, model, recipe
 from unimodal.evaluation.digits import sample_grid
 from unimodal.metrics.shares import wilson_interval
 
+COSTS = Costs()
 NAMES = [design.name for design in DESIGNS]
 TINY = replace(
     DIGITS,
@@ -99,9 +100,9 @@ def test_controls_differ_in_what_they_say() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_design_builds_and_its_cost_is_counted(name: str) -> None:
-    run = plan(chosen([name])[0], TINY, 0, 11)
+    run = plan(chosen([name])[0], TINY, 0, 11, COSTS)
     assert run.steps == sum(stage.steps for stage in run.stages) == 11
-    assert plan(chosen([name])[0], TINY, 7, 11).flops == run.flops  # whatever the seed
+    assert plan(chosen([name])[0], TINY, 7, 11, COSTS).flops == run.flops  # whatever the seed
     assert len(run.stages) == (2 if run.design.first else 1)
     for stage in run.stages:
         assert stage.cost.flops > 0
@@ -114,7 +115,7 @@ def test_every_design_builds_and_its_cost_is_counted(name: str) -> None:
 
 
 def test_a_control_costs_what_it_should() -> None:
-    runs = {name: plan(chosen([name])[0], TINY, 0, 10) for name in ("bagel", "flow-dense", "flow-causal")}
+    runs = {name: plan(chosen([name])[0], TINY, 0, 10, COSTS) for name in ("bagel", "flow-dense", "flow-causal")}
     costs = {name: run.stages[0].cost for name, run in runs.items()}
     assert costs["bagel"].parameters > costs["flow-dense"].parameters == costs["flow-causal"].parameters
     # Active FLOPs are equal: every token is read by one expert.
@@ -201,7 +202,7 @@ class Recorded(Runner):
 def done(runner: Recorded, run: Run, flops: float) -> list[Row]:
     """Everything of a run."""
     runner.train(run, flops)
-    runner.time(run)
+    runner.time(run, flops)
     return runner.rows(run, flops)
 
 
@@ -274,6 +275,64 @@ def test_runs_of_other_lengths_and_seeds_lie_apart(tmp_path: Path) -> None:
     assert len({runner.folder(run) for run in runs}) == 3
 
 
+def elsewhere(tmp_path: Path, run: Run, flops: float) -> list[Row]:
+    """Rows as another machine leaves them."""
+    rows = done(Recorded(tmp_path / "there"), run, flops)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return read_rows(tmp_path / "rows.json")
+
+
+def test_what_another_machine_has_done_is_reported_and_not_done_again(tmp_path: Path) -> None:
+    runs = [replace(made("bagel", [2.0], [10]), seed=seed) for seed in (0, 1)]
+    runner = Recorded(tmp_path / "here")
+    runner.elsewhere = given = elsewhere(tmp_path, runs[0], 13.0)
+    assert done(runner, runs[0], 13.0) == given
+    assert runner.calls == []
+    assert [row["seed"] for row in done(runner, runs[1], 13.0)] == [1, 1]  # which they do not have
+    other = replace(runs[0], world=replace(DIGITS, name="others"))
+    assert runner.given(other, 13.0) == runner.given(runs[0], 14.0) == []
+    runner.elsewhere = given[:1]  # one point of two
+    assert runner.given(runs[0], 13.0) == []
+
+
+def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
+    run, runner = made("bagel", [2.0], [10]), Recorded(tmp_path / "here")
+    runner.elsewhere = elsewhere(tmp_path, run, 13.0)
+    changed = replace(run, stages=(replace(run.stages[0], config={"other": 1}),))
+    with pytest.raises(RuntimeError, match="bagel-0-10 of --rows was trained by other settings than today's"):
+        runner.train(changed, 13.0)
+
+
+@pytest.mark.parametrize("wrong", ["", "{}", '[{"name": "bagel"}]', "[1]"])
+def test_what_is_no_rows_is_refused(tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.json").write_text(wrong)
+    with pytest.raises(SystemExit) as end:
+        main(["--out", str(tmp_path / "out"), "--rows", str(tmp_path / "rows.json")])
+    assert end.value.code == 2
+    assert f"{tmp_path / 'rows.json'}: expected a" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_image_takes_is_asked_of_one_seed(tmp_path: Path) -> None:
+    runner, runs = Recorded(tmp_path), [replace(made("bagel", [2.0], [10]), seed=seed) for seed in (0, 1)]
+    rows = [done(runner, run, 13.0)[-1] for run in runs]
+    assert ["seconds_an_image" in row for row in rows] == [True, False]
+    assert sum("experiments.designs.seconds" in call for call in runner.calls) == 1
+    assert "| 1.000 |" in table(rows, DIGITS)
+    assert "|  |" in table(rows[1:], DIGITS)  # not known
+
+
+def test_costs_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Any] = []
+    found = Cost(1.5, 2.0, 3.0, 4, 5)
+    monkeypatch.setattr("experiments.designs.cost.cost", lambda config: counted.append(config) or found)
+    for costs in (Costs(tmp_path), Costs(tmp_path), Costs()):
+        assert [costs.of({"a": 1, "seed_everything": seed}) for seed in (0, 1)] == [found, found]
+    assert counted == [{"a": 1}] * 2  # the last keeps it to itself
+    assert Costs(tmp_path).of({"a": 2}) == found
+    assert counted[-1] == {"a": 2}
+
+
 def test_the_cheapest_design_is_scored_once(tmp_path: Path) -> None:
     run, runner = made("bagel", [2.0], [10]), Recorded(tmp_path)
     first, second = done(runner, run, run.flops)
@@ -307,17 +366,17 @@ def test_a_tokenizer_and_its_teacher_are_trained_once(tmp_path: Path) -> None:
     with pytest.raises(
         RuntimeError, match=r"digits_diffused.yaml is no longer what .*: delete .*digits_diffused and the"
     ):
-        runner.check(other)
+        runner.check(other, 20.0)
     held.unlink()
     with pytest.raises(RuntimeError, match="no longer what"):
-        runner.check(other)
+        runner.check(other, 20.0)
 
 
 def test_a_folder_of_runs_may_be_moved_and_named_in_another_way(tmp_path: Path) -> None:
     run = replace(made("metamorph", [2.0], [10]), design=chosen(["metamorph"])[0])
-    run = replace(run, stages=(replace(run.stages[0], config=plan(run.design, TINY, 0, 4).stages[0].config),))
+    run = replace(run, stages=(replace(run.stages[0], config=plan(run.design, TINY, 0, 4, COSTS).stages[0].config),))
     Recorded(tmp_path / "out").train(run, 20.0)
-    Recorded(Path(os.path.relpath(tmp_path / "out"))).check(run)
+    Recorded(Path(os.path.relpath(tmp_path / "out"))).check(run, 20.0)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     moved = Recorded(tmp_path / "elsewhere")
     moved.train(run, 20.0)
@@ -331,10 +390,10 @@ def test_a_design_that_cannot_be_timed_leaves_the_others_alone(
     for run in runs:
         runner.train(run, 13.0)
     runner.dies = "experiments.designs.seconds"
-    assert time_alone(runs, runner) == [run.name for run in runs]
+    assert time_alone(runs, 13.0, runner) == [run.name for run in runs]
     assert capsys.readouterr().out.count("not timed") == 2
     runner.dies = None
-    assert time_alone(runs, runner) == []
+    assert time_alone(runs, 13.0, runner) == []
 
 
 def test_a_changed_design_ends_the_command_before_anything_is_trained(
@@ -350,7 +409,6 @@ def test_a_changed_design_ends_the_command_before_anything_is_trained(
         main(["--world", "digits", "--steps", "9", "--out", str(tmp_path)])
     assert end.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "--out: " in said
     assert "flow-dense-2-9/run.yaml is no longer what the design says" in said
 
 
@@ -364,7 +422,7 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path: Path, capsys: pytest
     runs = [replace(made("bagel", [2.0], [10]), seed=seed) for seed in range(3)]
     assert train_all(runs, 13.0, Failing(tmp_path), 2) == [runs[1].name]
     assert "KeyError: 'broken'" in capsys.readouterr().out
-    assert [len(Recorded(tmp_path).rows(run, 13.0)) for run in runs] == [0, 0, 0]  # not timed yet
+    assert [len(Recorded(tmp_path).rows(run, 13.0)) for run in runs] == [0, 0, 2]  # the first is not timed yet
 
 
 def test_a_run_that_fails_says_its_last_line(tmp_path: Path) -> None:
@@ -378,7 +436,7 @@ def test_a_design_of_two_stages_from_beginning_to_report(tmp_path: Path, monkeyp
     monkeypatch.setattr(running, "can_compile", lambda: (False, "not in tests"))
     quick = model(generator={"init_args": {"sampling": {"steps": 2}}})  # 1,500 images are drawn on the way
     world = replace(TINY, budget=merged(TINY.budget, quick))
-    run = plan(chosen(["llamafusion"])[0], world, 0, 6)
+    run = plan(chosen(["llamafusion"])[0], world, 0, 6, COSTS)
     budget = run.flops - 1.5 * run.stages[-1].cost.flops  # so that equal FLOPs are two steps before the end
     monkeypatch.setattr("experiments.designs.__main__.DESIGNS", chosen(["llamafusion"]))  # others have no such steps
     monkeypatch.setitem(WORLDS, "digits", replace(world, step_flops=budget / 6))

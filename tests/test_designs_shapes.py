@@ -13,6 +13,7 @@ from PIL import Image
 
 from experiments.designs import running
 from experiments.designs.__main__ import main
+from experiments.designs.cost import Costs
 from experiments.designs.report import interval, write_report
 from experiments.designs.running import Row, Runner, plan
 from experiments.designs.shapes import image_scores, perfect, shown
@@ -77,7 +78,7 @@ def test_a_tokenizer_is_what_its_recipe_trains() -> None:
 @pytest.mark.parametrize("name", ["vargpt", "metaquery"])
 def test_a_design_builds_and_its_cost_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.designs.cost.PACKS", 1)
-    run = plan(chosen([name])[0], TINY, 0, 11)
+    run = plan(chosen([name])[0], TINY, 0, 11, Costs())
     assert run.steps == 11
     assert all(stage.cost.flops > 0 and stage.cost.tokens <= 640 for stage in run.stages)
     if run.design.first:

@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from experiments.designs.cost import Costs
 from experiments.designs.report import write_report
-from experiments.designs.running import Run, Runner, plan
+from experiments.designs.running import Run, Runner, plan, read_rows
 from experiments.designs.table import DESIGNS, WORLDS, Design, World, chosen
 from unimodal.environment import describe_installation
 from unimodal.files import write_atomically
@@ -38,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="optimizer steps a run (each world's own)")
     parser.add_argument("--quick", action="store_true", help="the digits alone, one seed")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the threads (1)")
+    parser.add_argument(
+        "--rows", type=Path, nargs="+", default=[], metavar="FILE",
+        help="rows.json of other machines: runs that it has are reported, and not done here",
+    )  # fmt: skip
     parser.add_argument("--plan", action="store_true", help="say what would be trained, and what it costs, and end")
     args = parser.parse_args(argv)
     for name, value, least in (("--steps", args.steps, 3), ("--seeds", args.seeds, 1), ("--jobs", args.jobs, 1)):
@@ -45,35 +50,38 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{name}: expected at least {least}, got {value}")
     try:
         asked = chosen(args.only)
+        elsewhere = [row for path in args.rows for row in read_rows(path)]
     except ValueError as error:
         parser.error(str(error))
+    if not args.plan:
+        args.out.mkdir(parents=True, exist_ok=True)
+    costs = Costs(args.out / "costs" if args.out.is_dir() else None)
     print(describe_installation())
     comparisons = []
     for name in dict.fromkeys(args.world or (["digits"] if args.quick else WORLDS)):
         seeds = args.seeds or (1 if args.quick else WORLDS[name].seeds)
-        comparisons.append(Comparison.of(WORLDS[name], seeds, args.steps or WORLDS[name].steps))
+        comparisons.append(Comparison.of(WORLDS[name], seeds, args.steps or WORLDS[name].steps, costs))
         comparisons[-1].describe(asked)
     if args.plan:
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             parser.error(f"--out: another of these commands is working in {args.out}")
         threads = None if args.jobs == 1 else max(1, torch.get_num_threads() // args.jobs)
-        alone = Runner(args.out)
+        alone = Runner(args.out, elsewhere=elsewhere)
         try:
             for one in comparisons:
                 for run in one.runs:  # others' rows are reported too
-                    alone.check(run)
+                    alone.check(run, one.budget)
         except RuntimeError as error:
-            parser.error(f"--out: {error}")
+            parser.error(str(error))
         failed = []
         for one in comparisons:  # world by world: what is done first is reported first
             mine = one.of_designs(asked)
-            failed += (failures := train(mine, one.budget, Runner(args.out, threads), args.jobs))
-            failed += time_alone([run for run in mine if run.name not in failures], alone)
+            failed += (failures := train(mine, one.budget, Runner(args.out, threads, elsewhere), args.jobs))
+            failed += time_alone([run for run in mine if run.name not in failures], one.budget, alone)
             one.report(alone)
     return 1 if failed else 0
 
@@ -93,9 +101,9 @@ class Comparison:
     budget: float
 
     @classmethod
-    def of(cls, world: World, seeds: int, steps: int) -> "Comparison":
+    def of(cls, world: World, seeds: int, steps: int, costs: Costs) -> "Comparison":
         """All designs, so many seeds each."""
-        runs = tuple(plan(design, world, seed, steps) for seed in range(seeds) for design in DESIGNS)
+        runs = tuple(plan(design, world, seed, steps, costs) for seed in range(seeds) for design in DESIGNS)
         return cls(world, runs, steps * world.step_flops)
 
     def of_designs(self, designs: Sequence[Design]) -> list[Run]:
@@ -148,12 +156,12 @@ def train(runs: list[Run], budget: float, runner: Runner, jobs: int) -> list[str
     return failed
 
 
-def time_alone(runs: list[Run], runner: Runner) -> list[str]:
+def time_alone(runs: list[Run], budget: float, runner: Runner) -> list[str]:
     """How long each takes for an image; names of those that could not say."""
     failed = []
     for run in runs:
         try:
-            runner.time(run)
+            runner.time(run, budget)
         except RuntimeError as error:
             failed.append(run.name)
             print(f"{run.name}: not timed: {error}", flush=True)

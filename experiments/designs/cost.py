@@ -4,17 +4,22 @@ FLOPs are useful ones (`unimodal.training.flops`): what is computed and thrown a
 without their gradient.
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import jsonargparse
 import torch
+import yaml
 from lightning import LightningDataModule
 
 from experiments.designs.table import Changes
 from unimodal.data.module import DocumentData
 from unimodal.data.stream import Mixture, Packing, PackStream
 from unimodal.export import build
+from unimodal.files import write_atomically
 from unimodal.model import UnifiedModel
 from unimodal.text import TextTokenizer
 from unimodal.training import stages
@@ -41,6 +46,34 @@ class Cost:
     documents: float
     parameters: int
     learning: int
+
+
+@dataclass
+class Costs:
+    """What was counted before: counting takes seconds a design, and where runs are scored follows from it.
+
+    Attributes:
+        folder: of files that keep it, one a recipe; None: it is kept as long as this is.
+    """
+
+    folder: Path | None = None
+    _known: dict[str, Cost] = field(default_factory=dict)
+
+    def of(self, config: Changes) -> Cost:
+        """Of a recipe, whatever its seed."""
+        settings = yaml.safe_dump({key: value for key, value in config.items() if key != "seed_everything"})
+        name = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        if name not in self._known:
+            self._known[name] = self._held(name, settings)
+        return self._known[name]
+
+    def _held(self, name: str, settings: str) -> Cost:
+        if self.folder is None:
+            return cost(yaml.safe_load(settings))
+        held = self.folder / f"{name}.json"
+        if not held.is_file():
+            write_atomically(held, json.dumps(asdict(cost(yaml.safe_load(settings)))).encode())
+        return Cost(**json.loads(held.read_text(encoding="utf-8")))
 
 
 def cost(config: Changes) -> Cost:

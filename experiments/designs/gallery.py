@@ -14,10 +14,12 @@ _TITLE, _GAP, _CELL = 130, 3, 36  # pixels: of a name, between lines, of a digit
 
 
 def gallery(rows: Sequence[Row], out: Path, path: Path) -> None:
-    """A picture at `path` from the first runs' samples, which rows name within `out`; designs without a row are left out."""
+    """A picture at `path` from the first runs' samples, which rows name within `out`; of runs that were done elsewhere
+    nothing is here to be shown."""
     lines = []
     for design in DESIGNS:
         mine = [row for row in rows if row["name"] == design.name and row["at"] == "steps"]
+        mine = [row for row in mine if (out / row["samples"]).is_file()]
         if mine:
             first = min(mine, key=lambda row: int(row["seed"]))
             lines.append((design.name, _line(out / first["samples"])))

@@ -99,11 +99,13 @@ def _costs(rows: Sequence[Row], world: World) -> list[str]:
     def middle(key: str) -> float:
         return float(mean(row[key] for row in rows))
 
+    timed = [row["seconds_an_image"] for row in rows if "seconds_an_image" in row]  # of one seed
+
     parameters = f"{middle('parameters') / 1e6:.2f} ({middle('learning') / 1e6:.2f})"
     return [
         *(written(middle(key)) for key, (_, written) in world.measures.items()),
         f"{middle('optimizer_steps'):.0f}", f"{middle('flops') / 1e12:.1f}", f"{middle('tokens') / 1e6:.2f}",
-        f"{middle('documents') / 1e3:.0f}", parameters, f"{middle('seconds_an_image'):.3f}",
+        f"{middle('documents') / 1e3:.0f}", parameters, f"{mean(timed):.3f}" if timed else "",
         f"{middle('train_seconds'):.0f}",
     ]  # fmt: skip
 

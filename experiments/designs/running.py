@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import yaml
 
-from experiments.designs.cost import Cost, cost
+from experiments.designs.cost import Cost, Costs
 from experiments.designs.table import CONFIGS, Changes, Design, World, merged, recipe, training
 from unimodal.environment import can_compile
 from unimodal.files import write_atomically
@@ -29,6 +29,8 @@ TEACHER = {
 """Tokenizers whose frozen encoder is trained first: the module that does, and its file."""
 FIRST_SEED = 1000
 """Added to the seed in a first stage: the second must not see the same documents again."""
+TIMED_SEED = 0
+"""Whose run says how long an image takes: that does not depend on the seed."""
 
 
 @dataclass(frozen=True)
@@ -95,26 +97,21 @@ class Run:
         return {at: n for at, n in (("flops", self.steps_within(flops)), ("steps", self.stages[-1].steps)) if n > 0}
 
 
-def plan(design: Design, world: World, seed: int, steps: int) -> Run:
+def plan(design: Design, world: World, seed: int, steps: int, costs: Costs) -> Run:
     """Which stages a run has, and what each costs, which does not depend on the seed."""
+
+    def stage(name: str, config: Changes, steps: int) -> Stage:
+        return Stage(name, config, steps, costs.of(config))
+
     own = recipe(design, world, {"seed_everything": seed})
     if design.first is None:
-        return Run(design, world, seed, (_stage("run", own, steps),))
+        return Run(design, world, seed, (stage("run", own, steps),))
     before = round(steps * design.first.share)
     begin = own
     for more in (design.first.changes, world.reading, {"seed_everything": FIRST_SEED + seed}):
         begin = merged(begin, more)
     end = merged(own, training(freeze=list(design.first.kept)))
-    return Run(design, world, seed, (_stage("first", begin, before), _stage("run", end, steps - before)))
-
-
-def _stage(name: str, config: Changes, steps: int) -> Stage:
-    return Stage(name, config, steps, _counted(yaml.safe_dump(merged(config, {"seed_everything": None}))))
-
-
-@cache
-def _counted(config: str) -> Cost:
-    return cost(yaml.safe_load(config))
+    return Run(design, world, seed, (stage("first", begin, before), stage("run", end, steps - before)))
 
 
 @dataclass
@@ -124,10 +121,12 @@ class Runner:
     Attributes:
         out: folder of all runs.
         threads: of each process; None: torch's own choice.
+        elsewhere: rows of runs that were done on another machine, and need not be done here.
     """
 
     out: Path
     threads: int | None = None
+    elsewhere: Sequence[Row] = ()
     _children: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _one_tokenizer: Lock = field(default_factory=Lock)
 
@@ -137,8 +136,8 @@ class Runner:
 
     def train(self, run: Run, flops: float) -> None:
         """Train a run to each of its points, and score it there."""
-        self.check(run)
-        points = dict.fromkeys(run.points(flops).values())
+        self.check(run, flops)
+        points = {} if self.given(run, flops) else dict.fromkeys(run.points(flops).values())
         left = [steps for steps in points if not self._page(run, steps).is_file()]
         if not left:
             return
@@ -153,8 +152,10 @@ class Runner:
             asked += ["--seed", str(run.seed), *(["--compile"] if able else [])]
             self._call([sys.executable, "-m", *asked], scored.with_name(f"{scored.name}.log"))
 
-    def check(self, run: Run) -> None:
+    def check(self, run: Run, flops: float) -> None:
         """Refuse to go on with, or to report, what was trained by other settings than today's."""
+        if any(row["settings"] != self.settings(run) for row in self.given(run, flops)):
+            raise RuntimeError(f"{run.name} of --rows was trained by other settings than today's: leave its rows out")
         for stage in run.stages:
             config = self.folder(run) / f"{stage.name}.yaml"
             if config.with_suffix("").is_dir() and _settings(config) != _placeless(self._config(run, stage)):
@@ -169,6 +170,13 @@ class Runner:
                     f"{config} is no longer what {recipe} says: delete {folder} and the runs that use it to train them again"
                 )
 
+    def settings(self, run: Run) -> str:
+        """A digest of everything that a run is trained by, wherever it lies."""
+        whole = [_placeless(self._config(run, stage)) for stage in run.stages]
+        if run.tokenizer is not None:
+            whole.append(_placeless(_tokenizer_recipe(run.tokenizer)[1]))
+        return hashlib.sha256(yaml.safe_dump(whole).encode()).hexdigest()[:16]
+
     def _config(self, run: Run, stage: Stage) -> str:
         """What `unimodal fit` reads, with the tokenizer that the run has."""
         settings = dict(stage.config)
@@ -181,10 +189,10 @@ class Runner:
         """What scoring writes last."""
         return self.folder(run) / f"at_{steps}" / "index.html"
 
-    def time(self, run: Run) -> None:
-        """How long an image takes; to be asked where nothing else runs."""
+    def time(self, run: Run, flops: float) -> None:
+        """How long an image takes, of one seed; to be asked where nothing else runs."""
         target = self.folder(run) / "seconds.json"
-        if not target.is_file():
+        if run.seed == TIMED_SEED and not target.is_file() and not self.given(run, flops):
             trained = str(self.folder(run) / "run")
             command = [sys.executable, "-m", "experiments.designs.seconds", trained, "--world", run.world.name]
             self._call([*command, "--out", str(target)], target.with_suffix(".log"))
@@ -194,11 +202,22 @@ class Runner:
 
         None of a run that is not done.
         """
+        if given := self.given(run, flops):
+            return given
         points = run.points(flops)
-        marks = [self.folder(run) / "seconds.json", *(self._page(run, steps) for steps in points.values())]
+        marks = [self._page(run, steps) for steps in points.values()]
+        marks += [self.folder(run) / "seconds.json"] if run.seed == TIMED_SEED else []
         if not all(mark.is_file() for mark in marks):
             return []
         return [self._row(run, at, steps, flops) for at, steps in points.items()]
+
+    def given(self, run: Run, flops: float) -> list[Row]:
+        """Of the rows from elsewhere, those of this run, if there is one of each of its points."""
+        same = {"world": run.world.name, "name": run.design.name, "seed": run.seed}
+        same |= {"planned_steps": run.steps, "flops_budget": flops}
+        found = {row["at"]: row for row in self.elsewhere if all(row[key] == value for key, value in same.items())}
+        points = run.points(flops)
+        return [found[at] for at in points] if set(points) <= set(found) else []
 
     def stop(self) -> None:
         """End what runs; a training leaves a checkpoint that it goes on from."""
@@ -264,12 +283,13 @@ class Runner:
         row: Row = {"name": run.design.name, "seed": run.seed, "world": run.world.name, "at": at}
         row |= {"recipe": run.design.recipe, "paper": run.design.paper, "optimizer_steps": steps}
         row["optimizer_steps"] += sum(stage.steps for stage in before)
-        row |= {"planned_steps": run.steps, "flops_budget": flops}
+        row |= {"planned_steps": run.steps, "flops_budget": flops, "settings": self.settings(run)}
         for key in ("flops", "tokens", "documents"):
             spent = sum(stage.steps * getattr(stage.cost, key) for stage in before)
             row[key] = spent + steps * getattr(last.cost, key)
         row |= {"parameters": last.cost.parameters, "learning": last.cost.learning}
-        row |= json.loads((folder / "seconds.json").read_text())
+        if run.seed == TIMED_SEED:
+            row |= json.loads((folder / "seconds.json").read_text())
         row |= {key: scores[key] for name in run.world.scores for key in (name, f"{name}_interval")}
         row |= {key: scores[key] for key in run.world.noted}
         earlier = [json.loads((folder / stage.name / "run.json").read_text())["train_seconds"] for stage in before]
@@ -298,6 +318,21 @@ class Runner:
         if code:
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             raise RuntimeError(f"{' '.join(command[2:6])} ended with {code}: {lines[-1]} (all of it in {log})")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Of a `rows.json` that this experiment left; ValueError for anything else, and for rows without a digest."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a rows.json of this command: {error}") from None
+    keys = {"name", "seed", "world", "at", "planned_steps", "flops_budget", "settings"}
+    for number, row in enumerate(rows if isinstance(rows, list) else [None]):
+        if missing := keys - set(row if isinstance(row, dict) else ()):
+            raise ValueError(
+                f"{path}: expected a list of rows, each with {', '.join(sorted(missing))}; row {number} has none"
+            )
+    return list(rows)
 
 
 def _settings(config: Path) -> Any:
