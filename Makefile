@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt
 TYPED := unimodal tokenizers/unimodal_tokenizers generators/unimodal_generators experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help venv checked demo demo-vq shapes designs designs-full tokenizers evaluate-demo faults bench bench-gpu test test-fast lint format wheel clean FORCE
+.PHONY: help venv checked demo demo-vq shapes designs designs-full tokenizers evaluate-demo faults bench bench-gpu test test-slow lint format wheel clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -98,11 +98,11 @@ bench-gpu: checked ## the same on one CUDA device; leaves experiments/benchmarks
 # A process a core, eight at most; a file's tests stay together, because they share what they train; slow files come first.
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-test: checked ## run every test
-	@$(PY) -m pytest $(PARALLEL)
-
-test-fast: checked ## run the tests that take less than ten seconds each
+test: checked ## run every test that takes seconds
 	@$(PY) -m pytest $(PARALLEL) -m "not slow"
+
+test-slow: checked ## run those that take longer: trainings, processes killed and continued, compilers
+	@$(PY) -m pytest $(PARALLEL) -m slow
 
 lint: $(STAMP) ## style, formatting, types; then that each of these tools is able to fail
 	$(PY) -m ruff check .

@@ -99,7 +99,8 @@ def test_controls_differ_in_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_design_builds_and_its_cost_is_counted(name: str) -> None:
+def test_every_design_builds_and_its_cost_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.designs.cost.PACKS", 4)
     run = plan(chosen([name])[0], TINY, 0, 11, COSTS)
     assert run.steps == sum(stage.steps for stage in run.stages) == 11
     assert plan(chosen([name])[0], TINY, 7, 11, COSTS).flops == run.flops  # whatever the seed

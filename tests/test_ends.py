@@ -160,6 +160,7 @@ def test_pixels_in_training_and_tokens_without_an_end_are_refused(make: Make, mo
         make("ends")
 
 
+@pytest.mark.slow
 def test_jpegs_of_their_own_lengths_are_trained_from_token_files_and_drawn(tmp_path: Path) -> None:
     """As the recipe's header has it, for a few steps."""
     recipe = yaml.safe_load((ROOT / "lightning_configs" / "models" / "digits_jpeg_ar.yaml").read_text())

@@ -229,6 +229,7 @@ def runs(out: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(runs: dict[str, Any]) -> None:
     ended = Ended(**runs["worker"])
     assert (ended.code, ended.clean) == (2, True), ended.said

@@ -10,8 +10,9 @@ from PIL import Image
 
 from unimodal.backbone import Experts
 from unimodal.documents import Document, Part
+from unimodal.images import fit_image, to_tensor
 from unimodal.model import UnifiedModel
-from unimodal.packing import BUCKET, PackedSequence, SequencedDocument, fit_image, pack, to_tensor
+from unimodal.packing import BUCKET, PackedSequence, SequencedDocument, pack
 from unimodal.sequence_rules import SequenceRules
 from unimodal_generators.base import Grid, TokenKind
 

@@ -278,6 +278,7 @@ def test_your_own_pictures_in_a_list(listed: Path, tmp_path: Path) -> None:
     assert main(["fit", "-c", str(MODELS[0]), "-c", str(FOLDER), *options]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", MODELS, ids=name)
 def test_your_own_pictures_trained_exported_and_drawn(recipe: Path, captioned: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"

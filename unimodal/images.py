@@ -1,4 +1,7 @@
-"""Images as Pillow reads them from files and writes them: always RGB, and one line where a file is not one."""
+"""Images as Pillow reads them from files and writes them: always RGB, and one line where a file is not one.
+
+And as models read them: pixels of one of some sizes, as a tensor.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from unimodal.files import one_line, printable
 
@@ -60,6 +67,25 @@ def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         grey[values == transparent] = 255
     return Image.fromarray(grey).convert("RGB")
+
+
+def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> UInt8[np.ndarray, "_ _ 3"]:
+    """RGB pixels of an image, scaled and centre-cropped to the (height, width) of `sizes` nearest to its shape."""
+    image = to_rgb(image)
+    ratio = image.height / image.width
+    height, width = min(sizes, key=lambda s: (abs(np.log(s[0] / s[1] / ratio)), -s[0] * s[1]))
+    if image.size != (width, height):
+        # Cropped first: a spacer of 2000 x 2 pixels must not be scaled up whole.
+        scale = max(height / image.height, width / image.width)
+        w, h = min(width / scale, image.width), min(height / scale, image.height)
+        left, top = (image.width - w) / 2, (image.height - h) / 2
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
+    return np.asarray(image)
+
+
+def to_tensor(images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Tensor, "B 3 H W"]:
+    """Pixels of one size as the float32 in [-1, 1] that tokenizers read."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (B, H, W, 3) -> (B, 3, H, W)
 
 
 def load_image(path: str | Path) -> Image.Image:

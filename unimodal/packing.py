@@ -25,7 +25,7 @@ from unimodal.attention import SegmentTable
 from unimodal.backbone import Experts, PositionScheme
 from unimodal.backbone.positions import Placed
 from unimodal.documents import Document
-from unimodal.images import to_rgb
+from unimodal.images import fit_image, to_tensor
 from unimodal.sequence_rules import SequenceRules
 from unimodal.stored import StoredImage, check_stored
 from unimodal.text import TextTokenizer
@@ -280,25 +280,6 @@ def place_block(scheme: PositionScheme, start: int, block: Block) -> Placed:
     image = scheme.image(prefix.following, block.grid)
     own = image.ids[block.offset : block.offset + block.length - block.prefix]
     return Placed(np.concatenate([prefix.ids, own]) if block.prefix else own, image.following)
-
-
-def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> UInt8[np.ndarray, "_ _ 3"]:
-    """RGB pixels of an image, scaled and centre-cropped to the (height, width) of `sizes` nearest to its shape."""
-    image = to_rgb(image)
-    ratio = image.height / image.width
-    height, width = min(sizes, key=lambda s: (abs(np.log(s[0] / s[1] / ratio)), -s[0] * s[1]))
-    if image.size != (width, height):
-        # Cropped first: a spacer of 2000 x 2 pixels must not be scaled up whole.
-        scale = max(height / image.height, width / image.width)
-        w, h = min(width / scale, image.width), min(height / scale, image.height)
-        left, top = (image.width - w) / 2, (image.height - h) / 2
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
-    return np.asarray(image)
-
-
-def to_tensor(images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Tensor, "B 3 H W"]:
-    """Pixels of one size as the float32 in [-1, 1] that tokenizers read."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (B, H, W, 3) -> (B, 3, H, W)
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,7 @@ class Graphs:
         return compiled
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_in_the_compiled_layer_lengths_are_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph a padded length, none a layout; nothing that FlexAttention is given has a symbol in it."""

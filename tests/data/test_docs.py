@@ -133,6 +133,7 @@ def test_the_example_of_images_gives_those_of_its_data(folder: Path, monkeypatch
     assert len(found) == 8 + 2 * 6
 
 
+@pytest.mark.slow
 def test_all_of_them_train_together(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(folder)
     merged: dict[str, Any] = {"sources": {}, "validation": {}, "batch_tokens": 512}

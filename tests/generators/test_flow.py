@@ -456,6 +456,7 @@ def quarters(seed: int) -> Image.Image:
     return Image.fromarray(colours.repeat(4, 0).repeat(4, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("time", TIMES)
 def test_overfits_four_images(make: Callable[..., UnifiedModel], time: str) -> None:
     """Each of four captions draws its own image: a mean error below 20 of 255 levels, where the others are over 50 away."""

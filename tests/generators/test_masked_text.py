@@ -366,6 +366,7 @@ def test_what_means_nothing_is_refused(make: Make) -> None:
 # ---- learning
 
 
+@pytest.mark.slow
 def test_learns_texts_and_images_by_heart(make: Make) -> None:
     """Of each of three pictures its words, of several blocks, in three steps a block; of each words the picture."""
     model = make("joint", noise=0.0, drop_text=0.0, context_length=96)

@@ -356,6 +356,7 @@ def quarters(seed: int) -> Image.Image:
     return Image.fromarray(colours.repeat(4, 0).repeat(4, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_overfits_four_images(frozen: bool, make: Make) -> None:
     """Each of four captions draws its own image, also through a backbone that learns nothing."""

@@ -68,6 +68,7 @@ def taught(request: pytest.FixtureRequest, make: Make) -> tuple[UnifiedModel, li
     return model, list(losses(model, captioned(), steps))
 
 
+@pytest.mark.slow
 def test_the_loss_falls(taught: tuple[UnifiedModel, list[float]]) -> None:
     _, found = taught
     assert np.mean(found[-20:]) < 0.35 * np.mean(found[:5])

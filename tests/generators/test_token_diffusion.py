@@ -256,6 +256,7 @@ def test_what_a_diffusion_head_learns_is_the_noise() -> None:
     assert max(steps) <= 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noising", [None, HeadDiffusion()], ids=["flow", "ddpm"])
 def test_a_head_learns_the_tokens_of_each_hidden_state(noising: HeadDiffusion | None) -> None:
     """Two hidden states, two Gaussians: a trained head draws each of them."""

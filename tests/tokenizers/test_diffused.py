@@ -109,6 +109,7 @@ def test_an_image_does_not_depend_on_those_beside_it_and_a_generator_draws_anoth
     assert tokenizer.decode(wide).shape == (1, 3, 4, 8)
 
 
+@pytest.mark.slow
 def test_it_learns_to_draw_what_the_tokens_say_by_its_own_term_alone(tmp_path: Path) -> None:
     model = TokenizerTraining(made(dim=8, steps=8), lr=1e-2, l1_weight=0.0, l2_weight=0.0)
     runner = L.Trainer(

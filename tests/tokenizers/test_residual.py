@@ -161,6 +161,7 @@ def test_one_scale_quantizes_once() -> None:
     torch.testing.assert_close(tokenizer.decode(tokens), tokenizer(images).images)
 
 
+@pytest.mark.slow
 def test_more_scales_lower_the_error() -> None:
     """After a short training, images are the better the more scales decode."""
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import yaml
 from unimodal.cli import main
 from unimodal.data.digits import caption, digit_images
 from unimodal.export import load_tokenizer
-from unimodal.packing import to_tensor
+from unimodal.images import to_tensor
 
 RECIPE = Path(__file__).parents[2] / "lightning_configs" / "tokenizers" / "digits_contrastive.yaml"
 SMALL = """
@@ -31,6 +31,7 @@ def fit(folder: Path, *more: str) -> int:
     return main(["fit", *given, *more])
 
 
+@pytest.mark.slow
 def test_codes_come_to_say_what_captions_say_and_runs_resume(tmp_path: Path) -> None:
     assert fit(tmp_path / "run") == 0
     record = [line.split(",") for line in next((tmp_path / "run").rglob("metrics.csv")).read_text().splitlines()]

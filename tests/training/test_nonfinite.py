@@ -328,6 +328,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str
     return {strategy: (root / strategy, text) for strategy, text in zip(("ddp", "sharded"), said, strict=False)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "sharded"])
 def test_a_bad_loss_on_one_rank_is_skipped_by_both(strategy: str, pairs: dict[str, tuple[Path, str]]) -> None:
     folder, said = pairs[strategy]

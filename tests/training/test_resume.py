@@ -135,6 +135,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "accumulate", "stop"),
     [("unified", 1, signal.SIGINT), ("unified", 2, signal.SIGTERM), ("tokenizer", 1, signal.SIGUSR1),
@@ -159,6 +160,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     compare(undisturbed, folder)
 
 
+@pytest.mark.slow
 def test_two_stops_in_a_row(whole: Any, tmp_path: Path) -> None:
     undisturbed, expected = whole("unified", 2)
     folder, options = tmp_path / "run", ["--trainer.accumulate_grad_batches", "2"]
@@ -173,6 +175,7 @@ def test_two_stops_in_a_row(whole: Any, tmp_path: Path) -> None:
     compare(undisturbed, folder)
 
 
+@pytest.mark.slow
 def test_the_position_counts_what_was_consumed(whole: Any, tmp_path: Path) -> None:
     """A worker packs ahead; what it holds is not consumed."""
     undisturbed, expected = whole("unified", 1)

@@ -122,6 +122,7 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 2e-6) -
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sharded", "whole"), [
     ("fsdp", "one_2"), ("hsdp", "one_4"), ("fsdp_goes_on", "one_2"), ("one_goes_on", "one_2"), ("fsdp_after_one", "one_2"),
     ("lora_fsdp", "lora_one"), ("lora_goes_on", "lora_one"),  # two rows for four ranks
@@ -141,6 +142,7 @@ def test_parts_on_many_ranks_are_one_process(runs: Path, sharded: str, whole: st
             close(expected[n], moments[n], 2e-5)
 
 
+@pytest.mark.slow
 def test_muon_and_recomputed_layers_and_a_start_from_an_export(runs: Path) -> None:
     """Muon's iteration is in bf16: equal up to that."""
     begun, one, two = (exported(runs / name) for name in ("one_2", "muon_one", "muon_fsdp"))
@@ -149,6 +151,7 @@ def test_muon_and_recomputed_layers_and_a_start_from_an_export(runs: Path) -> No
     assert apart < 0.08**2 * moved
 
 
+@pytest.mark.slow
 def test_mixed_precision_and_packs_that_ranks_do_not_divide(runs: Path) -> None:
     """Layers' weights come in bf16, norms with them: equal up to that. Validation has an odd number of packs."""
     one, two = exported(runs / "mixed_one"), exported(runs / "mixed_fsdp")
@@ -167,6 +170,7 @@ def validated(run: Path) -> list[float]:
     return [float(row[at]) for row in table[1:] if row[at]]
 
 
+@pytest.mark.slow
 def test_samples_and_losses_of_validation_are_those_of_one_process(runs: Path) -> None:
     for name in ("step_000002.png", "step_000004.png"):
         assert (runs / "fsdp" / "samples" / name).read_bytes() == (runs / "one_2" / "samples" / name).read_bytes()
@@ -177,6 +181,7 @@ def test_samples_and_losses_of_validation_are_those_of_one_process(runs: Path) -
     assert len(losses[0]) == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_parts_and_the_rest_and_damage_is_seen(runs: Path, tmp_path: Path) -> None:
     folder = (runs / "fsdp" / "checkpoints" / "last.ckpt").resolve()
     assert sorted(p.name.split("-model")[0] for p in folder.iterdir()) == [
@@ -196,6 +201,7 @@ def test_a_checkpoint_is_parts_and_the_rest_and_damage_is_seen(runs: Path, tmp_p
     assert not [p for p in (runs / "fsdp" / "checkpoints").iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_what_a_sharded_run_leaves_instead_of_an_export(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"write the export with: unimodal consolidate {runs / 'hsdp'}" in (runs / "said").read_text()
     run = json.loads((runs / "hsdp" / "run.json").read_text())

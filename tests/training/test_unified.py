@@ -248,6 +248,7 @@ def validation_losses(folder: Path) -> dict[str, float]:
     return {name: float(value) for name, value in rows[-1].items() if name.startswith("val/")}
 
 
+@pytest.mark.slow
 def test_validate_test_and_predict_see_the_averaged_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     assert fit(FLOW, folder, "--trainer.val_check_interval", "4") == 0

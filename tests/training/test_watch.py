@@ -298,6 +298,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_log_what_both_did(pairs: dict[bool, Path], sharded: bool) -> None:
     """Also what only one of them could measure, and where the weights are sharded."""

@@ -19,9 +19,9 @@ from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document
 from unimodal.evaluation.benchmark import Answer, Benchmark
 from unimodal.evaluation.harness import answer_seed
+from unimodal.images import fit_image
 from unimodal.metrics.image_sets import SetMetric
 from unimodal.metrics.scores import TaskScores
-from unimodal.packing import fit_image
 from unimodal.shards import is_sharded, together
 
 if TYPE_CHECKING:
