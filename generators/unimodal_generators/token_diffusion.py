@@ -242,12 +242,11 @@ class TokenDiffusion(ImageGenerator):
         def draw() -> Tensor:
             return draw_noise([Grid(1, n) for n in lengths], rngs, self.layout.dim).to(noise)
 
-        s = settings
-        return self.noising.solve(estimate, noise, draw, s.head_steps, s.solver, s.shift, s.temperature)
+        return self.noising.solve(estimate, noise, draw, settings)
 
     def _check(self, settings: TokenDiffusionSettings) -> None:
         """Refuse steps that would be ignored, and a solver that the head's noising has not."""
-        self.noising.check(settings.head_steps, settings.solver, settings.shift)
+        self.noising.check(settings)
         if self.order == "raster" and settings.steps is not None:
             raise ValueError(
                 f"steps: raster order evaluates the backbone once a token, expected none, got {settings.steps}"

@@ -8,7 +8,7 @@ Letters: m tokens, K noise draws a token, D channels of a token, C width of a hi
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,41 @@ from unimodal_tokenizers.diffusion import STEPS
 Estimate = Callable[[Tensor, float], Tensor]  # what the head says of x at t
 
 
+@runtime_checkable
+class HeadSettings(Protocol):
+    """What of a sampler's settings a head is drawn with; all of them in `TokenDiffusionSettings`."""
+
+    @property
+    def head_steps(self) -> int:
+        """Evaluations a token, exactly."""
+
+    @property
+    def solver(self) -> str | None:
+        """One of the noising's own; None: its first."""
+
+    @property
+    def shift(self) -> float:
+        """Of a flow's times."""
+
+    @property
+    def temperature(self) -> float:
+        """Deviation of what is drawn at random."""
+
+
 class HeadNoising(ABC):
     """A way between a token and noise: what the head learns, and how a token is drawn with it."""
 
     solvers: ClassVar[tuple[str, ...]]  # the first is what is taken where none is named
 
-    def check(self, steps: int, solver: str | None, shift: float) -> None:
+    def check(self, settings: HeadSettings) -> None:
         """Refuse what `solve` could not do.
 
         Raises:
             ValueError: naming the setting, what was expected, and what came.
         """
-        if solver not in (None, *self.solvers):
+        if settings.solver not in (None, *self.solvers):
             listed = " or ".join(self.solvers)
-            raise ValueError(f"solver: expected {listed} of a {type(self).__name__}, got {solver}")
+            raise ValueError(f"solver: expected {listed} of a {type(self).__name__}, got {settings.solver}")
 
     @abstractmethod
     def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "m K"]:
@@ -59,12 +80,9 @@ class HeadNoising(ABC):
         estimate: Estimate,
         noise: Float[Tensor, "m D"],
         draw: Callable[[], Tensor],
-        steps: int,
-        solver: str | None,
-        shift: float,
-        temperature: float,
+        settings: HeadSettings,
     ) -> Float[Tensor, "m D"]:
-        """Tokens from noise, in exactly `steps` evaluations; `draw` gives more noise, each token's its own."""
+        """Tokens from noise, in exactly `head_steps` evaluations; `draw` gives more noise, each token's its own."""
 
 
 class HeadFlow(HeadNoising):
@@ -101,15 +119,12 @@ class HeadFlow(HeadNoising):
         estimate: Estimate,
         noise: Float[Tensor, "m D"],
         draw: Callable[[], Tensor],
-        steps: int,
-        solver: str | None,
-        shift: float,
-        temperature: float,
+        settings: HeadSettings,
     ) -> Float[Tensor, "m D"]:
         """dx/dt = v from noise of deviation `temperature`; nothing more is drawn."""
-        solver = solver or self.solvers[0]
-        times = diffusion.sampling_times(steps, shift, solver)
-        *_, x = diffusion.SOLVERS[solver](estimate, temperature * noise, times)
+        solver = settings.solver or self.solvers[0]
+        times = diffusion.sampling_times(settings.head_steps, settings.shift, solver)
+        *_, x = diffusion.SOLVERS[solver](estimate, settings.temperature * noise, times)
         return x
 
 
@@ -125,13 +140,14 @@ class HeadDiffusion(HeadNoising):
     def __init__(self, schedule: diffusion.NoiseSchedule = "cosine") -> None:
         self.schedule = diffusion.Schedule(schedule)
 
-    def check(self, steps: int, solver: str | None, shift: float) -> None:
+    def check(self, settings: HeadSettings) -> None:
         """Its steps are those of the schedule."""
-        super().check(steps, solver, shift)
-        if steps > self.schedule.noisiest:
-            raise ValueError(f"head_steps: expected at most {self.schedule.noisiest} of the schedule, got {steps}")
-        if shift != 1:
-            raise ValueError(f"shift: ddpm goes by its own schedule, expected 1, got {shift}")
+        super().check(settings)
+        steps, most = settings.head_steps, self.schedule.noisiest
+        if steps > most:
+            raise ValueError(f"head_steps: expected at most {most} of the schedule, got {steps}")
+        if settings.shift != 1:
+            raise ValueError(f"shift: ddpm goes by its own schedule, expected 1, got {settings.shift}")
 
     def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "m K"]:
         """The step is uniform from 1 to N."""
@@ -154,18 +170,16 @@ class HeadDiffusion(HeadNoising):
         estimate: Estimate,
         noise: Float[Tensor, "m D"],
         draw: Callable[[], Tensor],
-        steps: int,
-        solver: str | None,
-        shift: float,
-        temperature: float,
+        settings: HeadSettings,
     ) -> Float[Tensor, "m D"]:
         """DDPM's eq. 11 over evenly chosen steps; what is added is `temperature` times what DDPM adds, as MAR has it."""
+        steps = settings.head_steps
         points = [round(self.schedule.noisiest * (1 - i / steps)) for i in range(steps + 1)]
 
         def parts(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
             return diffusion.from_noise(x, estimate(x, 1 - n / STEPS), *self.schedule.of(n))
 
-        *_, x = diffusion.ddim(parts, noise, self.schedule, points, 1.0, lambda: temperature * draw())
+        *_, x = diffusion.ddim(parts, noise, self.schedule, points, 1.0, lambda: settings.temperature * draw())
         return x
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from unimodal.cli import main
 from unimodal.data.shapes import render, render_prompt
 from unimodal.documents import Part
 from unimodal.environment import can_compile
-from unimodal.evaluation.answers import AnswerFolder
+from unimodal.evaluation.answers import AnswerFolder, read_record
 from unimodal.evaluation.command import parse, spelt
 from unimodal.evaluation.registry import BENCHMARKS, benchmark_class
 from unimodal.evaluation.shapes import GenEvalShapes
@@ -28,7 +29,7 @@ QUICK = ["--per-task", "2", "--samples", "1", "--steps", "1", "--guidance", "1"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model of 32 x 32 pixels, exported."""
+    """An untrained model of 32 x 32 pixels, exported; no weight is zero, so that every condition counts."""
     config = {
         "class_path": "unimodal.model.UnifiedModel",
         "init_args": {
@@ -46,6 +47,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build(config, "model")
     assert isinstance(model, UnifiedModel)
     model.text = TextTokenizer.train(["a photo of a red circle left of two blue squares"], 300)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
     folder = tmp_path_factory.mktemp("run") / "export"
     save_export(folder, model, config, ExportInfo("model", "ema", "tiny", "unknown"))
     return folder
@@ -303,6 +308,29 @@ def test_a_set_of_images_is_scored_against_a_folder_and_its_statistics(run: Path
     drawn = json.loads((tmp_path / "drawn" / "summary.json").read_text())
     assert drawn["answers"] == 12
     assert drawn["measures"].keys() == values["real"].keys() - {"x"} or drawn["measures"]
+
+
+def test_words_to_be_led_away_from_are_asked_for_and_written_down(
+    run: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    def drawn(name: str, *options: str) -> bytes:
+        command = ["evaluate", "geneval-shapes", "--run", str(run), "--out", str(tmp_path / name), "--limit", "1"]
+        assert main([*command, "--tasks", "counting", "--samples", "1", "--steps", "2", "--no-score", *options]) == 0
+        (file,) = (tmp_path / name).rglob("*.png")
+        return file.read_bytes()
+
+    plain, away = drawn("plain", "--guidance", "50"), drawn("away", "--guidance", "50", "--negative", "two red squares")
+    assert plain != away
+    assert drawn("dropped", "--guidance", "50", "--negative", "") == plain
+    record = read_record(tmp_path / "away" / "answers")
+    assert record is not None
+    assert record["sampling"]["negative"] == "two red squares"
+    refused("geneval-shapes", "--run", run, "--out", tmp_path / "away", "--guidance", "50", names="sampling")
+    others = ["--run", run, "--out", tmp_path / "no", "--negative", "two red squares"]
+    refused("geneval-shapes", *others, "--guidance", "1", names="negative: expected none where guidance is 1")
+    said = "--negative: expected none with shapes-questions, for which nothing is drawn"
+    refused("shapes-questions", *others, names=said)
+    assert not (tmp_path / "no").exists()
 
 
 def test_published_scores_come_with_their_source(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from unimodal import processes
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.evaluation.answers import AnswerFolder, read_record
 from unimodal.evaluation.benchmark import Benchmark
 from unimodal.evaluation.fingerprint import items_sha256, model_record, sampling_record
@@ -23,9 +24,8 @@ from unimodal.export import one_line, open_model
 from unimodal.files import write_atomically
 from unimodal.model import UnifiedModel
 from unimodal.sampling import overridden
-from unimodal_generators.base import SamplingSettings
 
-SAMPLER = ("guidance", "image_guidance", "steps", "solver", "shift", "temperature", "top_k", "top_p", "set")
+SAMPLER = ("guidance", "image_guidance", "steps", "solver", "shift", "temperature", "top_k", "top_p", "set", "negative")
 """Options of how a model draws."""
 
 
@@ -56,6 +56,7 @@ class Options:
         top_k: of image tokens.
         top_p: of image tokens.
         set: NAME=VALUE, any other setting of the recipe's image sampler.
+        negative: words to be led away from, by guidance of images.
     """
 
     out: Path | None = None
@@ -80,6 +81,7 @@ class Options:
     top_k: int | None = None
     top_p: float | None = None
     set: list[str] | None = None
+    negative: str | None = None
 
     def choice(self) -> Choice:
         """Which items."""
@@ -88,9 +90,17 @@ class Options:
             raise ValueError(f"--part: expected K/N such as 1/4, got {self.part}")
         return Choice(tuple(self.tasks or ()), self.limit, (int(k), int(n)))
 
-    def sampling(self, model: UnifiedModel) -> SamplingSettings:
-        """The recipe's image sampler, changed where asked."""
-        return overridden(model.generator.sampling, vars(self))
+    def drawing(self, *others: str) -> str:
+        """Those that say how a model draws, as they are typed, and others with them."""
+        given = [f"--{name.replace('_', '-')}" for name in SAMPLER if getattr(self, name) is not None]
+        return ", ".join(filter(None, (*given, *others)))
+
+    def settings(self, benchmark: Benchmark, model: UnifiedModel) -> DecodingSettings:
+        """The benchmark's, with the recipe's image sampler, changed where asked."""
+        settings = benchmark.settings(overridden(model.generator.sampling, vars(self)))
+        if settings.max_images == 0 and (given := self.drawing()):
+            raise ValueError(f"{given}: expected none with {benchmark.name}, for which nothing is drawn")
+        return replace(settings, negative=self.negative or "")
 
 
 @dataclass(frozen=True)
@@ -255,11 +265,8 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
         raise ValueError(f"--out: expected a folder, got the file {options.out}")
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images: expected a folder, got {options.images}, which does not exist")
-    if options.images is not None:
-        drawing = [name for name in SAMPLER if getattr(options, name) is not None] + ["compile"] * options.compile
-        if drawing:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in drawing)
-            raise ValueError(f"{names}: expected none with --images, for which nothing is drawn")
+    if options.images is not None and (drawing := options.drawing("--compile" * options.compile)):
+        raise ValueError(f"{drawing}: expected none with --images, for which nothing is drawn")
     choice, here = options.choice(), processes.current()
     if options.run is None and not here.alone():  # scoring is the work of one
         return None
@@ -277,19 +284,22 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
     folder = AnswerFolder(options.images or options.out / "answers", benchmark.draws, benchmark.samples)
     if options.run is not None:
         model = open_model(options.run, options.weights, here.device(options.device), options.compile)
-        image = options.sampling(model)
+        settings = options.settings(benchmark, model)
         record = {
             "benchmark": benchmark.name,
             "version": benchmark.version,
             "model": model_record(options.run, options.weights),
-            "sampling": sampling_record(benchmark, image),
+            "sampling": sampling_record(settings),
             "seed": options.seed,
             "items_sha256": items_sha256(list(benchmark.items())),
         }
-        benchmark.answer(model, [], benchmark.settings(image), [])  # refuses settings before anything is written
+        benchmark.answer(model, [], settings, [])  # refuses settings before anything is written
         if here.main:
             folder.check_record(record)
-        generate(benchmark, items, folder, model, image=image, seed=options.seed, batch=options.batch, part=choice.part)
+        generate(
+            benchmark, items, folder, model,
+            settings=settings, seed=options.seed, batch=options.batch, part=choice.part,
+        )  # fmt: skip
     if not options.score or choice.part[1] > 1 or not here.alone():
         return None
     check_asked(benchmark, folder.root)

@@ -10,12 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Part
 from unimodal.evaluation.benchmark import Benchmark, Item
 from unimodal.evaluation.lazy_images import LazyImage
 from unimodal.export import read_info
 from unimodal.files import file_sha256
-from unimodal_generators.base import SamplingSettings
 
 _LIBRARIES = (
     "unimodal", "torch", "torchvision", "transformers", "timm", "open_clip_torch", "torchmetrics", "torch-fidelity",
@@ -60,10 +60,9 @@ def model_record(run: Path, weights: str) -> dict[str, Any]:
     return {"recipe": info.recipe, "commit": info.commit, "weights": used, "sha256": file_sha256(file)}
 
 
-def sampling_record(benchmark: Benchmark, image: SamplingSettings) -> dict[str, Any]:
+def sampling_record(settings: DecodingSettings) -> dict[str, Any]:
     """How answers are drawn and written."""
-    settings = asdict(benchmark.settings(image))
-    return json.loads(json.dumps(settings))  # tuples as they come back from a file
+    return json.loads(json.dumps(asdict(settings)))  # tuples as they come back from a file
 
 
 def versions() -> dict[str, str]:

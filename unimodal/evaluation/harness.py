@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from unimodal import processes
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Part
 from unimodal.evaluation.answers import AnswerFolder
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row
 from unimodal.evaluation.fingerprint import benchmark_record, versions
 from unimodal.evaluation.results import Summary, summarise, write_results
 from unimodal.model import UnifiedModel
-from unimodal_generators.base import SamplingSettings
 
 T = TypeVar("T")
 
@@ -81,16 +81,17 @@ def generate(
     folder: AnswerFolder,
     model: UnifiedModel,
     *,
-    image: SamplingSettings | None = None,
+    settings: DecodingSettings | None = None,
     seed: int = 0,
     batch: int = 32,
     part: tuple[int, int] = (1, 1),
 ) -> int:
     """Ask the model for every answer of this part that is not there yet; returns how many were made.
 
+    It goes on as `settings` say (None: the benchmark's, with the recipe's sampler).
     Of several processes each asks for some of them, and the main one writes all.
     """
-    settings = benchmark.settings(image)
+    settings = benchmark.settings(None) if settings is None else settings
     jobs = [(item, sample) for item in items for sample in range(benchmark.samples)]
     mine, here = jobs[part[0] - 1 :: part[1]], processes.current()
     jobs = [mine[i] for i in here.agree(lambda: [i for i, job in enumerate(mine) if not folder.has(*job)])]
