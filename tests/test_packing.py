@@ -10,7 +10,7 @@ from PIL import Image
 
 from unimodal.backbone import Experts
 from unimodal.documents import Document, Part
-from unimodal.images import fit_image, to_tensor
+from unimodal.images import to_tensor
 from unimodal.model import UnifiedModel
 from unimodal.packing import BUCKET, PackedSequence, SequencedDocument, pack
 from unimodal.sequence_rules import SequenceRules
@@ -468,60 +468,6 @@ def test_announced_and_moved(make: Callable[..., UnifiedModel]) -> None:
     assert all(getattr(moved, name) == getattr(told, name) for name in rest)
     same = told.to("cpu")
     assert torch.equal(same.positions, told.positions)
-
-
-# ---- image sizes
-
-
-def test_an_image_of_the_right_size_is_left_alone() -> None:
-    image = picture(1, 8, 8)
-    assert np.array_equal(fit_image(image, [(4, 8), (8, 8)]), np.asarray(image))
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [((8, 8), (8, 8)), ((500, 400), (8, 8)), ((30, 60), (4, 8)), ((10, 100), (4, 8)), ((60, 30), (8, 4)), ((1, 1), (8, 8)),
-     ((71, 100), (8, 8)), ((70, 100), (4, 8)), ((1, 300), (4, 8)), ((300, 1), (8, 4))],
-)  # fmt: skip
-def test_the_nearest_shape_is_chosen(shape: tuple[int, int], expected: tuple[int, int]) -> None:
-    pixels = fit_image(Image.new("RGB", shape[::-1]), [(4, 8), (8, 8), (8, 4)])
-    assert pixels.shape == (*expected, 3)
-    assert pixels.dtype == np.uint8
-
-
-def test_of_equal_shapes_the_larger_is_chosen() -> None:
-    assert fit_image(Image.new("RGB", (20, 20)), [(4, 4), (16, 16), (8, 8)]).shape == (16, 16, 3)
-
-
-def test_what_does_not_fit_is_cut_from_both_sides() -> None:
-    """Three stripes, the outer ones cut off: nothing is squeezed."""
-    stripes = np.zeros((32, 96, 3), np.uint8)
-    stripes[:, :32], stripes[:, 32:64], stripes[:, 64:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    pixels = fit_image(Image.fromarray(stripes), [(32, 32)])
-    assert (pixels == (0, 255, 0)).all()
-    upright = fit_image(Image.fromarray(stripes.transpose(1, 0, 2).copy()), [(32, 32)])
-    assert (upright == (0, 255, 0)).all()
-
-
-def test_a_smaller_image_is_scaled_up() -> None:
-    pixels = fit_image(Image.new("RGB", (2, 2), (10, 20, 30)), [(8, 8)])
-    assert (pixels == (10, 20, 30)).all()
-
-
-@pytest.mark.parametrize("size", [(8, 8), (16, 16)])
-def test_other_modes_become_rgb(size: tuple[int, int]) -> None:
-    """Transparency lies on white, 16 bits are scaled and not clipped."""
-    clear = fit_image(Image.new("RGBA", size, (255, 0, 0, 0)), [(8, 8)])
-    assert (clear == 255).all()
-    deep = fit_image(Image.fromarray(np.full(size, 0x8080, np.uint16)), [(8, 8)])
-    assert (deep == 128).all()
-    for mode, colour in (("L", 7), ("1", 1), ("P", 0), ("LA", (7, 255)), ("CMYK", (0, 0, 0, 0))):
-        assert fit_image(Image.new(mode, size, colour), [(8, 8)]).shape == (8, 8, 3)
-
-
-def test_pixels_become_tensors() -> None:
-    tensor = to_tensor([np.array([[[0, 255, 128]]], np.uint8)])
-    torch.testing.assert_close(tensor, torch.tensor([-1.0, 1.0, 128 / 127.5 - 1]).view(1, 3, 1, 1))
 
 
 # ---- rules
