@@ -31,6 +31,7 @@ from unimodal.data.digits import (
     image_to_values,
     sum_answer,
 )
+from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.evaluation.page import RunDescription, print_scores, write_page
 from unimodal.files import write_atomically
@@ -156,7 +157,6 @@ def evaluate_digits(
     """
     # Here, because scores of images alone need no model.
     from unimodal.decoding import decode
-    from unimodal.decoding_settings import DecodingSettings
     from unimodal.model import UnifiedModel
 
     out = Path(out)
@@ -166,53 +166,24 @@ def evaluate_digits(
         raise ValueError(f"asked: expected a multiple of 10, at least 40, got {asked}")
     if sums < 1 or batch < 1:
         raise ValueError(f"sums and batch: expected 1 or more, got {sums} and {batch}")
-    judge = Judge()
-    test = digit_images("test")
-    run: DecodeFunction = decode if decode_fn is None else decode_fn
     if sampling is None and isinstance(model, UnifiedModel):
         sampling = model.generator.sampling  # so that the scores say which guidance made them
-    here = processes.current()
-    hidden = None if here.main else True
-    with tqdm(total=asked + len(test) + sums, desc="scoring", unit="document", disable=hidden) as bar:
-
-        def ask(task: int, settings: DecodingSettings, documents: Sequence[Document]) -> list[tuple[Part, ...]]:
-            """The generated parts of each document, in the main process."""
-
-            def answer(chunk: Sequence[tuple[int, Document]]) -> list[tuple[Part, ...]]:
-                seeds = [_seed(seed, task, number) for number, _ in chunk]
-                done = run(model, [document for _, document in chunk], settings, seeds)
-                return [after.parts[len(before.parts) :] for (_, before), after in zip(chunk, done, strict=True)]
-
-            answers: list[tuple[Part, ...]] = []
-            for _, parts in here.in_order(list(enumerate(documents)), batch, answer):
-                answers.append(parts)
-                bar.update()
-            return answers
-
-        drawing = DecodingSettings(start="image", max_images=1, max_tokens=0, image=sampling)
-        # A caption needs at most one token a byte; room for more shows a model that does not stop.
-        reading = DecodingSettings(start="text", max_images=0, max_tokens=32)
-        # One image more than any answer has, so that drawing too many is seen.
-        adding = DecodingSettings(start="text", max_images=3, max_tokens=32, image=sampling)
-        digits, whole = np.repeat(np.arange(10), asked // 10), _sums(sums, seed)
-        to_draw = [Document((Part(caption(int(digit)), learn=False),), "text_to_image") for digit in digits]
-        to_read = [Document((Part(image, learn=False),), "image_to_text") for image in test.images()]
-        to_add = [Document(tuple(part for part in document.parts if not part.learn), "sum") for document in whole]
-        answers = [ask(0, drawing, to_draw), ask(1, reading, to_read), ask(2, adding, to_add)]
-
-    if not here.alone():
+    test, whole, digits = digit_images("test"), _sums(sums, seed), np.repeat(np.arange(10), asked // 10)
+    drawing = DecodingSettings(start="image", max_images=1, max_tokens=0, image=sampling)
+    # A caption needs at most one token a byte; room for more shows a model that does not stop.
+    reading = DecodingSettings(start="text", max_images=0, max_tokens=32)
+    # One image more than any answer has, so that drawing too many is seen.
+    adding = DecodingSettings(start="text", max_images=3, max_tokens=32, image=sampling)
+    to_draw = [Document((Part(caption(int(digit)), learn=False),), "text_to_image") for digit in digits]
+    to_read = [Document((Part(image, learn=False),), "image_to_text") for image in test.images()]
+    to_add = [Document(tuple(part for part in document.parts if not part.learn), "sum") for document in whole]
+    tasks = [(drawing, to_draw), (reading, to_read), (adding, to_add)]
+    answers = _ask(model, decode if decode_fn is None else decode_fn, tasks, seed, batch)
+    if not processes.current().alone():
         return {}
-    drawn = _one_image_each(answers[0])
-    said = [caption_digit(_text(parts)) for parts in answers[1]]
-    read = sum(digit == label for digit, label in zip(said, test.labels.tolist(), strict=True))
+    judge, drawn = Judge(), _one_image_each(answers[0])
     added = _add(whole, to_add, answers[2], judge)
-    right = int((judge.read(drawn) == digits).sum())
-    scores: Scores = {}
-    _put_share(scores, "judge_accuracy", judge.correct, len(test))
-    _put_share(scores, "asked_digit", right, asked)
-    _put_share(scores, "image_to_text", read, len(test))
-    _put_share(scores, "sums_text", added.in_text, sums)
-    _put_share(scores, "sums_drawn", added.drawn, sums)
+    scores = _shares(judge, drawn, digits, answers[1], test, added)
     scores |= image_set_scores(image_features(drawn), seed)
     scores |= {
         "train_seconds": train_seconds,
@@ -229,6 +200,54 @@ def evaluate_digits(
     description = description or RunDescription()
     write_page(out, scores, metrics, grid, added.documents[:_SHOWN_SUMS], description)
     print_scores(scores, description)
+    return scores
+
+
+def _ask(
+    model: nn.Module,
+    decode_fn: DecodeFunction,
+    tasks: Sequence[tuple[DecodingSettings, Sequence[Document]]],
+    seed: int,
+    batch: int,
+) -> list[list[tuple[Part, ...]]]:
+    """Of each task what was generated behind each of its documents, in the main process."""
+    here = processes.current()
+    total, hidden = sum(len(documents) for _, documents in tasks), None if here.main else True
+    found: list[list[tuple[Part, ...]]] = []
+    with tqdm(total=total, desc="scoring", unit="document", disable=hidden) as bar:
+        for task, (settings, documents) in enumerate(tasks):
+
+            def answer(
+                chunk: Sequence[tuple[int, Document]], task: int = task, settings: DecodingSettings = settings
+            ) -> list[tuple[Part, ...]]:
+                seeds = [_seed(seed, task, number) for number, _ in chunk]
+                done = decode_fn(model, [document for _, document in chunk], settings, seeds)
+                return [after.parts[len(before.parts) :] for (_, before), after in zip(chunk, done, strict=True)]
+
+            found.append([])
+            for _, parts in here.in_order(list(enumerate(documents)), batch, answer):
+                found[-1].append(parts)
+                bar.update()
+    return found
+
+
+def _shares(
+    judge: Judge,
+    drawn: Sequence[Image.Image],
+    digits: np.ndarray,
+    said: Sequence[Sequence[Part]],
+    test: DigitImages,
+    added: _Sums,
+) -> Scores:
+    """How many of what was asked came out right, of each task."""
+    named = [caption_digit(_text(parts)) for parts in said]
+    scores: Scores = {}
+    _put_share(scores, "judge_accuracy", judge.correct, len(test))
+    _put_share(scores, "asked_digit", int((judge.read(drawn) == digits).sum()), len(drawn))
+    right = sum(digit == label for digit, label in zip(named, test.labels.tolist(), strict=True))
+    _put_share(scores, "image_to_text", right, len(test))
+    _put_share(scores, "sums_text", added.in_text, len(added.documents))
+    _put_share(scores, "sums_drawn", added.drawn, len(added.documents))
     return scores
 
 
