@@ -98,10 +98,10 @@ bench-gpu: checked ## the same on one CUDA device; leaves experiments/benchmarks
 # A process a core, eight at most; a file's tests stay together, because they share what they train; slow files come first.
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-test: checked ## run every test that takes seconds
+test: checked ## run every quick test
 	@$(PY) -m pytest $(PARALLEL) -m "not slow"
 
-test-slow: checked ## run those that take longer: trainings, processes killed and continued, compilers
+test-slow: checked ## run the others: trainings, processes that are killed and continued, compilers
 	@$(PY) -m pytest $(PARALLEL) -m slow
 
 lint: $(STAMP) ## style, formatting, types; then that each of these tools is able to fail

@@ -110,6 +110,13 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert f"usage: unimodal {' '.join(command)}".strip() in done.stdout
 
 
+def test_documents_are_read_without_torch() -> None:
+    """Two seconds of every process that only reads data."""
+    code = "import sys, unimodal.documents, unimodal.images, unimodal.evaluation.compare; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_lists_exactly_the_commands_that_work(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--help"])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from forking import Forks
-from hypothesis import given
+from hypothesis import given as drawn
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
@@ -19,9 +19,10 @@ from experiments.designs import running
 from experiments.designs.__main__ import main, time_alone
 from experiments.designs.__main__ import train as train_all
 from experiments.designs.cost import Cost, Costs
+from experiments.designs.elsewhere import given, left_over, read_rows
 from experiments.designs.gallery import DRAWS, gallery
 from experiments.designs.report import interval, orderings, table, verdict, write_report
-from experiments.designs.running import Row, Run, Runner, Stage, plan, read_rows
+from experiments.designs.running import Row, Run, Runner, Stage, plan
 from experiments.designs.table import CLAIMS, DESIGNS, DIGITS, WORLDS, Design, chosen, merged, model, recipe
 from unimodal.evaluation.digits import sample_grid
 from unimodal.metrics.shares import wilson_interval
@@ -147,7 +148,7 @@ def made(name: str, costs: list[float], steps: list[int]) -> Run:
     return Run(Design(name, "none", "none"), DIGITS, 0, tuple(stages))
 
 
-@given(
+@drawn(
     st.lists(st.floats(1e8, 1e12), min_size=1, max_size=2), st.lists(st.integers(1, 5000), min_size=2, max_size=2),
     st.floats(0.0, 1.5),
 )  # fmt: skip
@@ -203,7 +204,7 @@ class Recorded(Runner):
 def done(runner: Recorded, run: Run, flops: float) -> list[Row]:
     """Everything of a run."""
     runner.train(run, flops)
-    runner.time(run, flops)
+    runner.time(run)
     return runner.rows(run, flops)
 
 
@@ -276,32 +277,45 @@ def test_runs_of_other_lengths_and_seeds_lie_apart(tmp_path: Path) -> None:
     assert len({runner.folder(run) for run in runs}) == 3
 
 
-def elsewhere(tmp_path: Path, run: Run, flops: float) -> list[Row]:
+# --- rows of another machine
+
+
+def there(tmp_path: Path, run: Run, flops: float) -> list[Row]:
     """Rows as another machine leaves them."""
     rows = done(Recorded(tmp_path / "there"), run, flops)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    return read_rows(tmp_path / "rows.json")
+    return read_rows([tmp_path / "rows.json"])
 
 
-def test_what_another_machine_has_done_is_reported_and_not_done_again(tmp_path: Path) -> None:
-    runs = [replace(made("bagel", [2.0], [10]), seed=seed) for seed in (0, 1)]
-    runner = Recorded(tmp_path / "here")
-    runner.elsewhere = given = elsewhere(tmp_path, runs[0], 13.0)
-    assert done(runner, runs[0], 13.0) == given
-    assert runner.calls == []
-    assert [row["seed"] for row in done(runner, runs[1], 13.0)] == [1, 1]  # which they do not have
-    other = replace(runs[0], world=replace(DIGITS, name="others"))
-    assert runner.given(other, 13.0) == runner.given(runs[0], 14.0) == []
-    runner.elsewhere = given[:1]  # one point of two
-    assert runner.given(runs[0], 13.0) == []
+def test_rows_are_of_their_own_run_and_of_each_of_its_points(tmp_path: Path) -> None:
+    run = made("bagel", [2.0], [10])
+    rows = there(tmp_path, run, 13.0)
+    runs = [run, replace(run, seed=1), made("janus", [2.0], [10]), made("bagel", [2.0], [12])]
+    assert given(rows, runs, 13.0) == {run.name: rows}
+    assert given(rows, [replace(run, world=replace(DIGITS, name="others"))], 13.0) == {}
+    assert given(rows[:1], runs, 13.0) == {}  # one point of two
+    assert left_over(rows, rows[1:]) == ["digits bagel-0-10 at equal flops"]
 
 
 def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
-    run, runner = made("bagel", [2.0], [10]), Recorded(tmp_path / "here")
-    runner.elsewhere = elsewhere(tmp_path, run, 13.0)
-    changed = replace(run, stages=(replace(run.stages[0], config={"other": 1}),))
-    with pytest.raises(RuntimeError, match="bagel-0-10 of --rows was trained by other settings than today's"):
-        runner.train(changed, 13.0)
+    run = made("x", [2.0, 2.0], [5, 5])
+    run = replace(run, design=replace(chosen(["metaquery"])[0], name="x"))
+    rows = there(tmp_path, run, 13.0)
+    first, last = run.stages
+    assert run.design.first is not None
+    others = [
+        replace(run, stages=(first, replace(last, config={"other": 1}))),
+        replace(run, stages=(replace(first, steps=4), replace(last, steps=6))),
+        replace(run, design=replace(run.design, first=replace(run.design.first, handed="text"))),
+        replace(run, design=replace(run.design, tokenizer="vq")),
+        replace(run, world=replace(DIGITS, scoring=("another", "judge"))),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="--rows: x-0-10 was trained or scored by other settings than today's"):
+            given(rows, [other], 13.0)
+    with pytest.raises(ValueError, match="by other settings"):
+        given(rows, [run], 15.0)  # other points
+    assert given(rows, [run], 13.0) == {run.name: rows}
 
 
 @pytest.mark.parametrize("wrong", ["", "{}", '[{"name": "bagel"}]', "[1]"])
@@ -310,8 +324,48 @@ def test_what_is_no_rows_is_refused(tmp_path: Path, wrong: str, capsys: pytest.C
     with pytest.raises(SystemExit) as end:
         main(["--out", str(tmp_path / "out"), "--rows", str(tmp_path / "rows.json")])
     assert end.value.code == 2
-    assert f"{tmp_path / 'rows.json'}: expected a" in capsys.readouterr().err
+    assert f"--rows: {tmp_path / 'rows.json'}: expected a" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_come_twice_are_refused(tmp_path: Path) -> None:
+    there(tmp_path, made("bagel", [2.0], [10]), 13.0)
+    with pytest.raises(ValueError, match="expected one row of digits bagel-0-10 at equal flops, got two"):
+        read_rows([tmp_path / "rows.json"] * 2)
+
+
+def test_what_another_machine_has_done_is_reported_and_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole command: one design was done there, another is done here; rows of a third are left out, and said so."""
+    monkeypatch.setattr("experiments.designs.__main__.DESIGNS", chosen(["bagel", "flow-dense"]))
+    monkeypatch.setattr("experiments.designs.cost.cost", lambda config: Cost(2.0, 1.0, 1.0, 1, 1))
+    monkeypatch.setitem(WORLDS, "digits", replace(DIGITS, step_flops=1.3))
+    far, out = tmp_path / "there", tmp_path / "here"
+    monkeypatch.setattr(Runner, "_call", Recorded(far)._call)
+    command = ["--world", "digits", "--steps", "10", "--seeds", "1"]
+    assert main([*command, "--out", str(far), "--only", "bagel"]) == 0
+    rows = json.loads((far / "digits" / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, {**rows[0], "seed": 5}]))
+    command += ["--out", str(out), "--rows", str(tmp_path / "rows.json")]
+    here = Recorded(out)
+    monkeypatch.setattr(Runner, "_call", here._call)
+    capsys.readouterr()
+    assert main([*command, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines() if line.endswith("done elsewhere")] == ["bagel-0-10"]
+    assert "not reported, because it is of no whole run of this call: digits bagel-5-10" in said
+    assert here.calls == []
+    assert main(command) == 0
+    assert all("bagel" not in " ".join(call) for call in here.calls)
+    reported = json.loads((out / "digits" / "rows.json").read_text())
+    assert [row["name"] for row in reported] == ["bagel"] * 2 + ["flow-dense"] * 2
+    assert reported[:2] == rows
+    with Image.open(out / "digits" / "gallery.png") as picture:
+        assert picture.height == 36 + 3  # the samples of the other are not here
+
+
+# --- what is known once
 
 
 def test_what_an_image_takes_is_asked_of_one_seed(tmp_path: Path) -> None:
@@ -367,17 +421,17 @@ def test_a_tokenizer_and_its_teacher_are_trained_once(tmp_path: Path) -> None:
     with pytest.raises(
         RuntimeError, match=r"digits_diffused.yaml is no longer what .*: delete .*digits_diffused and the"
     ):
-        runner.check(other, 20.0)
+        runner.check(other)
     held.unlink()
     with pytest.raises(RuntimeError, match="no longer what"):
-        runner.check(other, 20.0)
+        runner.check(other)
 
 
 def test_a_folder_of_runs_may_be_moved_and_named_in_another_way(tmp_path: Path) -> None:
     run = replace(made("metamorph", [2.0], [10]), design=chosen(["metamorph"])[0])
     run = replace(run, stages=(replace(run.stages[0], config=plan(run.design, TINY, 0, 4, COSTS).stages[0].config),))
     Recorded(tmp_path / "out").train(run, 20.0)
-    Recorded(Path(os.path.relpath(tmp_path / "out"))).check(run, 20.0)
+    Recorded(Path(os.path.relpath(tmp_path / "out"))).check(run)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     moved = Recorded(tmp_path / "elsewhere")
     moved.train(run, 20.0)
@@ -391,10 +445,10 @@ def test_a_design_that_cannot_be_timed_leaves_the_others_alone(
     for run in runs:
         runner.train(run, 13.0)
     runner.dies = "experiments.designs.seconds"
-    assert time_alone(runs, 13.0, runner) == [run.name for run in runs]
+    assert time_alone(runs, runner) == [run.name for run in runs]
     assert capsys.readouterr().out.count("not timed") == 2
     runner.dies = None
-    assert time_alone(runs, 13.0, runner) == []
+    assert time_alone(runs, runner) == []
 
 
 def test_a_changed_design_ends_the_command_before_anything_is_trained(
@@ -410,6 +464,7 @@ def test_a_changed_design_ends_the_command_before_anything_is_trained(
         main(["--world", "digits", "--steps", "9", "--out", str(tmp_path)])
     assert end.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
+    assert "--out: " in said
     assert "flow-dense-2-9/run.yaml is no longer what the design says" in said
 
 
@@ -461,7 +516,7 @@ def test_a_design_of_two_stages_from_beginning_to_report(tmp_path: Path, monkeyp
 
 
 def row(name: str, seed: int, value: float, at: str = "steps") -> Row:
-    found: dict[str, Any] = {"name": name, "seed": seed, "at": at, "world": "digits"}
+    found: dict[str, Any] = {"name": name, "seed": seed, "at": at, "world": "digits", "machine": "one"}
     for score, trials in DIGITS.scores.items():
         asked = wilson_interval(round(trials * value), trials)
         found |= {score: value, f"{score}_interval": [asked.low, asked.high]}
@@ -533,6 +588,9 @@ def test_the_report_has_every_design_both_points_and_every_claim(tmp_path: Path)
     text = (tmp_path / "digits" / "report.md").read_text()
     assert text.count("| bagel |") == 2
     assert "Equal steps" in text
+    assert "several machines" not in text
+    write_report([*rows, row("bagel", 1, 0.5) | {"machine": "two"}], DIGITS, tmp_path)
+    assert "Trained on several machines (one; two)" in (tmp_path / "digits" / "report.md").read_text()
     assert "Equal training FLOPs" in text
     assert all(text.count(claim.text) == 2 for claim in CLAIMS)
     assert table([row("bagel", 0, 0.5)], DIGITS).count("\n") == 2

@@ -131,7 +131,7 @@ def test_ten_prompts_are_shown_of_every_task() -> None:
 
 
 def row(name: str, value: float, at: str) -> Row:
-    found: Row = {"name": name, "seed": 0, "at": at, "world": "shapes", "samples": "samples.png"}
+    found: Row = {"name": name, "seed": 0, "at": at, "world": "shapes", "samples": "samples.png", "machine": "one"}
     for score in SHAPES.scores:
         found |= {score: value, f"{score}_interval": [value - 0.02, value + 0.03]}
     costs = ("optimizer_steps", "documents", "flops", "tokens", "parameters", "learning", "seconds_an_image")

@@ -238,6 +238,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(runs: dict[str, Any]) 
     assert ended.line("unimodal: data.workers: expected worker processes", "DataLoader worker (pid", "--ckpt_path last")
 
 
+@pytest.mark.slow
 def test_no_loss_depends_on_the_clock(runs: dict[str, Any]) -> None:
     codes, right, jumping = runs["clocks"]
     assert codes == [0, 0]
@@ -245,6 +246,7 @@ def test_no_loss_depends_on_the_clock(runs: dict[str, Any]) -> None:
     assert len(right) == 4
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_told_to_stop_stops_all_behind_one_step(runs: dict[str, Any]) -> None:
     for rank in runs["told"]:
         ended = Ended(**rank)
@@ -253,6 +255,7 @@ def test_a_rank_that_is_told_to_stop_stops_all_behind_one_step(runs: dict[str, A
     assert runs["made"][0] < 2000
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_other_with_the_reason(runs: dict[str, Any]) -> None:
     assert runs["killed"] == -signal.SIGKILL
     ended = Ended(**runs["rank"])

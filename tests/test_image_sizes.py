@@ -12,8 +12,9 @@ from PIL import Image
 
 from unimodal.documents import Document, Part
 from unimodal.image_sizes import NativeSizes, buckets
-from unimodal.images import fit_image, to_tensor
+from unimodal.images import fit_image
 from unimodal.model import UnifiedModel
+from unimodal.packing import to_tensor
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 3000), st.integers(1, 3000))

@@ -10,9 +10,8 @@ from PIL import Image
 
 from unimodal.backbone import Experts
 from unimodal.documents import Document, Part
-from unimodal.images import to_tensor
 from unimodal.model import UnifiedModel
-from unimodal.packing import BUCKET, PackedSequence, SequencedDocument, pack
+from unimodal.packing import BUCKET, PackedSequence, SequencedDocument, pack, to_tensor
 from unimodal.sequence_rules import SequenceRules
 from unimodal_generators.base import Grid, TokenKind
 

@@ -17,9 +17,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from unimodal.decoding_settings import DecodingSettings, Inpaint, Piece
 from unimodal.documents import GENERATED, Document, Part
-from unimodal.images import to_tensor
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run
+from unimodal.packing import Run, to_tensor
 from unimodal.session import Session
 from unimodal_generators.base import (
     Block,

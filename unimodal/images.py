@@ -1,6 +1,6 @@
 """Images as Pillow reads them from files and writes them: always RGB, and one line where a file is not one.
 
-And as models read them: pixels of one of some sizes, as a tensor.
+And in one of the sizes that a model reads.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from unimodal.files import one_line, printable
 
@@ -81,11 +79,6 @@ def fit_image(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> UInt8[np.
         left, top = (image.width - w) / 2, (image.height - h) / 2
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
     return np.asarray(image)
-
-
-def to_tensor(images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Tensor, "B 3 H W"]:
-    """Pixels of one size as the float32 in [-1, 1] that tokenizers read."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (B, H, W, 3) -> (B, 3, H, W)
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -25,7 +25,7 @@ from unimodal.attention import SegmentTable
 from unimodal.backbone import Experts, PositionScheme
 from unimodal.backbone.positions import Placed
 from unimodal.documents import Document
-from unimodal.images import fit_image, to_tensor
+from unimodal.images import fit_image
 from unimodal.sequence_rules import SequenceRules
 from unimodal.stored import StoredImage, check_stored
 from unimodal.text import TextTokenizer
@@ -280,6 +280,11 @@ def place_block(scheme: PositionScheme, start: int, block: Block) -> Placed:
     image = scheme.image(prefix.following, block.grid)
     own = image.ids[block.offset : block.offset + block.length - block.prefix]
     return Placed(np.concatenate([prefix.ids, own]) if block.prefix else own, image.following)
+
+
+def to_tensor(images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Tensor, "B 3 H W"]:
+    """Pixels of one size as the float32 in [-1, 1] that tokenizers read."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (B, H, W, 3) -> (B, 3, H, W)
 
 
 @dataclass(frozen=True)

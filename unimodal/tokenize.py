@@ -42,7 +42,8 @@ from unimodal.data.token_files import (
 from unimodal.documents import write_jsonl
 from unimodal.export import load_tokenizer, one_line, read_info
 from unimodal.files import read_yaml, write_atomically
-from unimodal.images import fit_image, to_tensor
+from unimodal.images import fit_image
+from unimodal.packing import to_tensor
 from unimodal.stored import tokenizer_fingerprint
 from unimodal_tokenizers.base import ImageTokenizer
 

@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 import torch
 
 from experiments.designs.cost import Costs
+from experiments.designs.elsewhere import given, left_over, read_rows
 from experiments.designs.report import write_report
-from experiments.designs.running import Run, Runner, plan, read_rows
+from experiments.designs.running import Row, Run, Runner, plan
 from experiments.designs.table import DESIGNS, WORLDS, Design, World, chosen
 from unimodal.environment import describe_installation
 from unimodal.files import write_atomically
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{name}: expected at least {least}, got {value}")
     try:
         asked = chosen(args.only)
-        elsewhere = [row for path in args.rows for row in read_rows(path)]
+        elsewhere = read_rows(args.rows)
     except ValueError as error:
         parser.error(str(error))
     if not args.plan:
@@ -60,8 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     comparisons = []
     for name in dict.fromkeys(args.world or (["digits"] if args.quick else WORLDS)):
         seeds = args.seeds or (1 if args.quick else WORLDS[name].seeds)
-        comparisons.append(Comparison.of(WORLDS[name], seeds, args.steps or WORLDS[name].steps, costs))
-        comparisons[-1].describe(asked)
+        try:
+            one = Comparison.of(WORLDS[name], seeds, args.steps or WORLDS[name].steps, costs, elsewhere)
+        except ValueError as error:
+            parser.error(str(error))
+        comparisons.append(one)
+        one.describe(asked)
+    for row in left_over(elsewhere, [row for one in comparisons for rows in one.given.values() for row in rows]):
+        print(f"--rows: not reported, because it is of no whole run of this call: {row}")
     if args.plan:
         return 0
     with (args.out / ".lock").open("w") as lock:
@@ -70,18 +77,18 @@ def main(argv: list[str] | None = None) -> int:
         except OSError:
             parser.error(f"--out: another of these commands is working in {args.out}")
         threads = None if args.jobs == 1 else max(1, torch.get_num_threads() // args.jobs)
-        alone = Runner(args.out, elsewhere=elsewhere)
+        alone = Runner(args.out)
         try:
             for one in comparisons:
                 for run in one.runs:  # others' rows are reported too
-                    alone.check(run, one.budget)
+                    alone.check(run)
         except RuntimeError as error:
-            parser.error(str(error))
+            parser.error(f"--out: {error}")
         failed = []
         for one in comparisons:  # world by world: what is done first is reported first
-            mine = one.of_designs(asked)
-            failed += (failures := train(mine, one.budget, Runner(args.out, threads, elsewhere), args.jobs))
-            failed += time_alone([run for run in mine if run.name not in failures], one.budget, alone)
+            mine = [run for run in one.of_designs(asked) if run.name not in one.given]
+            failed += (failures := train(mine, one.budget, Runner(args.out, threads), args.jobs))
+            failed += time_alone([run for run in mine if run.name not in failures], alone)
             one.report(alone)
     return 1 if failed else 0
 
@@ -94,17 +101,20 @@ class Comparison:
         world: what is drawn and read.
         runs: of all designs.
         budget: FLOPs of a run at equal FLOPs.
+        given: rows of runs that were done elsewhere, by the runs' names.
     """
 
     world: World
     runs: tuple[Run, ...]
     budget: float
+    given: dict[str, list[Row]]
 
     @classmethod
-    def of(cls, world: World, seeds: int, steps: int, costs: Costs) -> "Comparison":
+    def of(cls, world: World, seeds: int, steps: int, costs: Costs, elsewhere: Sequence[Row]) -> "Comparison":
         """All designs, so many seeds each."""
         runs = tuple(plan(design, world, seed, steps, costs) for seed in range(seeds) for design in DESIGNS)
-        return cls(world, runs, steps * world.step_flops)
+        budget = steps * world.step_flops
+        return cls(world, runs, budget, given(elsewhere, runs, budget))
 
     def of_designs(self, designs: Sequence[Design]) -> list[Run]:
         """The runs of some of them."""
@@ -112,7 +122,7 @@ class Comparison:
 
     def report(self, runner: Runner) -> None:
         """Rows, tables and pictures of all runs that are done, in a folder that is called as the world is."""
-        rows = [row for run in self.runs for row in runner.rows(run, self.budget)]
+        rows = [row for run in self.runs for row in self.given.get(run.name) or runner.rows(run, self.budget)]
         if rows:
             out = runner.out / self.world.name
             write_atomically(out / "rows.json", (json.dumps(rows, indent=2) + "\n").encode())
@@ -129,7 +139,7 @@ class Comparison:
             within = run.steps_within(self.budget) + sum(stage.steps for stage in before)
             print(
                 f"{run.name:22}{run.steps:7}{run.flops / 1e12:8.1f}{documents:11,.0f}"
-                f"{last.cost.parameters / 1e6:14.2f}{within:24}"
+                f"{last.cost.parameters / 1e6:14.2f}{within:24}{'  done elsewhere' if run.name in self.given else ''}"
             )
 
 
@@ -156,12 +166,12 @@ def train(runs: list[Run], budget: float, runner: Runner, jobs: int) -> list[str
     return failed
 
 
-def time_alone(runs: list[Run], budget: float, runner: Runner) -> list[str]:
+def time_alone(runs: list[Run], runner: Runner) -> list[str]:
     """How long each takes for an image; names of those that could not say."""
     failed = []
     for run in runs:
         try:
-            runner.time(run, budget)
+            runner.time(run)
         except RuntimeError as error:
             failed.append(run.name)
             print(f"{run.name}: not timed: {error}", flush=True)

@@ -19,11 +19,12 @@ def gallery(rows: Sequence[Row], out: Path, path: Path) -> None:
     lines = []
     for design in DESIGNS:
         mine = [row for row in rows if row["name"] == design.name and row["at"] == "steps"]
-        mine = [row for row in mine if (out / row["samples"]).is_file()]
+        mine = [row for row in mine if (out / row["samples"]).is_file()]  # not of runs that were done elsewhere
         if mine:
             first = min(mine, key=lambda row: int(row["seed"]))
             lines.append((design.name, _line(out / first["samples"])))
     if not lines:
+        path.unlink(missing_ok=True)
         return
     height = lines[0][1].height + _GAP
     picture = Image.new("RGB", (_TITLE + lines[0][1].width, height * len(lines)), "white")

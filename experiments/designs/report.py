@@ -39,6 +39,12 @@ def write_report(rows: Sequence[Row], world: World, out: Path) -> None:
         mine = [row for row in rows if row["at"] == at]
         if mine:
             parts += [f"## {title}\n", table(mine, world), "", orderings(mine, world), ""]
+    machines = dict.fromkeys(row["machine"] for row in rows)
+    if len(machines) > 1:
+        named = "; ".join(machines)
+        parts.append(
+            f"Trained on several machines ({named}), each with tokenizers of its own: seconds do not compare.\n"
+        )
     if world.legend:
         parts.append(f"{world.legend}\n")
     write_atomically(folder / "report.md", "\n".join(parts).encode())

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -18,6 +18,7 @@ import yaml
 from experiments.designs.cost import Cost, Costs
 from experiments.designs.table import CONFIGS, Changes, Design, World, merged, recipe, training
 from unimodal.environment import can_compile
+from unimodal.evaluation.run import machine
 from unimodal.files import write_atomically
 
 Row = dict[str, Any]
@@ -114,6 +115,15 @@ def plan(design: Design, world: World, seed: int, steps: int, costs: Costs) -> R
     return Run(design, world, seed, (stage("first", begin, before), stage("run", end, steps - before)))
 
 
+def digest(run: Run, flops: float) -> str:
+    """Of everything that a run is trained and scored by, wherever it lies."""
+    stages = [(stage.name, stage.steps, stage.config) for stage in run.stages]
+    tokenizer = None if run.tokenizer is None else (run.tokenizer, _tokenizer_recipe(run.tokenizer)[1])
+    handed = None if run.design.first is None else run.design.first.handed
+    whole = [stages, tokenizer, handed, run.world.scoring, run.points(flops)]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass
 class Runner:
     """Does what is left of a run, in subprocesses.
@@ -121,12 +131,10 @@ class Runner:
     Attributes:
         out: folder of all runs.
         threads: of each process; None: torch's own choice.
-        elsewhere: rows of runs that were done on another machine, and need not be done here.
     """
 
     out: Path
     threads: int | None = None
-    elsewhere: Sequence[Row] = ()
     _children: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _one_tokenizer: Lock = field(default_factory=Lock)
 
@@ -136,8 +144,8 @@ class Runner:
 
     def train(self, run: Run, flops: float) -> None:
         """Train a run to each of its points, and score it there."""
-        self.check(run, flops)
-        points = {} if self.given(run, flops) else dict.fromkeys(run.points(flops).values())
+        self.check(run)
+        points = dict.fromkeys(run.points(flops).values())
         left = [steps for steps in points if not self._page(run, steps).is_file()]
         if not left:
             return
@@ -152,10 +160,8 @@ class Runner:
             asked += ["--seed", str(run.seed), *(["--compile"] if able else [])]
             self._call([sys.executable, "-m", *asked], scored.with_name(f"{scored.name}.log"))
 
-    def check(self, run: Run, flops: float) -> None:
+    def check(self, run: Run) -> None:
         """Refuse to go on with, or to report, what was trained by other settings than today's."""
-        if any(row["settings"] != self.settings(run) for row in self.given(run, flops)):
-            raise RuntimeError(f"{run.name} of --rows was trained by other settings than today's: leave its rows out")
         for stage in run.stages:
             config = self.folder(run) / f"{stage.name}.yaml"
             if config.with_suffix("").is_dir() and _settings(config) != _placeless(self._config(run, stage)):
@@ -170,13 +176,6 @@ class Runner:
                     f"{config} is no longer what {recipe} says: delete {folder} and the runs that use it to train them again"
                 )
 
-    def settings(self, run: Run) -> str:
-        """A digest of everything that a run is trained by, wherever it lies."""
-        whole = [_placeless(self._config(run, stage)) for stage in run.stages]
-        if run.tokenizer is not None:
-            whole.append(_placeless(_tokenizer_recipe(run.tokenizer)[1]))
-        return hashlib.sha256(yaml.safe_dump(whole).encode()).hexdigest()[:16]
-
     def _config(self, run: Run, stage: Stage) -> str:
         """What `unimodal fit` reads, with the tokenizer that the run has."""
         settings = dict(stage.config)
@@ -189,10 +188,10 @@ class Runner:
         """What scoring writes last."""
         return self.folder(run) / f"at_{steps}" / "index.html"
 
-    def time(self, run: Run, flops: float) -> None:
+    def time(self, run: Run) -> None:
         """How long an image takes, of one seed; to be asked where nothing else runs."""
         target = self.folder(run) / "seconds.json"
-        if run.seed == TIMED_SEED and not target.is_file() and not self.given(run, flops):
+        if run.seed == TIMED_SEED and not target.is_file():
             trained = str(self.folder(run) / "run")
             command = [sys.executable, "-m", "experiments.designs.seconds", trained, "--world", run.world.name]
             self._call([*command, "--out", str(target)], target.with_suffix(".log"))
@@ -202,22 +201,12 @@ class Runner:
 
         None of a run that is not done.
         """
-        if given := self.given(run, flops):
-            return given
         points = run.points(flops)
         marks = [self._page(run, steps) for steps in points.values()]
         marks += [self.folder(run) / "seconds.json"] if run.seed == TIMED_SEED else []
         if not all(mark.is_file() for mark in marks):
             return []
         return [self._row(run, at, steps, flops) for at, steps in points.items()]
-
-    def given(self, run: Run, flops: float) -> list[Row]:
-        """Of the rows from elsewhere, those of this run, if there is one of each of its points."""
-        same = {"world": run.world.name, "name": run.design.name, "seed": run.seed}
-        same |= {"planned_steps": run.steps, "flops_budget": flops}
-        found = {row["at"]: row for row in self.elsewhere if all(row[key] == value for key, value in same.items())}
-        points = run.points(flops)
-        return [found[at] for at in points] if set(points) <= set(found) else []
 
     def stop(self) -> None:
         """End what runs; a training leaves a checkpoint that it goes on from."""
@@ -283,7 +272,7 @@ class Runner:
         row: Row = {"name": run.design.name, "seed": run.seed, "world": run.world.name, "at": at}
         row |= {"recipe": run.design.recipe, "paper": run.design.paper, "optimizer_steps": steps}
         row["optimizer_steps"] += sum(stage.steps for stage in before)
-        row |= {"planned_steps": run.steps, "flops_budget": flops, "settings": self.settings(run)}
+        row |= {"planned_steps": run.steps, "flops_budget": flops, "settings": digest(run, flops), "machine": machine()}
         for key in ("flops", "tokens", "documents"):
             spent = sum(stage.steps * getattr(stage.cost, key) for stage in before)
             row[key] = spent + steps * getattr(last.cost, key)
@@ -318,21 +307,6 @@ class Runner:
         if code:
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             raise RuntimeError(f"{' '.join(command[2:6])} ended with {code}: {lines[-1]} (all of it in {log})")
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Of a `rows.json` that this experiment left; ValueError for anything else, and for rows without a digest."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a rows.json of this command: {error}") from None
-    keys = {"name", "seed", "world", "at", "planned_steps", "flops_budget", "settings"}
-    for number, row in enumerate(rows if isinstance(rows, list) else [None]):
-        if missing := keys - set(row if isinstance(row, dict) else ()):
-            raise ValueError(
-                f"{path}: expected a list of rows, each with {', '.join(sorted(missing))}; row {number} has none"
-            )
-    return list(rows)
 
 
 def _settings(config: Path) -> Any:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unimodal.data.digits import Split, digit_images
-from unimodal.images import to_tensor
+from unimodal.packing import to_tensor
 
 NAME = "vit_tiny_patch16_224"
 OPTIONS: dict[str, Any] = {

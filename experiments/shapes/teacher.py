@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from experiments.digits.teacher import NAME, fit, save
 from unimodal.data.shapes import COLOURS, SHAPES, Scene, ShapesSource, Split, render
 from unimodal.data.shapes.render import visible, window
-from unimodal.images import to_tensor
+from unimodal.packing import to_tensor
 
 PATCH = 4
 OPTIONS: dict[str, Any] = {

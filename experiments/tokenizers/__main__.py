@@ -26,7 +26,7 @@ from unimodal.environment import choose_precision, describe_installation
 from unimodal.evaluation.reconstruction import Tally, peak_signal_to_noise, reconstruct, structural_similarity
 from unimodal.evaluation.run import machine
 from unimodal.files import write_atomically
-from unimodal.images import to_tensor
+from unimodal.packing import to_tensor
 from unimodal.training import TokenizerTraining
 from unimodal_tokenizers import ImageTokenizer, TrainableTokenizer
 

@@ -24,7 +24,7 @@ Estimate = Callable[[Tensor, float], Tensor]  # what the head says of x at t
 
 @runtime_checkable
 class HeadSettings(Protocol):
-    """What of a sampler's settings a head is drawn with; all of them in `TokenDiffusionSettings`."""
+    """What of a sampler's settings a head is drawn with: `TokenDiffusionSettings`, whose file imports this one."""
 
     @property
     def head_steps(self) -> int:

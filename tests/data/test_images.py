@@ -36,7 +36,7 @@ from unimodal.data.shapes import HELD_OUT, Scene, ShapesSource, render
 from unimodal.data.source import BrokenDocument, Source, identity
 from unimodal.data.stream import Mixture, Weighted
 from unimodal.documents import Document, Part
-from unimodal.images import to_tensor
+from unimodal.packing import to_tensor
 from unimodal.training import TokenizerTraining
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,8 @@ from unimodal.data.folder import FolderSource
 from unimodal.data.token_files import Shard, TokenFiles
 from unimodal.documents import Part
 from unimodal.export import ExportInfo, build, check_makes, load_tokenizer, save_export
-from unimodal.images import fit_image, to_tensor
+from unimodal.images import fit_image
+from unimodal.packing import to_tensor
 from unimodal.stored import StoredImage, tokenizer_fingerprint
 from unimodal.training import UnifiedTraining
 from unimodal_tokenizers import CodecTokenizer, GridTokenizer, MultiscaleVQ, PatchTokenizer, SequenceTokenizer

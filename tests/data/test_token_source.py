@@ -28,9 +28,8 @@ from unimodal.documents import Document, Part, write_jsonl
 from unimodal.export import ExportInfo, save_export
 from unimodal.files import write_atomically
 from unimodal.image_sizes import NativeSizes
-from unimodal.images import to_tensor
 from unimodal.model import UnifiedModel
-from unimodal.packing import SequencedDocument, pack
+from unimodal.packing import SequencedDocument, pack, to_tensor
 from unimodal.sequence_rules import SequenceRules
 from unimodal.stored import StoredImage, tokenizer_fingerprint
 from unimodal.tokenize import tokenize

@@ -12,9 +12,8 @@ from shape_checks import first_checked
 from unimodal.decoding import decode
 from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
-from unimodal.images import to_tensor
 from unimodal.model import UnifiedModel
-from unimodal.packing import pack
+from unimodal.packing import pack, to_tensor
 from unimodal_generators import Autoregressive, ChoiceSettings, FlowSettings, MaskedSettings
 from unimodal_generators.base import Block, Embeddings, Grid, ImageTokens, TokenKind
 from unimodal_tokenizers.base import TokenLayout

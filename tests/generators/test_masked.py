@@ -17,9 +17,8 @@ from shape_checks import first_checked
 from unimodal.decoding import Session, decode
 from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
-from unimodal.images import to_tensor
 from unimodal.model import UnifiedModel
-from unimodal.packing import Run, pack
+from unimodal.packing import Run, pack, to_tensor
 from unimodal_generators import Autoregressive, FlowSettings, Masked, MaskedSettings, ParallelNext
 from unimodal_generators.base import Block, Corrupted, Embeddings, Grid, ImageTokens, Known, TokenKind
 from unimodal_generators.choice import choose

@@ -17,9 +17,8 @@ from unimodal.decoding import decode, to_image
 from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
 from unimodal.export import ExportInfo, build, load_export, save_export
-from unimodal.images import to_tensor
 from unimodal.model import UnifiedModel
-from unimodal.packing import pack
+from unimodal.packing import pack, to_tensor
 from unimodal.text import TextTokenizer
 from unimodal.training.optimizers import parameter_groups
 from unimodal.training.stages import freeze
@@ -213,7 +212,7 @@ def test_shared_rows_are_the_model_s(make: Make, mixed: list[Document], tied: bo
     for name, reads, wanted in (("image", p.image_reads, targets), ("text", p.text_reads, p.text_targets)):
         expected = F.cross_entropy(scores[reads], wanted, reduction="sum")
         torch.testing.assert_close(losses[name].sum, expected)
-    torch.testing.assert_close(backbone.logits(states[0]), scores)
+    torch.testing.assert_close(backbone.logits(states[0]), scores)  # two products: some processors add up otherwise
 
 
 def test_words_are_never_image_ids_and_images_never_words(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

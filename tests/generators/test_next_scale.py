@@ -15,9 +15,8 @@ from unimodal.backbone import BackboneConfig, Experts
 from unimodal.decoding import decode
 from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import Document, Part
-from unimodal.images import to_tensor
 from unimodal.model import UnifiedModel
-from unimodal.packing import PackedSequence, pack
+from unimodal.packing import PackedSequence, pack, to_tensor
 from unimodal.sequence_rules import SequenceRules
 from unimodal.text import TextTokenizer
 from unimodal_generators import ChoiceSettings, FlowSettings, MaskedSettings, NextScale

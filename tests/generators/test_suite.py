@@ -74,6 +74,7 @@ def test_the_loss_falls(taught: tuple[UnifiedModel, list[float]]) -> None:
     assert np.mean(found[-20:]) < 0.35 * np.mean(found[:5])
 
 
+@pytest.mark.slow
 def test_four_images_are_learned_by_heart(taught: tuple[UnifiedModel, list[float]]) -> None:
     """The image asked for comes back, nearer to its own original than to the three others, and near."""
     model, _ = taught
@@ -89,6 +90,7 @@ def test_four_images_are_learned_by_heart(taught: tuple[UnifiedModel, list[float
         assert distances[i % 4] < 25  # of 255
 
 
+@pytest.mark.slow
 def test_drawing_goes_on_with_text_and_another_image(taught: tuple[UnifiedModel, list[float]]) -> None:
     """Interleaved decoding: an image joins the context and the document goes on, streamed or not."""
     model, _ = taught

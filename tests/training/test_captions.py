@@ -10,7 +10,7 @@ import yaml
 from unimodal.cli import main
 from unimodal.data.digits import caption, digit_images
 from unimodal.export import load_tokenizer
-from unimodal.images import to_tensor
+from unimodal.packing import to_tensor
 
 RECIPE = Path(__file__).parents[2] / "lightning_configs" / "tokenizers" / "digits_contrastive.yaml"
 SMALL = """

@@ -194,6 +194,7 @@ def test_the_position_counts_what_was_consumed(whole: Any, tmp_path: Path) -> No
     assert last(undisturbed)["DigitsData"]["lanes"] > positions[0]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_mid_run_is_where_it_says(whole: Any, tmp_path: Path) -> None:
     """Resuming from any periodic checkpoint, not only from the one of a stop."""
     undisturbed, expected = whole("unified", 2)

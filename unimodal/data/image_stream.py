@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 from unimodal.data.broken import BrokenItems, Exchange, Mark
 from unimodal.data.source import BrokenDocument, Source
 from unimodal.data.stream import Mixture, Place, Reader, deal
-from unimodal.images import fit_image, to_tensor
-from unimodal.packing import Lanes, Pixels
+from unimodal.images import fit_image
+from unimodal.packing import Lanes, Pixels, to_tensor
 
 _log = logging.getLogger(__name__)
 

@@ -90,17 +90,14 @@ class Options:
             raise ValueError(f"--part: expected K/N such as 1/4, got {self.part}")
         return Choice(tuple(self.tasks or ()), self.limit, (int(k), int(n)))
 
-    def drawing(self, *others: str) -> str:
-        """Those that say how a model draws, as they are typed, and others with them."""
-        given = [f"--{name.replace('_', '-')}" for name in SAMPLER if getattr(self, name) is not None]
-        return ", ".join(filter(None, (*given, *others)))
+    def drawing(self) -> list[str]:
+        """Those that say how a model draws, as they are typed."""
+        return [f"--{name.replace('_', '-')}" for name in SAMPLER if getattr(self, name) is not None]
 
     def settings(self, benchmark: Benchmark, model: UnifiedModel) -> DecodingSettings:
         """The benchmark's, with the recipe's image sampler, changed where asked."""
         settings = benchmark.settings(overridden(model.generator.sampling, vars(self)))
-        if settings.max_images == 0 and (given := self.drawing()):
-            raise ValueError(f"{given}: expected none with {benchmark.name}, for which nothing is drawn")
-        return replace(settings, negative=self.negative or "")
+        return settings if self.negative is None else replace(settings, negative=self.negative)
 
 
 @dataclass(frozen=True)
@@ -265,8 +262,12 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
         raise ValueError(f"--out: expected a folder, got the file {options.out}")
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images: expected a folder, got {options.images}, which does not exist")
-    if options.images is not None and (drawing := options.drawing("--compile" * options.compile)):
-        raise ValueError(f"{drawing}: expected none with --images, for which nothing is drawn")
+    drawing = options.drawing()
+    if options.images is not None and (drawing or options.compile):
+        named = ", ".join([*drawing, *(["--compile"] if options.compile else [])])
+        raise ValueError(f"{named}: expected none with --images, for which nothing is drawn")
+    if drawing and benchmark.settings(None).max_images == 0:
+        raise ValueError(f"{', '.join(drawing)}: expected none with {benchmark.name}, for which nothing is drawn")
     choice, here = options.choice(), processes.current()
     if options.run is None and not here.alone():  # scoring is the work of one
         return None

@@ -35,8 +35,9 @@ from unimodal.evaluation.results import Summary
 from unimodal.evaluation.set_scores import Family, SetOptions, SetScores, score_folder
 from unimodal.export import load_tokenizer
 from unimodal.files import write_atomically
-from unimodal.images import fit_image, png_bytes, to_tensor
+from unimodal.images import fit_image, png_bytes
 from unimodal.metrics.perceptual import LPIPS
+from unimodal.packing import to_tensor
 from unimodal_tokenizers.base import ImageTokenizer, ImageTokens, TokenLayout, bits_per_token
 from unimodal_tokenizers.quantizers import codebook_perplexity, codebook_usage
 
