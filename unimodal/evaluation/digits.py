@@ -373,7 +373,7 @@ def _put_share(scores: Scores, key: str, successes: int, n: int) -> None:
 
 
 def sample_grid(images: Sequence[Image.Image], digits: np.ndarray, scale: int = 4, gap: int = 4) -> Image.Image:
-    """One row a digit 0..9, its first ten images, enlarged without smoothing.
+    """One row a digit 0..9, its first ten images or as many as there are, enlarged without smoothing.
 
     Args:
         images: N images of one size.
@@ -382,9 +382,10 @@ def sample_grid(images: Sequence[Image.Image], digits: np.ndarray, scale: int = 
         gap: pixels between images.
     """
     width, height = images[0].width * scale, images[0].height * scale
-    grid = Image.new("RGB", (_GRID_COLUMNS * (width + gap) + gap, 10 * (height + gap) + gap), "white")
+    columns = min(_GRID_COLUMNS, int(np.bincount(digits).max()))
+    grid = Image.new("RGB", (columns * (width + gap) + gap, 10 * (height + gap) + gap), "white")
     for digit in range(10):
-        for column, index in enumerate(np.flatnonzero(digits == digit)[:_GRID_COLUMNS]):
+        for column, index in enumerate(np.flatnonzero(digits == digit)[:columns]):
             enlarged = images[index].resize((width, height), Image.Resampling.NEAREST)
             grid.paste(enlarged, (gap + column * (width + gap), gap + digit * (height + gap)))
     return grid
