@@ -25,6 +25,12 @@ from unimodal_generators import Flow
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Lightning gives a process of a group all cores, and leaves it so: what has threads must not be forked."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def shapes_of_this_file() -> None:
     """Every file checks the shapes of its own calls."""
