@@ -3,7 +3,7 @@
 import functools
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,8 +26,11 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Lightning gives a process of a group all cores, and leaves it so: what has threads must not be forked."""
+def alone() -> Iterator[None]:
+    """A fit that is refused in this process leaves its group and threads that Lightning gave it: neither may be forked."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     torch.set_num_threads(1)
 
 
