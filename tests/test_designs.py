@@ -547,7 +547,7 @@ def test_the_gallery_shows_the_first_draws_of_every_design(tmp_path: Path) -> No
         for digit in range(10):
             at = (130 + 36 * (10 * draw + digit) + 16 * draw + 20, 20)
             near = np.abs(np.array(shown.getpixel(at)) - (20 * digit, 0, 10 * draw))
-            assert near.max() <= 8  # 64 colours
+            assert near.max() <= 8
 
 
 def test_over_seeds_an_interval_is_student_s() -> None:

@@ -32,7 +32,7 @@ def gallery(rows: Sequence[Row], out: Path, path: Path) -> None:
     for number, (name, line) in enumerate(lines):
         draw.text((8, number * height + line.height // 2), name, fill="black", font=font, anchor="lm")
         picture.paste(line, (_TITLE, number * height))
-    picture.quantize(64).save(path)
+    picture.save(path, optimize=True)
 
 
 def _line(path: Path) -> Image.Image:
