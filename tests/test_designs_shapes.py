@@ -191,7 +191,7 @@ def test_a_design_from_beginning_to_report(tmp_path: Path, monkeypatch: pytest.M
     assert [(row["at"], row["world"], row["seed"]) for row in rows] == [("flops", "shapes", 0), ("steps", "shapes", 0)]
     assert all(set(SHAPES.scores) | set(SHAPES.noted) <= set(row) for row in rows)
     with Image.open(out / rows[0]["samples"]) as sheet:
-        assert np.asarray(sheet).shape == (10 * 36 + 4, 4 * 36 + 4, 3)  # four draws a prompt
+        assert np.asarray(sheet).shape == (10 * 36 + 4, 2 * 36 + 4, 3)  # two draws a prompt
     monkeypatch.setattr(Runner, "_call", lambda *_: pytest.fail("done already"))
     assert main(command) == 0
     assert json.loads((out / "shapes" / "rows.json").read_text()) == rows
