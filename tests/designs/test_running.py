@@ -1,224 +1,26 @@
-"""The comparison of designs: equal where it says so, resumable, and it claims no more than its intervals do."""
+"""Runs of the comparison of designs: resumable, nothing done twice, rows of other machines."""
 
 import json
 import os
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from designs_cases import TINY, Recorded, done, made, scores
 from forking import Forks
-from hypothesis import given as drawn
-from hypothesis import strategies as st
 from PIL import Image
-from scipy import stats
 
 from experiments.designs import running
 from experiments.designs.__main__ import main, time_alone
 from experiments.designs.__main__ import train as train_all
 from experiments.designs.cost import Cost, Costs
 from experiments.designs.elsewhere import given, left_over, read_rows
-from experiments.designs.gallery import DRAWS, gallery
-from experiments.designs.report import interval, orderings, table, verdict, write_report
-from experiments.designs.running import Row, Run, Runner, Stage, plan
-from experiments.designs.table import CLAIMS, DESIGNS, DIGITS, WORLDS, Design, chosen, merged, model, recipe
-from unimodal.evaluation.digits import sample_grid
-from unimodal.metrics.shares import wilson_interval
-
-COSTS = Costs()
-NAMES = [design.name for design in DESIGNS]
-TINY = replace(
-    DIGITS,
-    budget=merged(
-        DIGITS.budget,
-        {
-            **model(backbone={"width": 16, "depth": 1, "heads": 2, "kv_heads": 2, "mlp_width": 24}),
-            "data": {
-                "class_path": "unimodal.data.DigitsData",
-                "init_args": {"batch_tokens": 256, "validation_documents": 2, "prompts": 1},
-            },
-        },
-    ),
-)
-
-
-# --- what is compared
-
-
-def test_the_ten_designs_and_their_controls_are_there() -> None:
-    ten = {"chameleon", "janus", "transfusion", "bagel", "llamafusion", "show-o", "unifluid", "vargpt", "metamorph"}
-    assert ten | {"metaquery"} <= set(NAMES)
-    assert len(set(NAMES)) == len(NAMES)
-    for claim in CLAIMS:
-        assert {claim.better, claim.worse} <= set(NAMES)
-
-
-def test_changes_are_laid_over() -> None:
-    base = {"a": {"b": 1, "c": 2}, "d": {"class_path": "X", "init_args": {"e": 1}}}
-    assert merged(base, {"a": {"c": 3}}) == {"a": {"b": 1, "c": 3}, "d": base["d"]}
-    assert merged(base, {"a": {"b": None}})["a"] == {"c": 2}
-    assert merged(base, {"d": {"init_args": {"f": 2}}})["d"] == {"class_path": "X", "init_args": {"e": 1, "f": 2}}
-    assert merged(base, {"d": {"class_path": "Y"}})["d"] == {"class_path": "Y"}
-    assert base == {"a": {"b": 1, "c": 2}, "d": {"class_path": "X", "init_args": {"e": 1}}}
-
-
-def differences(a: Any, b: Any, key: str = "") -> set[str]:
-    """Keys in which two recipes differ."""
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return set() if a == b else {key}
-    return set().union(*(differences(a.get(k), b.get(k), f"{key}.{k}".lstrip(".")) for k in {*a, *b}))
-
-
-def holds(settings: Any, budget: Any) -> bool:
-    """Whether a recipe has everything that a budget says."""
-    if isinstance(budget, dict):
-        return isinstance(settings, dict) and all(holds(settings.get(k), v) for k, v in budget.items())
-    return bool(settings == budget)
-
-
-def test_all_designs_have_one_budget() -> None:
-    for design in DESIGNS:
-        assert holds(recipe(design, DIGITS, {}), DIGITS.budget), design.name
-        assert recipe(design, DIGITS, {})["data"] == DIGITS.budget["data"]
-        sequence = recipe(design, DIGITS, {})["model"]["init_args"]["model"]["sequence"]
-        sequence.pop("context", None)  # how images are read is the design's own
-        assert sequence == DIGITS.budget["model"]["init_args"]["model"]["sequence"], design.name
-
-
-def test_controls_differ_in_what_they_say() -> None:
-    recipes = {design.name: recipe(design, DIGITS, {}) for design in DESIGNS}
-    inner = "model.init_args.model"
-
-    def keys(a: str, b: str) -> set[str]:
-        return differences(recipes[a], recipes[b])
-
-    assert keys("bagel", "flow-dense") == {f"{inner}.backbone.experts"}
-    assert keys("flow-dense", "flow-causal") == {f"{inner}.generator.init_args.bidirectional"}
-    assert keys("janus", "janus-shared") == {f"{inner}.vision", f"{inner}.sequence.context"}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_design_builds_and_its_cost_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.designs.cost.PACKS", 4)
-    run = plan(chosen([name])[0], TINY, 0, 11, COSTS)
-    assert run.steps == sum(stage.steps for stage in run.stages) == 11
-    assert plan(chosen([name])[0], TINY, 7, 11, COSTS).flops == run.flops  # whatever the seed
-    assert len(run.stages) == (2 if run.design.first else 1)
-    for stage in run.stages:
-        assert stage.cost.flops > 0
-        assert 0 < stage.cost.learning <= stage.cost.parameters
-        assert 128 < stage.cost.tokens <= 256
-    if run.design.first:
-        assert run.stages[-1].cost.learning < run.stages[-1].cost.parameters  # something is kept
-        seeds = [stage.config["seed_everything"] for stage in run.stages]
-        assert len(set(seeds)) == 2  # other documents
-
-
-def test_a_control_costs_what_it_should() -> None:
-    runs = {name: plan(chosen([name])[0], TINY, 0, 10, COSTS) for name in ("bagel", "flow-dense", "flow-causal")}
-    costs = {name: run.stages[0].cost for name, run in runs.items()}
-    assert costs["bagel"].parameters > costs["flow-dense"].parameters == costs["flow-causal"].parameters
-    # Active FLOPs are equal: every token is read by one expert.
-    assert costs["bagel"].flops == pytest.approx(costs["flow-dense"].flops, rel=0.01)
-    assert costs["flow-causal"].flops < costs["flow-dense"].flops  # fewer pairs may see each other
-
-
-def test_an_unknown_design_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong, said in (
-        (["--only", "dalle"], "dalle"), (["--steps", "0"], "--steps"), (["--seeds", "0"], "--seeds"),
-        (["--jobs", "0"], "--jobs"),
-    ):  # fmt: skip
-        with pytest.raises(SystemExit) as end:
-            main(["--out", str(tmp_path / "out"), *wrong])
-        assert end.value.code == 2
-        assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-# --- equal FLOPs
-
-
-def made(name: str, costs: list[float], steps: list[int]) -> Run:
-    names = ["first", "run"][-len(costs) :]
-    stages = (
-        Stage(stage, {}, n, Cost(flops, 1.0, 1.0, 1, 1)) for stage, flops, n in zip(names, costs, steps, strict=True)
-    )
-    return Run(Design(name, "none", "none"), DIGITS, 0, tuple(stages))
-
-
-@drawn(
-    st.lists(st.floats(1e8, 1e12), min_size=1, max_size=2), st.lists(st.integers(1, 5000), min_size=2, max_size=2),
-    st.floats(0.0, 1.5),
-)  # fmt: skip
-def test_a_budget_is_spent_and_not_overspent(costs: list[float], steps: list[int], share: float) -> None:
-    run = made("x", costs, steps[: len(costs)])
-    budget = share * run.flops
-    n = run.steps_within(budget)
-    last, before = run.stages[-1], run.flops - run.stages[-1].flops
-    assert 0 <= n <= last.steps
-    if n:
-        assert before + n * last.cost.flops <= budget * (1 + 1e-9) + 1e-5 * last.cost.flops
-    if n < last.steps:
-        assert before + (n + 1) * last.cost.flops > budget * (1 - 1e-9)
-    assert run.steps_within(run.flops) == last.steps
-
+from experiments.designs.report import table
+from experiments.designs.running import Row, Run, Runner, plan
+from experiments.designs.table import DIGITS, WORLDS, chosen, merged, model
 
 # --- runs
-
-
-class Recorded(Runner):
-    """Says what it would do, and leaves what that would leave: scores tell the steps of what was scored."""
-
-    def __init__(self, out: Path) -> None:
-        super().__init__(out)
-        self.calls: list[list[str]] = []
-        self.dies: str | None = None  # when it should do this
-
-    def _call(self, command: list[str], log: Path) -> None:
-        self.calls.append(command[3:] if command[2] == "unimodal.cli" else command[2:])
-        given = dict(pairwise(command))
-        if self.dies in command:
-            raise RuntimeError("died")
-        if "fit" in command:
-            folder = Path(given["--trainer.default_root_dir"])
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (folder / "checkpoints" / "last.ckpt").touch()
-            (folder / "export").mkdir(exist_ok=True)
-            steps = int(given.get("--trainer.max_steps", 0))
-            (folder / "run.json").write_text(json.dumps({"steps": steps, "train_seconds": 10.0}))
-        elif "evaluate" in command:
-            out = Path(given["--out"])
-            out.mkdir(parents=True, exist_ok=True)
-            record = json.loads((Path(given["--run"]) / "run.json").read_text())
-            (out / "scores.json").write_text(json.dumps(scores(0.5) | {"guidance": record["steps"]}))
-            sheet(out / "samples.png")
-            (out / "index.html").touch()
-        elif "experiments.designs.seconds" in command:
-            Path(given["--out"]).write_text('{"seconds_an_image": 1.0}')
-        else:
-            Path(given["--out"]).mkdir(parents=True, exist_ok=True)
-
-
-def done(runner: Recorded, run: Run, flops: float) -> list[Row]:
-    """Everything of a run."""
-    runner.train(run, flops)
-    runner.time(run)
-    return runner.rows(run, flops)
-
-
-def sheet(path: Path) -> None:
-    """As `unimodal evaluate digits` leaves one, of ten distinguishable rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images = [Image.new("RGB", (8, 8), (20 * digit, 0, 10 * draw)) for digit in range(10) for draw in range(10)]
-    sample_grid(images, np.repeat(np.arange(10), 10)).save(path)
-
-
-def scores(value: float) -> Row:
-    row: Row = dict.fromkeys(DIGITS.scores, value)
-    row |= {f"{name}_interval": [value - 0.1, value + 0.1] for name in DIGITS.scores}
-    return row | dict.fromkeys(("frechet", "frechet_real", "recall", "copies", "guidance", "train_seconds"), 1.0)
 
 
 def test_a_run_is_trained_to_both_points_and_nothing_twice(tmp_path: Path) -> None:
@@ -429,7 +231,7 @@ def test_a_tokenizer_and_its_teacher_are_trained_once(tmp_path: Path) -> None:
 
 def test_a_folder_of_runs_may_be_moved_and_named_in_another_way(tmp_path: Path) -> None:
     run = replace(made("metamorph", [2.0], [10]), design=chosen(["metamorph"])[0])
-    run = replace(run, stages=(replace(run.stages[0], config=plan(run.design, TINY, 0, 4, COSTS).stages[0].config),))
+    run = replace(run, stages=(replace(run.stages[0], config=plan(run.design, TINY, 0, 4, Costs()).stages[0].config),))
     Recorded(tmp_path / "out").train(run, 20.0)
     Recorded(Path(os.path.relpath(tmp_path / "out"))).check(run)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
@@ -492,7 +294,7 @@ def test_a_design_of_two_stages_from_beginning_to_report(tmp_path: Path, monkeyp
     monkeypatch.setattr(running, "can_compile", lambda: (False, "not in tests"))
     quick = model(generator={"init_args": {"sampling": {"steps": 2}}})  # 1,500 images are drawn on the way
     world = replace(TINY, budget=merged(TINY.budget, quick))
-    run = plan(chosen(["llamafusion"])[0], world, 0, 6, COSTS)
+    run = plan(chosen(["llamafusion"])[0], world, 0, 6, Costs())
     budget = run.flops - 1.5 * run.stages[-1].cost.flops  # so that equal FLOPs are two steps before the end
     monkeypatch.setattr("experiments.designs.__main__.DESIGNS", chosen(["llamafusion"]))  # others have no such steps
     monkeypatch.setitem(WORLDS, "digits", replace(world, step_flops=budget / 6))
@@ -510,88 +312,3 @@ def test_a_design_of_two_stages_from_beginning_to_report(tmp_path: Path, monkeyp
     monkeypatch.setattr(Runner, "_call", lambda *_: pytest.fail("done already"))
     assert main(command) == 0
     assert json.loads((out / "digits" / "rows.json").read_text()) == rows
-
-
-# --- what is said of them
-
-
-def row(name: str, seed: int, value: float, at: str = "steps") -> Row:
-    found: dict[str, Any] = {"name": name, "seed": seed, "at": at, "world": "digits", "machine": "one"}
-    for score, trials in DIGITS.scores.items():
-        asked = wilson_interval(round(trials * value), trials)
-        found |= {score: value, f"{score}_interval": [asked.low, asked.high]}
-    costs = (
-        "frechet",
-        "frechet_real",
-        "recall",
-        "copies",
-        "optimizer_steps",
-        "documents",
-        "flops",
-        "tokens",
-        "parameters",
-        "learning",
-        "seconds_an_image",
-        "train_seconds",
-    )
-    return found | dict.fromkeys(costs, 1.0) | {"samples": "samples.png"}
-
-
-def test_the_gallery_shows_the_first_draws_of_every_design(tmp_path: Path) -> None:
-    sheet(tmp_path / "samples.png")
-    gallery([row("janus", 0, 0.5), row("bagel", 0, 0.5), row("bagel", 1, 0.5)], tmp_path, tmp_path / "gallery.png")
-    with Image.open(tmp_path / "gallery.png") as picture:
-        shown = picture.convert("RGB")
-    assert shown.height == 2 * (36 + 3)  # a line a design
-    for draw in range(DRAWS):
-        for digit in range(10):
-            at = (130 + 36 * (10 * draw + digit) + 16 * draw + 20, 20)
-            near = np.abs(np.array(shown.getpixel(at)) - (20 * digit, 0, 10 * draw))
-            assert near.max() <= 8
-
-
-def test_over_seeds_an_interval_is_student_s() -> None:
-    values = [0.91, 0.94, 0.90]
-    found = interval([row("x", i, v) for i, v in enumerate(values)], "asked_digit", 500)
-    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, min(1.0, expected.high)))
-
-
-def test_of_one_seed_it_is_that_of_the_run() -> None:
-    found, asked = interval([row("x", 0, 0.9)], "asked_digit", 500), wilson_interval(450, 500)
-    assert (found.low, found.high) == (asked.low, asked.high)
-
-
-def test_seeds_that_agree_by_chance_are_not_certain() -> None:
-    found, asked = interval([row("x", i, 1.0) for i in range(3)], "asked_digit", 500), wilson_interval(1500, 1500)
-    assert (found.low, found.high) == (asked.low, asked.high)
-    assert found.low < 0.998
-
-
-@pytest.mark.parametrize(
-    ("better", "worse", "said"),
-    [([0.9], [0.5], "came out, of one seed"), ([0.5], [0.9], "the other way round, of one seed"),
-     ([0.90], [0.88], "not separated"), ([0.90, 0.91, 0.92], [0.5, 0.52, 0.51], "came out"),
-     ([0.9, 0.5, 0.7], [0.5, 0.52, 0.51], "not separated")],
-)  # fmt: skip
-def test_an_ordering_needs_intervals_apart(better: list[float], worse: list[float], said: str) -> None:
-    a, b = ([row(n, i, v) for i, v in enumerate(values)] for n, values in (("a", better), ("b", worse)))
-    assert said in verdict(a, b, "asked_digit", DIGITS)
-    if len(better) > 1:
-        assert "one seed" not in verdict(a, b, "asked_digit", DIGITS)
-
-
-def test_the_report_has_every_design_both_points_and_every_claim(tmp_path: Path) -> None:
-    rows = [row(name, 0, 0.5, at) for name in NAMES for at in ("steps", "flops")]
-    sheet(tmp_path / "samples.png")
-    write_report(rows, DIGITS, tmp_path)
-    text = (tmp_path / "digits" / "report.md").read_text()
-    assert text.count("| bagel |") == 2
-    assert "Equal steps" in text
-    assert "several machines" not in text
-    write_report([*rows, row("bagel", 1, 0.5) | {"machine": "two"}], DIGITS, tmp_path)
-    assert "Trained on several machines (one; two)" in (tmp_path / "digits" / "report.md").read_text()
-    assert "Equal training FLOPs" in text
-    assert all(text.count(claim.text) == 2 for claim in CLAIMS)
-    assert table([row("bagel", 0, 0.5)], DIGITS).count("\n") == 2
-    assert orderings([row("bagel", 0, 0.5)], DIGITS).count("\n") == 1  # half of a pair says nothing
