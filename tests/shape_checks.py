@@ -62,7 +62,10 @@ def jaxtyped(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     if fn is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
     if inspect.isclass(fn):
-        if dataclasses.is_dataclass(fn) and isinstance(vars(fn).get("__init__"), types.FunctionType):
+        words = any(
+            base.__name__ == "SamplingSettings" for base in fn.__mro__
+        )  # they say themselves what a setting may be
+        if dataclasses.is_dataclass(fn) and isinstance(vars(fn).get("__init__"), types.FunctionType) and not words:
             fn.__init__ = jaxtyped(fn.__init__, typechecker=typechecker)  # type: ignore[misc]
         return fn
     if not isinstance(fn, types.FunctionType):

@@ -4,12 +4,14 @@ Letters: N images, T tokens of all of them end to end, M of those with a target,
 backbone, S tokens without prefixes, K channels that skip the backbone, R documents of a session, G guidance branches.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from types import UnionType
+from numbers import Integral, Real
+from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -115,6 +117,9 @@ LossBreakdown = dict[str, LossTerm]
 class SamplingSettings:
     """What every sampler understands; each generator adds its own.
 
+    Every setting must have its type; lists are taken for tuples and whole numbers for floats, as command lines and YAML give
+    them.
+
     Args:
         guidance: of the text, u + guidance * (c - u): 1 is the conditional model, 0 the one without text.
         image_guidance: of the prompt's images; 1 leaves it out.
@@ -133,6 +138,8 @@ class SamplingSettings:
     image_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
         for name, ends in (("interval", self.interval), ("image_interval", self.image_interval or self.interval)):
             if not 0 <= ends[0] <= ends[1] <= 1:
                 raise ValueError(f"{name}: expected two shares, 0 <= low <= high <= 1, got {ends[0]}, {ends[1]}")
@@ -173,38 +180,49 @@ class SamplingSettings:
         return guide(outputs, [text, images][: active - 1])
 
     def override(self, **settings: Any) -> "SamplingSettings":
-        """A copy with those `settings`, each of which must exist here and have its type.
-
-        Lists are taken for tuples and whole numbers for floats, as command lines and YAML give them.
-        """
-        asked = dict(settings)
-        known = get_type_hints(type(self))
-        for name, value in asked.items():
+        """A copy with those `settings`, each of which must exist here."""
+        for name in settings:
             if name not in self.__dataclass_fields__:
                 listed = ", ".join(self.__dataclass_fields__)
                 raise ValueError(f"{name}: this recipe's generator has no such sampling setting; it has {listed}")
-            asked[name] = _typed(name, value, known[name])
-        return replace(self, **asked)
+        return replace(self, **settings)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """A setting's value as its type has it."""
+    kinds = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
-        for member in get_args(hint):
+        for kind in kinds:
             with suppress(ValueError):
-                return _typed(name, value, member)
-        raise ValueError(f"{name}: expected {hint}, got {value!r}")
+                return _typed(name, value, kind)
+    elif get_origin(hint) is Literal:
+        if value in kinds:
+            return value
+    elif get_origin(hint) is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(kinds):
+            return tuple(_typed(name, one, kind) for one, kind in zip(value, kinds, strict=True))
+    elif hint is float:
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif hint is int:
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
+    elif isinstance(value, hint):
+        return value
+    raise ValueError(f"{name}: expected {_in_words(hint)}, got {value!r}")
+
+
+def _in_words(hint: Any) -> str:
+    """What a setting of that type may be."""
+    kinds = get_args(hint)
+    if get_origin(hint) is tuple:
+        return f"{len(kinds)} values ({', '.join(map(_in_words, kinds))})"
     if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"{name}: expected {' or '.join(map(str, get_args(hint)))}, got {value!r}")
-        return value
-    if get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(hint)):
-        return tuple(_typed(name, one, kind) for one, kind in zip(value, get_args(hint), strict=True))
-    if hint is float and type(value) is int:
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    raise ValueError(f"{name}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+        return " or ".join(map(str, kinds))
+    if kinds:
+        return " or ".join(map(_in_words, kinds))
+    words = {float: "a finite number", int: "a whole number", str: "text", NoneType: "none"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 @dataclass(frozen=True)
@@ -242,7 +260,7 @@ class DenoisingSettings(SamplingSettings):
         for own, one in zip(c.split(list(lengths)), out.split(list(lengths))):  # (n, D) each
             if self.renorm == "global":
                 one = one * (own.norm() / one.norm().clamp_min(1e-12)).clamp(self.renorm_min, 1.0)
-            if self.rescale:
+            if self.rescale and len(one):
                 deviation = one.std(correction=0)  # of one value it is 0, and there is nothing to bring back
                 even = one * torch.where(deviation > 0, own.std(correction=0) / deviation, 1.0)
                 one = self.rescale * even + (1 - self.rescale) * one
@@ -321,6 +339,7 @@ class ImageGenerator(nn.Module, ABC):
     """
 
     accepts: ClassVar[tuple[str, ...]]  # kinds of TokenLayout
+    settings: ClassVar[type[SamplingSettings]]  # of its sampler
     reads: Literal["own", "previous"]
     repeats: bool  # a learned image that is followed by something appears again in its context form
     inpaints: bool = False  # whether `sample` can be given some of the tokens
@@ -356,7 +375,9 @@ class ImageGenerator(nn.Module, ABC):
             raise ValueError(f"known: {type(self).__name__} cannot keep given tokens, expected none")
 
     def check_sampling(self, settings: SamplingSettings, grids: Sequence[Grid]) -> None:
-        """Refuse settings with which `sample` could not draw images of these grids."""
+        """Refuse settings with which `sample` could not draw images of these grids; another sampler's would be ignored."""
+        if type(settings) is not self.settings:
+            raise ValueError(f"sampling: expected {self.settings.__name__}, got {type(settings).__name__}")
 
     @abstractmethod
     def plan(self, grid: Grid, rng: np.random.Generator) -> list[Block]:
@@ -399,7 +420,7 @@ class ImageGenerator(nn.Module, ABC):
         Args:
             session: the documents, read up to where the images begin.
             grids: of the images.
-            settings: this generator's.
+            settings: this generator's; `check_sampling` refuses others.
             rngs: one a document: an image depends on its own alone.
             known: tokens that are given; `check_known` refuses them where `inpaints` is false.
         """
