@@ -9,12 +9,21 @@ import pytest
 import torch
 from PIL import Image
 
-from unimodal.decoding import decode, to_image
+from unimodal.decoding import decode, stream, to_image
 from unimodal.decoding_settings import DecodingSettings
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.model import UnifiedModel
+from unimodal.session import Session
 from unimodal.text import TextTokenizer
-from unimodal_generators import FlowSettings
+from unimodal_generators import (
+    ChoiceSettings,
+    FlowSettings,
+    MaskedSettings,
+    RegressionSettings,
+    SamplingSettings,
+    TokenDiffusionSettings,
+)
+from unimodal_generators.base import Branch
 
 Make = Callable[..., UnifiedModel]
 PROMPT = Document((Part("a handwritten seven", learn=False),), "text_to_image")
@@ -322,6 +331,69 @@ def test_seeds_are_one_a_document(model: UnifiedModel, documents: int, seeds: in
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DecodingSettings(**settings)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "1", None])
+def test_what_is_no_seed_is_refused(model: UnifiedModel, seed: Any) -> None:
+    with pytest.raises(ValueError, match=r"seeds: expected whole numbers from 0 to 2\*\*64 - 1, got"):
+        decode(model, [PROMPT], DecodingSettings(max_tokens=0), [seed])
+
+
+def test_any_whole_number_is_a_seed(make: Make) -> None:
+    settings = DecodingSettings("image", max_tokens=0, max_images=1)
+    drawn = [decode(make("flow"), [PROMPT], settings, [seed])[0].images[0] for seed in (3, np.int64(3), np.uint8(3))]
+    assert len({image.tobytes() for image in drawn}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "message"),
+    [
+        ("masked", MaskedSettings(steps=17), "steps: expected at most one an id"),
+        ("masked", MaskedSettings(text_steps=3), "text_steps: expected none, because .* got 3"),
+        ("autoregressive", FlowSettings(), "sampling: expected ChoiceSettings, got FlowSettings"),
+        ("next_scale", MaskedSettings(), "sampling: expected ChoiceSettings, got MaskedSettings"),
+        ("token_raster", TokenDiffusionSettings(steps=3), "steps: raster order .* got 3"),
+        ("prefilled", RegressionSettings(interval=(0.0, 0.5)), "interval: in parallel there is one step"),
+        ("diffusion", FlowSettings(), "sampling: expected DiffusionSettings, got FlowSettings"),
+        ("queries", ChoiceSettings(), "sampling: expected FlowSettings, got ChoiceSettings"),
+    ],
+)
+def test_settings_of_images_are_refused_before_a_text_begins(
+    make: Make, name: str, image: SamplingSettings, message: str
+) -> None:
+    pieces = stream(make(name), [PROMPT], DecodingSettings(image=image), [0])
+    with pytest.raises(ValueError, match=message):
+        next(pieces)
+
+
+def test_a_prompt_is_as_long_as_its_longest_branch(make: Make) -> None:
+    """Words to be led away from stand for a prompt's text in one branch: their tokens are not added up."""
+    model = make("flow", context_length=60)
+    words = "".join("x " for _ in range(17))
+    prompt = Document((Part("seven", learn=False), Part(picture(0), learn=False), Part(words, learn=False)))
+    settings = DecodingSettings(
+        max_tokens=1, max_images=1, image=FlowSettings(guidance=2.0), negative=words.replace("x", "y")
+    )
+    assert len(decode(model, [prompt], settings, [0])) == 1
+    with pytest.raises(ValueError, match=r"prompt 0: it has \d+ tokens, with \d+ of negative in the place of its text"):
+        decode(model, [prompt], replace(settings, negative=words * 2), [0])
+
+
+def test_reading_computes_one_branch(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, branches = make("flow"), []
+    start = Session.start
+
+    def started(model: UnifiedModel, documents: int, asked: Sequence[Branch], capacity: int) -> Session:
+        branches.append(len(asked))
+        return start(model, documents, asked, capacity)
+
+    monkeypatch.setattr(Session, "start", started)
+    guided = FlowSettings(guidance=3.0)
+    read = decode(model, [PROMPT], DecodingSettings(max_tokens=8, max_images=0, image=guided), [0])
+    plain = decode(model, [PROMPT], DecodingSettings(max_tokens=8, max_images=0), [0])
+    decode(model, [PROMPT], DecodingSettings(max_tokens=8, max_images=1, image=guided), [0])
+    assert branches == [1, 1, 2]
+    assert read == plain
 
 
 def test_another_generator_s_settings_are_refused(make: Make) -> None:

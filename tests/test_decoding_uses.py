@@ -1,5 +1,6 @@
 """Uses of decoding: streamed, stopped, inpainted; best of several; drawn, looked at and drawn again."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -194,8 +195,11 @@ def test_a_document_ends_before_a_stop(
 
 
 def test_an_empty_stop_is_refused() -> None:
-    with pytest.raises(ValueError, match="stop: expected texts, got an empty one"):
-        DecodingSettings(stop=("a", ""))
+    for stop in (("a", ""), "ab"):
+        with pytest.raises(ValueError, match="stop: expected a tuple of texts that are not empty, got"):
+            DecodingSettings(stop=stop)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="start: expected text or image, got 'picture'"):
+        DecodingSettings("picture")  # type: ignore[arg-type]
 
 
 # ---- inpainting
@@ -247,9 +251,22 @@ def test_what_is_to_be_drawn_is_not_looked_at(inpainter: UnifiedModel) -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_a_token_that_is_given_in_part_is_drawn() -> None:
-    from unimodal_tokenizers.base import Grid
+def test_images_and_masks_are_read_as_files_are() -> None:
+    """Turned as they say, and on white: a mask that lets everything through is all to be drawn, as the command reads it."""
+    wide = picture(3, 4, 8)
+    turned = wide.copy()
+    turned.getexif()[0x0112] = 6  # a quarter to the right
+    one = Inpaint(turned, Image.new("L", (4, 8), 0))
+    assert np.array_equal(one.shown(), np.rot90(np.asarray(wide), -1))
+    with pytest.raises(ValueError, match="redraw: expected a mask of 4x8 pixels, as the image has, got 8x4"):
+        Inpaint(turned, Image.new("L", (8, 4), 0))
+    grid = Grid(4, 4)
+    for mode, black, other in (("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)), ("RGB", (0, 0, 0), (0, 0, 1)), ("1", 0, 1)):
+        for colour, given in ((black, True), (other, False)):
+            assert Inpaint(picture(), Image.new(mode, (8, 8), colour)).given(grid).unique().tolist() == [given]
 
+
+def test_a_token_that_is_given_in_part_is_drawn() -> None:
     given = Inpaint(picture(), mask(5, 3)).given(Grid(4, 4))
     assert given.view(4, 4).tolist() == [[True] * 4] * 2 + [[True, False, False, False]] * 2
 
@@ -341,9 +358,22 @@ def test_a_model_scores_by_reading_its_own_image(model: UnifiedModel) -> None:
         ((likelihood,),) = log_likelihoods(model, [look], [[document.parts[0].text]])
         assert score == pytest.approx(likelihood.mean, abs=1e-5)
     photo = Document((PROMPT.parts[0], Part(picture(), learn=False), Part(" is it?", learn=False)))
-    for undrawn in (PROMPT, photo):  # an image that was given says nothing of the model
-        with pytest.raises(ValueError, match="documents: expected a text and a drawn image behind it"):
-            reads_back(model)([undrawn])
+    # An image that was given says nothing of the model.
+    assert reads_back(model)([PROMPT, documents[0], photo]) == pytest.approx(
+        [-math.inf, scores[0], -math.inf], abs=1e-5
+    )
+    assert reads_back(model)([PROMPT]) == [-math.inf]
+
+
+def test_tries_that_draw_nothing_do_not_take_the_others_with_them(make: Make) -> None:
+    model, settings = make("flow"), DecodingSettings("text", max_tokens=3, max_images=1, temperature=1.5)
+    prompts, seeds = [PROMPT] * 12, list(range(12))
+    tries = [decode(model, prompts, settings, [_try_seed(s, n) for s in seeds]) for n in range(2)]
+    drew = [[len(d.parts) > 1 and any(p.is_image for p in d.parts) for d in row] for row in tries]
+    assert [True, False] in [list(pair) for pair in zip(*drew, strict=True)]
+    best = best_of(model, prompts, settings, seeds, 2, reads_back(model))
+    for document, drawn in zip(best, zip(*drew, strict=True), strict=True):
+        assert any(p.is_image for p in document.parts) == any(drawn)
 
 
 # ---- draw, look, draw again

@@ -80,6 +80,18 @@ def trained(model: UnifiedModel, document: Document) -> tuple[torch.Tensor, Any]
     return states[0][packed.inverse], one
 
 
+def test_a_given_image_takes_the_places_of_its_tokens_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two dark images of one id each fit, where two of eight would not; what is too much is counted as it is."""
+    built(make, monkeypatch)
+    model = make("ends", image_sizes=[(8, 8)], context_length=20).double()
+    dark = Document((Part(gray(0), learn=False), Part(gray(0), learn=False)), "image_to_text")
+    read = decode(model, [dark], DecodingSettings(max_tokens=4, max_images=0), [0])
+    assert read[0].parts[:2] == dark.parts
+    bright = Document((Part(gray(255), learn=False), Part(gray(255), learn=False)), "image_to_text")
+    with pytest.raises(ValueError, match=r"prompt 0: it has 21 tokens, more than .*context_length 20"):
+        decode(model, [bright], DecodingSettings(max_tokens=4, max_images=0), [0])
+
+
 def test_tokens_up_to_their_end() -> None:
     rows = [[0, END, END], [END, END, END], [0, 1, 2]]
     tokens = ImageTokens(torch.tensor(rows).flatten(), (Grid(1, 3),) * 3).until(END)

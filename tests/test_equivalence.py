@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from generator_cases import WHOLE
+from generator_cases import CASES, WHOLE
+from PIL import Image
 
 from unimodal.backbone import SCHEMES, Experts, Lora, Moe
 from unimodal.decoding import Session, decode
@@ -141,7 +142,8 @@ VARIANTS |= {
     "read-adaln": {"generator": "both", "time": "adaln", "experts": Experts(True, True, True, understanding="look")},
     "read-token": {"generator": "reader", "time": "token", "experts": Experts(mlp=True, understanding="image")},
     "joint-three": {"generator": "joint_bound", "experts": Experts(True, True, True, clean="look")},
-    "cosine": {"generator": "cosine", "experts": Experts(True, True, True, clean="look")},
+    "cosine-three": {"generator": "cosine", "experts": Experts(True, True, True, clean="look")},
+    **{name: {"generator": name} for name in CASES if not CASES[name].whole},
     "prefilled-three": {"generator": "prefilled", "experts": Experts(True, True, True, clean="look")},
 }
 
@@ -157,6 +159,25 @@ def test_so_does_every_way_to_tell_time_and_place(
     together = hidden_in_sequence_order(model, packed(model, sequenced(model, mixed)))
     alone = [hidden_in_sequence_order(model, packed(model, [d])) for d in sequenced(model, mixed)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_patches_see_those_behind_them_where_they_are_told_to(
+    make: Callable[..., UnifiedModel], bidirectional: bool
+) -> None:
+    """A flow image whose last patch changes: hidden states of the patches before it do where blocks are bidirectional."""
+    model = make("flow" if bidirectional else "flow_causal").double()
+    image, changed = np.asarray(picture(0)), np.array(picture(0))
+    changed[-2:, -2:] ^= 255
+    states = []
+    for pixels in (image, changed):
+        document = Document((Part("seven", learn=False), Part(Image.fromarray(pixels))), "text_to_image")
+        states.append(hidden_in_sequence_order(model, packed(model, sequenced(model, [document]))))
+    words, learned, clean, _ = (states[0] != states[1]).any(-1).split([4, 16, 16, 2])  # what is before and behind it
+    assert not words.any()
+    for patches in (learned, clean):
+        assert patches[-1]
+        assert patches[:-1].any() == bidirectional
 
 
 @pytest.mark.parametrize("time", ["add", "token", "adaln"])

@@ -3,7 +3,7 @@
 Letters: R documents, V rows of the vocabulary, n tokens of one image, H, W pixels.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from unimodal.decoding_settings import DecodingSettings, Inpaint, Piece
+from unimodal.decoding_settings import DecodingSettings, Inpaint, Piece, checked_seeds
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, to_tensor
 from unimodal.session import Session
 from unimodal_generators.base import (
     Block,
+    Branch,
     Embeddings,
     Grid,
     ImageTokens,
@@ -62,20 +63,32 @@ class _Decoder:
         sizes = sizes if settings.size is None else [settings.size]
         self.sizes = {model.sequencer.size(*size): model.tokenizer.layout.grid(*size) for size in sizes}  # as written
         self.room = max(len(ids) + self._drawn(grid) for ids, grid in self.sizes.items())  # an image's, at most
-        branches = self.image.branches
+        model.generator.check_sampling(self.image, list(self.sizes.values()))
+        self.branches = self.image.branches if settings.max_images else (Branch(),)  # text is not guided
+        never = [*self.model.text.unused(sum(map(len, model.backbone.tables))), self.special.bos, self.special.eoi]
+        self.never = torch.tensor(never, device=model.backbone.embedding.weight.device)
         self.capacity = model.sequence.context_length
-        prompt = max(self._tokens(run) for run in runs)
-        wanted = prompt + settings.max_tokens + settings.max_images * (self.room + 2)
+        prompts = [self._tokens(run) for run in runs]
+        for i, (tokens, run) in enumerate(zip(prompts, runs, strict=True)):
+            if tokens > self.capacity:
+                led = sum(len(r.instead) for r in run)
+                why = f", with {led} of negative in the place of its text" if led else ""
+                raise ValueError(
+                    f"prompt {i}: it has {tokens} tokens{why}, more than this recipe's sequence.context_length "
+                    f"{self.capacity}"
+                )
+        wanted = max(prompts) + settings.max_tokens + settings.max_images * (self.room + 2)
         ahead = 0 if model.generator.text is None else model.generator.text.block  # looked at beyond what is kept
-        self.session = Session.start(model, len(runs), branches, min(self.capacity, wanted) + ahead)
+        self.session = Session.start(model, len(runs), self.branches, min(self.capacity, wanted) + ahead)
         self.rows = [_Row(torch.Generator().manual_seed(seed)) for seed in seeds]
         self._prefill(runs)
 
     def _tokens(self, runs: Sequence[Run]) -> int:
-        forms = self.model.sequencer.context_blocks
-        images = [forms(*r.image.shape[:2], drawn=False) for r in runs if r.image is not None]
-        ids = sum(max(len(r.ids), len(r.without_text)) for r in runs)
-        return ids + sum(block.length for blocks in images for block in blocks)
+        """Of a prompt, in the branch that reads most of it."""
+        pictures = [run.image for run in runs if run.image is not None]
+        forms = self._forms(pictures, self._ending(self._pixels(pictures)), drawn=False)
+        texts = (sum(len(run.ids if branch.text else run.without_text) for run in runs) for branch in self.branches)
+        return max(texts) + sum(block.length for blocks in forms for block in blocks)
 
     def _drawn(self, grid: Grid) -> int:
         """Tokens a drawn image needs at most: what stays of drawing it, and more that is peeked at or read again."""
@@ -87,14 +100,6 @@ class _Decoder:
         return kept + max(peeked, sum(block.length for block in forms))
 
     def _prefill(self, runs: list[list[Run]]) -> None:
-        for i, run in enumerate(runs):
-            if (tokens := self._tokens(run)) > self.capacity:
-                led = sum(len(r.instead) for r in run)
-                why = f", with {led} of negative in the place of its text" if led else ""
-                raise ValueError(
-                    f"prompt {i}: it has {tokens} tokens{why}, more than this recipe's sequence.context_length "
-                    f"{self.capacity}"
-                )
         for step in range(max(len(r) for r in runs)):
             texts = [i for i, r in enumerate(runs) if step < len(r) and r[step].image is None]
             images = [i for i, r in enumerate(runs) if step < len(r) and r[step].image is not None]
@@ -110,25 +115,33 @@ class _Decoder:
     ) -> Iterator[tuple[Embeddings, list[Block]]]:
         """The forms in which one image a row is context, each of one block; `drawn` are the tokens of drawn ones."""
         model, generator = self.model, self.model.generator
-        pixels = [to_tensor([p])[0].to(model.backbone.embedding.weight) for p in pictures]
-        tokens = drawn
-        if drawn is None and generator.ends is not None:  # how many places an image takes, its tokens say
-            tokens = model.tokenizer.encode_each(pixels).until(generator.ends)
-        planned = [
-            model.sequencer.context_blocks(*p.shape[:2], drawn=drawn is not None, grid=grid)
-            for p, grid in zip(pictures, [None] * len(pictures) if tokens is None else tokens.grids, strict=True)
-        ]
-        for blocks in zip(*planned, strict=True):
+        pixels = self._pixels(pictures)
+        tokens = self._ending(pixels) if drawn is None else drawn
+        for blocks in zip(*self._forms(pictures, tokens, drawn is not None), strict=True):
             if blocks[0].kind == TokenKind.UNDERSTANDING:
                 yield Embeddings(model.understand(pixels)), list(blocks)
             else:
                 read = model.tokenizer.encode_each(pixels) if tokens is None else tokens
                 yield generator.embed(generator.context(read)), list(blocks)
 
+    def _forms(self, pictures: Sequence[np.ndarray], tokens: ImageTokens | None, drawn: bool) -> list[list[Block]]:
+        """The blocks in which each is context; of so many tokens, where they are given."""
+        grids = [None] * len(pictures) if tokens is None else tokens.grids
+        blocks = self.model.sequencer.context_blocks
+        return [blocks(*p.shape[:2], drawn=drawn, grid=grid) for p, grid in zip(pictures, grids, strict=True)]
+
+    def _pixels(self, pictures: Sequence[np.ndarray]) -> list[Float[Tensor, "3 _ _"]]:
+        return [to_tensor([picture])[0].to(self.model.backbone.embedding.weight) for picture in pictures]
+
+    def _ending(self, pixels: Sequence[Float[Tensor, "3 _ _"]]) -> ImageTokens | None:
+        """Tokens of given images where they say how many places an image takes; None where its size does."""
+        ends = self.model.generator.ends
+        return None if ends is None or not pixels else self.model.tokenizer.encode_each(pixels).until(ends)
+
     def run(self) -> Iterator[Piece]:
         """Write behind each prompt; pieces come where something listens."""
         if self.settings.start == "image":
-            yield from self._begin_images(range(len(self.rows)))
+            yield from self._begin_images(list(range(len(self.rows))))
         while any(row.state != "done" for row in self.rows):
             while texts := [i for i, row in enumerate(self.rows) if row.state == "text"]:
                 yield from self._step_text(texts)
@@ -150,8 +163,8 @@ class _Decoder:
         going = [i for i in texts if said[i] and self.rows[i].state == "text"]
         if going:
             self.session.rows(going).append_text([Run(said[i], (False,) * len(said[i])) for i in going])
-        for i in drawing:
-            yield from self._begin_images([i])
+        if drawing:
+            yield from self._begin_images(drawing)
 
     def _say(self, i: int, ids: list[int]) -> Generator[Piece, None, tuple[int, ...]]:
         """Take ids for further text of a document while it goes on, up to where an image begins; those taken."""
@@ -187,8 +200,7 @@ class _Decoder:
 
     def _allowed(self, logits: Float[Tensor, "n V"], places: Sequence[tuple[int, int]]) -> Float[Tensor, "n V"]:
         """Scores without what must not come; of which row each is, and so many ids ahead."""
-        logits[:, self.model.text.unused(logits.shape[1])] = -torch.inf
-        logits[:, [self.special.bos, self.special.eoi]] = -torch.inf
+        logits = logits.index_fill(1, self.never, -torch.inf)
         for r, (i, n) in enumerate(places):
             if not self._may_draw(i, n):
                 logits[r, self.special.boi] = -torch.inf
@@ -219,8 +231,7 @@ class _Decoder:
         fits = self.session.length(i) + ahead + self.room + 2 <= self.capacity
         return self.rows[i].images < self.settings.max_images and fits
 
-    def _begin_images(self, rows: Iterable[int]) -> Iterator[Piece]:
-        rows = list(rows)
+    def _begin_images(self, rows: list[int]) -> Iterator[Piece]:
         for i in rows:
             if not self._may_draw(i):
                 raise ValueError(
@@ -396,6 +407,7 @@ def _decoder(
     streaming: Literal["no", "yes", "previews"],
 ) -> _Decoder | None:
     """The loop with its prompts read; None for no documents."""
+    seeds = checked_seeds(seeds)
     for name, values in (("seeds", seeds), ("inpaint", inpaint)):
         if values is not None and len(values) != len(documents):
             raise ValueError(f"{name}: expected one a document ({len(documents)}), got {len(values)}")
@@ -462,14 +474,13 @@ def check_guidance(model: UnifiedModel, image: SamplingSettings, negative: str =
 
 @torch.no_grad()
 def read_prompts(model: UnifiedModel, documents: Sequence[Document], room: int = 0) -> Session:
-    """A session without guidance that has read `documents` and holds up to `room` tokens more of each.
+    """A session that has read `documents` and holds up to `room` tokens more of each.
 
     Raises:
         ValueError: a document with its room is longer than the recipe's context.
     """
     runs = [model.sequencer.prompt(document) for document in documents]
-    unguided = model.generator.sampling.override(guidance=1.0, image_guidance=1.0)
-    settings = DecodingSettings(max_tokens=room, max_images=0, image=unguided)
+    settings = DecodingSettings(max_tokens=room, max_images=0)
     decoder = _Decoder(model, runs, settings, [0] * len(documents))
     for i in range(len(documents)):
         if (tokens := decoder.session.length(i) + room) > decoder.capacity:

@@ -3,7 +3,9 @@
 Letters: n tokens of one image, H, W pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -47,8 +49,10 @@ class DecodingSettings:
     negative: str = ""
 
     def __post_init__(self) -> None:
-        if "" in self.stop:
-            raise ValueError("stop: expected texts, got an empty one")
+        if self.start not in ("text", "image"):
+            raise ValueError(f"start: expected text or image, got {self.start!r}")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise ValueError(f"stop: expected a tuple of texts that are not empty, got {self.stop!r}")
         if self.max_tokens < 0 or self.max_images < 0:
             raise ValueError(
                 f"max_tokens and max_images: expected 0 or more, got {self.max_tokens} and {self.max_images}"
@@ -56,6 +60,14 @@ class DecodingSettings:
         if self.start == "image" and self.max_images == 0:
             raise ValueError("max_images: expected at least 1 to start with an image, got 0")
         check_choice(self.temperature, self.top_k, self.top_p)
+
+
+def checked_seeds(seeds: Sequence[int]) -> list[int]:
+    """Seeds that every random generator takes."""
+    for seed in seeds:
+        if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
+            raise ValueError(f"seeds: expected whole numbers from 0 to 2**64 - 1, got {seed!r}")
+    return [int(seed) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -84,23 +96,26 @@ class Inpaint:
 
     Args:
         image: of the size that is drawn; what is to be drawn is not looked at.
-        redraw: of the same size, 0 where the image is given and anything else where it is to be drawn.
+        redraw: of the same size, black where the image is given and anything else where it is to be drawn. Both are read as
+            images of documents are: turned as their files say, on white where they let something through.
     """
 
     image: Image.Image
     redraw: Image.Image
 
     def __post_init__(self) -> None:
+        for name in ("image", "redraw"):
+            object.__setattr__(self, name, to_rgb(getattr(self, name)))
         if self.image.size != self.redraw.size:
             (w, h), (mw, mh) = self.image.size, self.redraw.size
             raise ValueError(f"redraw: expected a mask of {w}x{h} pixels, as the image has, got {mw}x{mh}")
 
     def shown(self) -> UInt8[np.ndarray, "H W 3"]:
         """The image without what is to be drawn: a tokenizer that looks around a token must not see it."""
-        return np.where(self._free()[..., None], np.uint8(128), np.asarray(to_rgb(self.image)))
+        return np.where(self._free()[..., None], np.uint8(128), np.asarray(self.image))
 
     def _free(self) -> Bool[np.ndarray, "H W"]:
-        return np.asarray(self.redraw.convert("L")) > 0
+        return np.asarray(np.asarray(self.redraw).any(-1))
 
     def given(self, grid: Grid) -> Bool[Tensor, " n"]:
         """Which tokens of the image are given, row by row."""

@@ -1,5 +1,6 @@
 """What can be built on decoding: the best of several tries, and a model that looks at what it drew and draws again."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,13 +72,17 @@ def best_of(
 def reads_back(model: UnifiedModel) -> Scorer:
     """A scorer: how likely the model finds the text before the last image when it sees that image alone, a token.
 
-    It needs a model that was trained to describe images in the words that ask for them.
+    It needs a model that was trained to describe images in the words that ask for them. Minus infinity where nothing was
+    drawn.
     """
 
     def score(documents: Sequence[Document]) -> list[float]:
-        asked = [_asked(document) for document in documents]
-        looks = [_look(document) for document in documents]
-        return [one.mean for (one,) in log_likelihoods(model, looks, [[text] for text in asked])]
+        drawn = [i for i, document in enumerate(documents) if _drawn(document.parts)]
+        looks, asked = [_look(documents[i]) for i in drawn], [[_asked(documents[i])] for i in drawn]
+        scores = [-math.inf] * len(documents)
+        for i, (one,) in zip(drawn, log_likelihoods(model, looks, asked), strict=True):
+            scores[i] = one.mean
+        return scores
 
     return score
 
@@ -150,10 +155,7 @@ def _drawn(parts: Sequence[Part]) -> list[int]:
 
 
 def _last_image(document: Document) -> int:
-    places = _drawn(document.parts)
-    if not places:
-        raise ValueError("documents: expected a text and a drawn image behind it, got no drawn image")
-    return places[-1]
+    return _drawn(document.parts)[-1]
 
 
 def _look(document: Document) -> Document:

@@ -64,6 +64,7 @@ class Autoregressive(ImageGenerator):
 
     reads = "previous"
     accepts: ClassVar = ("discrete", "sequence")
+    settings: ClassVar = ChoiceSettings
     repeats = False
     inpaints = True
     head: CodeHeads
@@ -208,8 +209,8 @@ class Autoregressive(ImageGenerator):
 
         Given ids are put where they are known; what comes before them does not see them.
         """
-        if type(settings) is not ChoiceSettings:  # others have settings that would be ignored
-            raise ValueError(f"sampling: expected ChoiceSettings, got {type(settings).__name__}")
+        self.check_sampling(settings, grids)
+        assert isinstance(settings, ChoiceSettings)
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: autoregressive images of one call need one size, got {sorted(set(grids))}")
         if self.ends is not None:

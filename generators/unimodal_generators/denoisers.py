@@ -154,5 +154,6 @@ class Sana(Denoiser):
         """See `Denoiser`."""
         dtype = self.network.proj_out.weight.dtype
         latents = x.to(dtype).mT.unflatten(2, (grid.h, grid.w))  # (B, n, D) -> (B, D, h, w)
-        (out,) = self.network(latents, condition[:, -1].to(dtype), 1000 * (1 - t).to(dtype), return_dict=False)
+        step = 1000 * (1 - t)  # in fp32, which the network embeds: of these bf16 tells a few hundred apart
+        (out,) = self.network(latents, condition[:, -1].to(dtype), step, return_dict=False)
         return -out.flatten(2).mT

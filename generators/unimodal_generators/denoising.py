@@ -185,8 +185,8 @@ class DenoisingGenerator(ImageGenerator):
         Given tokens are put on their own path from noise to data before every evaluation (RePaint, arXiv 2201.09865,
         without its resampling, so the rest follows them less than it could), and come out as they were given.
         """
-        if not isinstance(settings, self.settings):
-            raise ValueError(f"sampling: expected {self.settings.__name__}, got {type(settings).__name__}")
+        self.check_sampling(settings, grids)
+        assert isinstance(settings, DenoisingSettings)
         weight = self.time_in[0].weight
         assert isinstance(weight, Tensor)
         noise = draw_noise(grids, rngs, self.layout.dim)

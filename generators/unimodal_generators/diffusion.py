@@ -118,6 +118,12 @@ class Diffusion(DenoisingGenerator):
             return diffusion.angular_velocity(noise, data, *self.schedule.at(t, data))
         return noise if self.predicts == "noise" else data
 
+    def check_sampling(self, settings: SamplingSettings, grids: Sequence[Grid]) -> None:
+        """At most a step for every level of noise."""
+        super().check_sampling(settings, grids)
+        assert isinstance(settings, DiffusionSettings)
+        settings.points(self.schedule.noisiest)
+
     def solve(
         self,
         estimate: Estimate,

@@ -29,7 +29,7 @@ from unimodal_generators.base import (
 )
 from unimodal_generators.discrete import Discrete
 from unimodal_generators.masked_text import MaskedText
-from unimodal_generators.unmasking import MaskedSettings, hidden_count, masked_settings, schedule_named, unmask
+from unimodal_generators.unmasking import MaskedSettings, hidden_count, schedule_named, unmask
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout
 
 
@@ -50,6 +50,7 @@ class Masked(Discrete):
         text: how text is learned masked too (UniDisc, MMaDA); None learns it token by token (Show-o).
     """
 
+    settings: ClassVar = MaskedSettings
     reads: Literal["own", "previous"] = "own"
     repeats = True
     inpaints = True
@@ -116,10 +117,16 @@ class Masked(Discrete):
         return {"image": LossTerm(self.cross_entropy(hidden[where], targets, weights), len(hidden))}
 
     def check_sampling(self, settings: SamplingSettings, grids: Sequence[Grid]) -> None:
-        """Every step shows one id at least."""
-        least, steps = min(grid.length for grid in grids), masked_settings(settings).steps
-        if steps > least:
-            raise ValueError(f"steps: expected at most one an id ({least}), got {steps}")
+        """Every step shows one id at least; text has steps where it is learned masked."""
+        super().check_sampling(settings, grids)
+        assert isinstance(settings, MaskedSettings)
+        least = min(grid.length for grid in grids)
+        if settings.steps > least:
+            raise ValueError(f"steps: expected at most one an id ({least}), got {settings.steps}")
+        if settings.text_steps is not None and self.text is None:
+            raise ValueError(
+                f"text_steps: expected none, because this recipe's text is written id by id, got {settings.text_steps}"
+            )
 
     def sample(
         self,
@@ -131,7 +138,7 @@ class Masked(Discrete):
     ) -> Iterator[ImageTokens]:
         """`unmask` with a peek a step; previews are what it yields. Given ids are kept from the start."""
         self.check_sampling(settings, grids)
-        settings = masked_settings(settings)
+        assert isinstance(settings, MaskedSettings)
         lengths, device = [grid.length for grid in grids], self.hidden.device
         masked = torch.ones(sum(lengths), dtype=torch.bool) if known is None else ~known.mask.cpu()  # (T,)
         ids = torch.full_like(masked, self.entries, dtype=torch.long, device=device)

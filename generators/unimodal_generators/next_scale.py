@@ -53,6 +53,7 @@ class NextScale(ImageGenerator):
 
     reads = "own"
     accepts: ClassVar = ("multiscale",)
+    settings: ClassVar = ChoiceSettings
     repeats = True
 
     def __init__(
@@ -171,8 +172,8 @@ class NextScale(ImageGenerator):
 
         Grids of one call are equal.
         """
-        if type(settings) is not ChoiceSettings:  # others have settings that would be ignored
-            raise ValueError(f"sampling: expected ChoiceSettings, got {type(settings).__name__}")
+        self.check_sampling(settings, grids)
+        assert isinstance(settings, ChoiceSettings)
         self.check_known(known)
         if len(set(grids)) != 1:
             raise ValueError(f"sampling: next-scale images of one call need one size, got {sorted(set(grids))}")

@@ -56,6 +56,7 @@ class Queries(ImageGenerator):
 
     reads = "own"
     accepts: ClassVar = ("continuous",)
+    settings: ClassVar = FlowSettings
     repeats = True
     no_weight_decay: ClassVar = ("queries",)
 
@@ -163,8 +164,8 @@ class Queries(ImageGenerator):
     ) -> Iterator[ImageTokens]:
         """Ask the backbone once, for all branches; then solve dx/dt = v from noise without it."""
         self.check_known(known)
-        if not isinstance(settings, FlowSettings):
-            raise ValueError(f"sampling: expected FlowSettings, got {type(settings).__name__}")
+        self.check_sampling(settings, grids)
+        assert isinstance(settings, FlowSettings)
         count, lengths = len(grids), [grid.length for grid in grids]
         asked = Embeddings(self.queries.repeat(count, 1))
         ask = session.peek if self.private else session.append

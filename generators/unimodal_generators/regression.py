@@ -59,6 +59,7 @@ class Regression(ImageGenerator):
     """
 
     accepts: ClassVar = ("continuous",)
+    settings: ClassVar = RegressionSettings
 
     def __init__(
         self,
@@ -122,6 +123,20 @@ class Regression(ImageGenerator):
             error = 1 - F.cosine_similarity(out, targets, dim=-1)
         return {"image": LossTerm(error.sum(), len(targets))}
 
+    def check_sampling(self, settings: SamplingSettings, grids: Sequence[Grid]) -> None:
+        """In parallel there is one step, and no part of it."""
+        super().check_sampling(settings, grids)
+        for name, ends in (("interval", settings.interval), ("image_interval", settings.image_interval)):
+            if self.order == "parallel" and ends not in (None, (0.0, 1.0)):
+                raise ValueError(f"{name}: in parallel there is one step, expected 0.0 to 1.0, got {ends}")
+
+    def guided(
+        self, hidden: Float[Tensor, "G T C"], settings: RegressionSettings, lengths: Sequence[int], progress: float
+    ) -> Float[Tensor, "T D"]:
+        """Tokens of the hidden states of the active branches; of a cosine, guidance changes the direction alone."""
+        out = settings.guide_images(self.predict(hidden), lengths, progress)
+        return out if self.metric == "mse" else unit_variance(out)
+
     def sample(
         self,
         session: DecodingSession,
@@ -134,22 +149,19 @@ class Regression(ImageGenerator):
 
         Previews: raster order shows every row.
         """
-        if not isinstance(settings, RegressionSettings):
-            raise ValueError(f"sampling: expected RegressionSettings, got {type(settings).__name__}")
+        self.check_sampling(settings, grids)
+        assert isinstance(settings, RegressionSettings)
         self.check_known(known)
         if self.order == "raster":
             yield from self._one_by_one(session, grids, settings, known)
             return
-        for name, ends in (("interval", settings.interval), ("image_interval", settings.image_interval)):
-            if ends not in (None, (0.0, 1.0)):
-                raise ValueError(f"{name}: in parallel there is one step, expected 0.0 to 1.0, got {ends}")
         blocks, lengths = [self._block(grid) for grid in grids], [grid.length for grid in grids]
         queries = Embeddings(self.query.expand(sum(lengths), -1))
         if self.private:
             hidden = session.peek(queries, blocks, settings.active(0.0))
         else:  # what follows sees the queries
             hidden = session.append(queries, blocks)[: settings.active(0.0)]
-        yield ImageTokens(settings.guide_images(self.predict(hidden), lengths, 0.0), tuple(grids))
+        yield ImageTokens(self.guided(hidden, settings, lengths, 0.0), tuple(grids))
 
     def _one_by_one(
         self, session: DecodingSession, grids: Sequence[Grid], settings: RegressionSettings, known: Known | None
@@ -161,8 +173,7 @@ class Regression(ImageGenerator):
         drawn: list[Tensor] = []
         hidden = session.last  # (G, R, C)
         for i in range(n):
-            states = self.predict(hidden[: settings.active(i / n)])
-            token = settings.guide_images(states, [1] * len(grids), i / n)  # (R, D)
+            token = self.guided(hidden[: settings.active(i / n)], settings, [1] * len(grids), i / n)  # (R, D)
             if given is not None:
                 token = torch.where(given[1][:, i, None].to(token.device), given[0][:, i].to(token), token)
             drawn.append(token)

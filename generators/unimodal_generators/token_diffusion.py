@@ -109,6 +109,7 @@ class TokenDiffusion(ImageGenerator):
     """
 
     accepts: ClassVar = ("continuous",)
+    settings: ClassVar = TokenDiffusionSettings
     inpaints = True
 
     def __init__(
@@ -254,8 +255,8 @@ class TokenDiffusion(ImageGenerator):
 
     def check_sampling(self, settings: SamplingSettings, grids: Sequence[Grid]) -> None:
         """Raster order takes no steps; random order draws one token at least in each."""
-        if not isinstance(settings, TokenDiffusionSettings):
-            raise ValueError(f"sampling: expected TokenDiffusionSettings, got {type(settings).__name__}")
+        super().check_sampling(settings, grids)
+        assert isinstance(settings, TokenDiffusionSettings)
         self._check(settings)
         least = min(grid.length for grid in grids)
         if settings.steps is not None and settings.steps > least:
@@ -322,8 +323,9 @@ class TokenDiffusion(ImageGenerator):
         steps = settings.steps or grids[0].length
         counts = [cosine_counts(len(order), g.length, settings.steps) for order, g in zip(orders, grids)]
         time = x.new_ones(len(grids))
+        counts = [[0] * (steps - len(count)) + count for count in counts]  # what has less to draw begins later
         for k in range(steps):
-            now = [order[: count[k]] if k < len(count) else order[:0] for order, count in zip(orders, counts)]
+            now = [order[: count[k]] for order, count in zip(orders, counts)]
             orders, masked = [order[len(at) :] for order, at in zip(orders, now)], torch.cat(orders)
             if any(len(at) for at in now):
                 read = Corrupted(x, time, tuple(grids), where=masked.to(x.device))
@@ -359,7 +361,7 @@ def cosine_counts(tokens: int, length: int, steps: int | None) -> list[int]:
     """How many of an image's unknown tokens are drawn at each step, at least one: few at first (MaskGIT, MAR).
 
     After step k of K, floor(tokens cos(pi k / 2 K)) are left, and one fewer than before at the most. `length` tokens are
-    in the image; `steps` None is one a token. With fewer unknown tokens than steps, the last steps have nothing to draw.
+    in the image; `steps` None is one a token. With fewer unknown tokens than steps, there are so many counts only.
     """
     k_max = min(tokens, length if steps is None else steps)
     counts, left = [], tokens

@@ -15,6 +15,7 @@ from unimodal_generators.base import SamplingSettings
 from unimodal_generators.choice import ChoiceSettings, choose, gumbel
 
 Schedule = Callable[[float], float]
+ROUNDING = 1e-9  # what a share times a count may lack of a whole number: 5 (1 - 3 / 5) is 1.9999999999999998
 
 SCHEDULES: dict[str, Schedule] = {
     "cosine": lambda r: math.cos(math.pi / 2 * r),
@@ -117,11 +118,11 @@ def hidden_count(schedule: Schedule, r: float, n: int) -> int:
 def remaining(schedule: Schedule, hidden: int, steps: int) -> list[int]:
     """How many of `hidden` ids are still hidden after each step: floor(gamma(i / K) hidden), and 0 at the end.
 
-    Every step shows one at least and leaves one for each that follows, while there are so many.
+    Every step shows one at least and leaves one for each that follows; of fewer than steps, the first steps show none.
     """
     counts, left = [], hidden
     for i in range(1, steps + 1):
-        left = max(min(math.floor(schedule(i / steps) * hidden), left - 1), min(left, steps - i))
+        left = max(min(math.floor(schedule(i / steps) * hidden + ROUNDING), left - 1), min(left, steps - i))
         counts.append(left)
     return counts
 

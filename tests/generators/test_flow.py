@@ -19,7 +19,6 @@ from unimodal.model import UnifiedModel
 from unimodal.packing import pack
 from unimodal.sequence_rules import SequenceRules
 from unimodal_generators import (
-    Autoregressive,
     ChoiceSettings,
     ConvNeXtCoder,
     Flow,
@@ -406,7 +405,6 @@ def test_settings_of_another_generator_are_refused(make: Callable[..., UnifiedMo
     model = make("flow")
     with pytest.raises(ValueError, match="sampling: expected FlowSettings, got ChoiceSettings"):
         sampled(begun(model, ["seven"]), model, [Grid(4, 4)], ChoiceSettings(), [0])  # type: ignore[arg-type]
-    assert Autoregressive.accepts != Flow.accepts
 
 
 @pytest.mark.parametrize("time", TIMES)

@@ -231,6 +231,7 @@ def test_what_the_model_counts_is_what_was_announced(make: Make) -> None:
 def test_counts_follow_the_schedule_where_there_is_room(schedule: str) -> None:
     published = [math.floor(SCHEDULES[schedule](i / 8) * 1024) for i in range(1, 9)]
     assert remaining(SCHEDULES[schedule], 1024, 8) == published
+    assert remaining(SCHEDULES["linear"], 10, 5) == [8, 6, 4, 2, 0]  # floats come to a little less than 2
     for n, steps in itertools.product(range(20), range(1, 24)):
         left = [n, *remaining(SCHEDULES[schedule], n, steps)]
         shown = [a - b for a, b in itertools.pairwise(left)]

@@ -295,6 +295,7 @@ def test_guidance_outside_its_interval_is_left_out(make: Callable[..., UnifiedMo
         out = [session.append(Embeddings(values[a:b]), [block.piece(a, b - a)]) for a, b in ((0, 1), (1, 5), (5, 21))]
         ids = made.logits(torch.cat(out, 1)[0]).argmax(-1)
     assert torch.equal(ids[1:], final.values[1:])
+    assert ids[0] != final.values[0]
 
 
 def test_documents_stop_where_the_context_has_room_for_scales_and_image(make: Callable[..., UnifiedModel]) -> None:

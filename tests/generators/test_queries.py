@@ -399,6 +399,10 @@ def test_sana_counts_time_from_the_data() -> None:
     latents = x.unflatten(1, (2, 4)).permute(0, 3, 1, 2)  # (B, D, h, w)
     out = sana.network(latents, condition[:, 0], torch.tensor([750.0, 0.0])).sample  # of noise - data
     torch.testing.assert_close(v, -out.permute(0, 2, 3, 1).flatten(1, 2))
+    times = 0.0005 + 0.001 * torch.arange(40)
+    with torch.no_grad():
+        low = sana.bfloat16()(x[:1].expand(40, -1, -1), times, condition[:1].expand(40, -1, -1, -1), Grid(2, 4))
+    assert len(low.unique(dim=0)) == 40  # near the noise, where bf16 has eleven times for these
     made = queries(denoiser=functools.partial(Sana, settings=settings))
     blocks = planned(made)
     corrupted = made.corrupt(tokens(), blocks)

@@ -75,6 +75,19 @@ def test_the_loss_by_hand(loss: str) -> None:
         torch.testing.assert_close(lengths, torch.full((24,), 12**0.5))
 
 
+@pytest.mark.parametrize("order", ["raster", "parallel"])
+def test_guidance_of_a_cosine_changes_directions_alone(make: Callable[..., UnifiedModel], order: str) -> None:
+    model = make("cosine" if order == "raster" else "prefilled").double()
+    assert isinstance(model.generator, Regression)
+    model.generator.metric = "cosine"
+    plain, guided = (
+        sampled(begun(model, ["seven"], True), model, [Grid(4, 4)], RegressionSettings(guidance=scale)).values
+        for scale in (1.0, 3.0)
+    )
+    torch.testing.assert_close(guided.norm(dim=-1), torch.full((16,), 12**0.5, dtype=torch.float64))
+    assert not torch.allclose(guided, plain, atol=1e-3)
+
+
 def test_queries_know_nothing_of_the_tokens(make: Callable[..., UnifiedModel], mixed: list[Any]) -> None:
     """In parallel the loss depends on the tokens as targets alone, and as context where queries are private."""
     model = make("prefilled")

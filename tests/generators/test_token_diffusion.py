@@ -199,6 +199,35 @@ def test_steps_are_evaluations_of_the_backbone(make: Callable[..., UnifiedModel]
         assert torch.equal(row.values[: 4 * done], rows[-1].values[: 4 * done])
 
 
+@pytest.mark.parametrize("steps", [None, 8])
+def test_where_much_is_given_the_rest_is_drawn_in_the_last_steps(
+    make: Callable[..., UnifiedModel], steps: int | None
+) -> None:
+    """So guidance of the last half acts on it, and that of the first does not: as on the last tokens of any image."""
+    model, grid = make("token_random").double(), Grid(4, 4)
+    mask = torch.arange(16) < 12
+    known = Known(ImageTokens(torch.zeros(16, 12, dtype=torch.float64), (grid,)), mask)
+
+    def drawn(**settings: Any) -> Tensor:
+        asked = TokenDiffusionSettings(steps=steps, head_steps=2, rescale=0.5, **settings)
+        return sampled(begun(model, ["seven"], True), model, [grid], asked, [0], known)[-1].values
+
+    whole, early, late = (drawn(guidance=4.0, interval=ends) for ends in ((0.0, 1.0), (0.0, 0.4), (0.5, 1.0)))
+    assert torch.equal(late, whole)
+    assert torch.equal(early, drawn())
+    assert not torch.equal(late, early)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_images_that_have_nothing_to_draw_in_a_step_are_not_rescaled(make: Callable[..., UnifiedModel]) -> None:
+    model, grid = make("token_random"), Grid(4, 4)
+    masks = torch.cat([torch.arange(16) < 12, torch.zeros(16, dtype=torch.bool)])
+    known = Known(ImageTokens(torch.zeros(32, 12), (grid,) * 2), masks)
+    settings = TokenDiffusionSettings(head_steps=1, guidance=2.0, rescale=0.5)
+    out = sampled(begun(model, ["seven", "one"], True), model, [grid] * 2, settings, [0, 1], known)[-1].values
+    assert out.isfinite().all()
+
+
 def test_random_order_by_hand(make: Callable[..., UnifiedModel]) -> None:
     """An order and noise of the document's generator; masked tokens are peeked at, guided more and more, and put in."""
     model = make("token_random").double()
