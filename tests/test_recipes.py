@@ -326,6 +326,25 @@ def test_a_broken_picture_is_named_wherever_it_is_read(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_settings_that_the_architecture_page_lays_over_a_recipe_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (CONFIGS.parent / "docs" / "architecture.md").read_text()
+    (block,) = re.findall(r"```yaml\n(model:\n  init_args:\n    model:\n      generator:.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block)
+    flow = next(path for path in MODELS if name(path) == "digits_mot_flow")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "-c", str(flow), "-c", str(tmp_path / "mine.yaml"), "--print_config"])
+    assert end.value.code == 0
+    made = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["model"]["init_args"]
+    asked = yaml.safe_load(block)["model"]["init_args"]["model"]
+    settings = made["generator"]["init_args"]
+    assert settings["time_shift"] == {"tokens": 256}
+    assert settings["time_draw"] == "uniform"
+    assert asked["generator"]["init_args"]["sampling"].items() <= settings["sampling"].items()
+    assert made["sequence"]["write_size"]
+
+
 def test_the_short_overrides_of_the_readme_reach_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
     short = [
         "--trainer.max_steps", "2000", "--model.lr", "1e-3", "--model.model.tokenizer.patch", "8",

@@ -1,5 +1,6 @@
 """What is said of the designs: no more than the intervals do."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from scipy import stats
 from experiments.designs.gallery import DRAWS, gallery
 from experiments.designs.report import interval, orderings, table, verdict, write_report
 from experiments.designs.running import Row
-from experiments.designs.table import CLAIMS, DESIGNS, DIGITS
+from experiments.designs.table import CLAIMS, DESIGNS, DIGITS, SHAPES, World
 from unimodal.metrics.shares import wilson_interval
 
+PAGE = Path(__file__).parents[2] / "experiments" / "designs"
 NAMES = [design.name for design in DESIGNS]
 
 
@@ -82,6 +84,16 @@ def test_an_ordering_needs_intervals_apart(better: list[float], worse: list[floa
     assert said in verdict(a, b, "asked_digit", DIGITS)
     if len(better) > 1:
         assert "one seed" not in verdict(a, b, "asked_digit", DIGITS)
+
+
+@pytest.mark.parametrize(("world", "results"), [(DIGITS, "digits_quick.json"), (SHAPES, "shapes.json")])
+def test_the_tables_of_the_page_are_those_of_the_committed_rows(world: World, results: str) -> None:
+    page = (PAGE / "README.md").read_text()
+    rows = json.loads((PAGE / "results" / results).read_text())
+    for at in ("steps", "flops"):
+        mine = [row for row in rows if row["at"] == at]
+        assert table(mine, world) in page
+        assert orderings(mine, world) in page
 
 
 def test_the_report_has_every_design_both_points_and_every_claim(tmp_path: Path) -> None:
