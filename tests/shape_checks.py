@@ -7,6 +7,7 @@ all of them. And in each file of tests the first calls of a function are checked
 functions with a few shapes thousands of times, which made its tests four times as long.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -93,6 +94,16 @@ def jaxtyped(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
 def begin_file() -> None:
     """Calls are counted anew: what is checked in a file must not depend on those before it."""
     _FILE[0] += 1
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """For what a function itself says of arguments of another type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def first_checked(steps: Iterable[T], checked: int = 3) -> Iterator[T]:

@@ -476,8 +476,8 @@ def test_settings_that_the_recipe_does_not_have(
     refused(*draw(run, out, "--set", "renorm"), names=("--set", "NAME=VALUE", "renorm"), absent=out)
     refused(*draw(run, out, "--set", "renorm=some"), names=("renorm", "none or channel or global", "some"), absent=out)
     refused(*draw(run, out, "--set", "interval=[0, x]"), names=("interval", "a finite number", "x"), absent=out)
-    refused(*draw(run, out, "--set", "steps=2.5"), names=("steps", "int", "2.5"), absent=out)
-    refused(*draw(run, out, "--set", "steps=null"), names=("steps", "int", "None"), absent=out)
+    refused(*draw(run, out, "--set", "steps=2.5"), names=("steps", "a whole number", "2.5"), absent=out)
+    refused(*draw(run, out, "--set", "steps=null"), names=("steps", "a whole number", "None"), absent=out)
     twice = [*draw(run, out, "--set", "steps=2"), "--steps", "3"]
     refused(*twice, names=("--set", "steps", "once", "twice"), absent=out)
     refused(*draw(run, out, "--set", "colour=red"), names=("colour", "renorm"), absent=out)

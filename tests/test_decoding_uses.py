@@ -8,6 +8,7 @@ import pytest
 import torch
 from generator_cases import WHOLE
 from PIL import Image
+from shape_checks import unchecked
 
 from unimodal.decoding import decode, stream
 from unimodal.decoding_settings import DecodingSettings, Inpaint, Piece
@@ -196,9 +197,9 @@ def test_a_document_ends_before_a_stop(
 
 def test_an_empty_stop_is_refused() -> None:
     for stop in (("a", ""), "ab"):
-        with pytest.raises(ValueError, match="stop: expected a tuple of texts that are not empty, got"):
+        with unchecked(), pytest.raises(ValueError, match="stop: expected a tuple of texts that are not empty, got"):
             DecodingSettings(stop=stop)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="start: expected text or image, got 'picture'"):
+    with unchecked(), pytest.raises(ValueError, match="start: expected text or image, got 'picture'"):
         DecodingSettings("picture")  # type: ignore[arg-type]
 
 

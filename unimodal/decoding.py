@@ -86,7 +86,7 @@ class _Decoder:
     def _tokens(self, runs: Sequence[Run]) -> int:
         """Of a prompt, in the branch that reads most of it."""
         pictures = [run.image for run in runs if run.image is not None]
-        forms = self._forms(pictures, self._ending(self._pixels(pictures)), drawn=False)
+        forms = self._forms(pictures, self._ending(pictures), drawn=False)
         texts = (sum(len(run.ids if branch.text else run.without_text) for run in runs) for branch in self.branches)
         return max(texts) + sum(block.length for blocks in forms for block in blocks)
 
@@ -116,7 +116,7 @@ class _Decoder:
         """The forms in which one image a row is context, each of one block; `drawn` are the tokens of drawn ones."""
         model, generator = self.model, self.model.generator
         pixels = self._pixels(pictures)
-        tokens = self._ending(pixels) if drawn is None else drawn
+        tokens = self._ending(pictures) if drawn is None else drawn
         for blocks in zip(*self._forms(pictures, tokens, drawn is not None), strict=True):
             if blocks[0].kind == TokenKind.UNDERSTANDING:
                 yield Embeddings(model.understand(pixels)), list(blocks)
@@ -133,10 +133,12 @@ class _Decoder:
     def _pixels(self, pictures: Sequence[np.ndarray]) -> list[Float[Tensor, "3 _ _"]]:
         return [to_tensor([picture])[0].to(self.model.backbone.embedding.weight) for picture in pictures]
 
-    def _ending(self, pixels: Sequence[Float[Tensor, "3 _ _"]]) -> ImageTokens | None:
+    def _ending(self, pictures: Sequence[np.ndarray]) -> ImageTokens | None:
         """Tokens of given images where they say how many places an image takes; None where its size does."""
         ends = self.model.generator.ends
-        return None if ends is None or not pixels else self.model.tokenizer.encode_each(pixels).until(ends)
+        if ends is None or not pictures:
+            return None
+        return self.model.tokenizer.encode_each(self._pixels(pictures)).until(ends)
 
     def run(self) -> Iterator[Piece]:
         """Write behind each prompt; pieces come where something listens."""
