@@ -18,6 +18,7 @@ from unimodal.session import Session
 from unimodal.text import TextTokenizer
 from unimodal_generators import (
     ChoiceSettings,
+    DiffusionSettings,
     FlowSettings,
     MaskedSettings,
     RegressionSettings,
@@ -358,6 +359,10 @@ def test_any_whole_number_is_a_seed(make: Make) -> None:
         ("next_scale", MaskedSettings(), "sampling: expected ChoiceSettings, got MaskedSettings"),
         ("token_raster", TokenDiffusionSettings(steps=3), "steps: raster order .* got 3"),
         ("prefilled", RegressionSettings(interval=(0.0, 0.5)), "interval: in parallel there is one step"),
+        ("joint", MaskedSettings(text_steps=4), r"text_steps: expected at most one an id of a block \(3\), got 4"),
+        ("cosine", RegressionSettings(renorm="global"), "renorm, rescale: a cosine's .* got global and 0.0"),
+        ("cosine", RegressionSettings(rescale=0.5), "renorm, rescale: a cosine's .* got none and 0.5"),
+        ("diffusion", DiffusionSettings(steps=1000), "steps: expected 1 to 996 network evaluations, got 1000"),
         ("diffusion", FlowSettings(), "sampling: expected DiffusionSettings, got FlowSettings"),
         ("queries", ChoiceSettings(), "sampling: expected FlowSettings, got ChoiceSettings"),
     ],
@@ -368,6 +373,15 @@ def test_settings_of_images_are_refused_before_a_text_begins(
     pieces = stream(make(name), [PROMPT], DecodingSettings(image=image), [0])
     with pytest.raises(ValueError, match=message):
         next(pieces)
+
+
+def test_settings_of_images_do_not_matter_where_none_is_drawn(make: Make) -> None:
+    model, reading = make("masked", drop_text=0.0), DecodingSettings(max_tokens=2, max_images=0)
+    plain = decode(model, [PROMPT], reading, [0])
+    for image in (MaskedSettings(steps=17), MaskedSettings(guidance=2.0), FlowSettings()):
+        assert decode(model, [PROMPT], replace(reading, image=image), [0]) == plain
+    with pytest.raises(ValueError, match=r"negative: expected none where no image is drawn \(max_images 0\), got 'x'"):
+        DecodingSettings(max_images=0, negative="x")
 
 
 def test_a_prompt_is_as_long_as_its_longest_branch(make: Make) -> None:
@@ -381,6 +395,9 @@ def test_a_prompt_is_as_long_as_its_longest_branch(make: Make) -> None:
     assert len(decode(model, [prompt], settings, [0])) == 1
     with pytest.raises(ValueError, match=r"prompt 0: it has \d+ tokens, with \d+ of negative in the place of its text"):
         decode(model, [prompt], replace(settings, negative=words * 2), [0])
+    long = Document((Part("x " * 80, learn=False),))
+    with pytest.raises(ValueError, match=r"prompt 0: it has \d+ tokens, more than"):  # whatever the other words
+        decode(model, [long], settings, [0])
 
 
 def test_reading_computes_one_branch(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,15 +63,16 @@ class _Decoder:
         sizes = sizes if settings.size is None else [settings.size]
         self.sizes = {model.sequencer.size(*size): model.tokenizer.layout.grid(*size) for size in sizes}  # as written
         self.room = max(len(ids) + self._drawn(grid) for ids, grid in self.sizes.items())  # an image's, at most
-        model.generator.check_sampling(self.image, list(self.sizes.values()))
+        if settings.max_images or model.generator.text is not None:  # these say how text is written, too
+            model.generator.check_sampling(self.image, list(self.sizes.values()))
         self.branches = self.image.branches if settings.max_images else (Branch(),)  # text is not guided
         never = [*self.model.text.unused(sum(map(len, model.backbone.tables))), self.special.bos, self.special.eoi]
         self.never = torch.tensor(never, device=model.backbone.embedding.weight.device)
         self.capacity = model.sequence.context_length
-        prompts = [self._tokens(run) for run in runs]
+        prompts = [self._tokens(run, self.branches) for run in runs]
         for i, (tokens, run) in enumerate(zip(prompts, runs, strict=True)):
             if tokens > self.capacity:
-                led = sum(len(r.instead) for r in run)
+                led = sum(len(r.instead) for r in run) if tokens > self._tokens(run, (Branch(),)) else 0
                 why = f", with {led} of negative in the place of its text" if led else ""
                 raise ValueError(
                     f"prompt {i}: it has {tokens} tokens{why}, more than this recipe's sequence.context_length "
@@ -83,12 +84,16 @@ class _Decoder:
         self.rows = [_Row(torch.Generator().manual_seed(seed)) for seed in seeds]
         self._prefill(runs)
 
-    def _tokens(self, runs: Sequence[Run]) -> int:
-        """Of a prompt, in the branch that reads most of it."""
+    def _tokens(self, runs: Sequence[Run], branches: Sequence[Branch]) -> int:
+        """Of a prompt, in the branch that reads most of it; images that may end early are encoded if it matters."""
         pictures = [run.image for run in runs if run.image is not None]
-        forms = self._forms(pictures, self._ending(pictures), drawn=False)
-        texts = (sum(len(run.ids if branch.text else run.without_text) for run in runs) for branch in self.branches)
-        return max(texts) + sum(block.length for blocks in forms for block in blocks)
+        text = max(sum(len(run.ids if branch.text else run.without_text) for run in runs) for branch in branches)
+
+        def count(tokens: ImageTokens | None) -> int:
+            return text + sum(block.length for blocks in self._forms(pictures, tokens, drawn=False) for block in blocks)
+
+        most = count(None)
+        return count(self._ending(pictures)) if most > self.capacity else most
 
     def _drawn(self, grid: Grid) -> int:
         """Tokens a drawn image needs at most: what stays of drawing it, and more that is peeked at or read again."""
@@ -416,7 +421,8 @@ def _decoder(
     if settings.size is not None and tuple(settings.size) not in {tuple(s) for s in model.sequence.image_sizes}:
         allowed = ", ".join(f"{w}x{h}" for h, w in model.sequence.image_sizes)
         raise ValueError(f"size: this recipe draws {allowed}, got {settings.size[1]}x{settings.size[0]}")
-    check_guidance(model, settings.image or model.generator.sampling, settings.negative)
+    if settings.max_images:
+        check_guidance(model, settings.image or model.generator.sampling, settings.negative)
     if not documents:
         return None
     with _inference(model):

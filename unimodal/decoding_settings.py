@@ -51,7 +51,7 @@ class DecodingSettings:
     def __post_init__(self) -> None:
         if self.start not in ("text", "image"):
             raise ValueError(f"start: expected text or image, got {self.start!r}")
-        if isinstance(self.stop, str) or "" in self.stop:
+        if "" in self.stop:  # as it is in every text that is given for a tuple
             raise ValueError(f"stop: expected a tuple of texts that are not empty, got {self.stop!r}")
         if self.max_tokens < 0 or self.max_images < 0:
             raise ValueError(
@@ -59,6 +59,8 @@ class DecodingSettings:
             )
         if self.start == "image" and self.max_images == 0:
             raise ValueError("max_images: expected at least 1 to start with an image, got 0")
+        if self.negative and self.max_images == 0:
+            raise ValueError(f"negative: expected none where no image is drawn (max_images 0), got {self.negative!r}")
         check_choice(self.temperature, self.top_k, self.top_p)
 
 

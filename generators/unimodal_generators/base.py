@@ -8,8 +8,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import (
@@ -138,7 +139,7 @@ class SamplingSettings:
     image_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]  # mypy: a class whose objects compare
             object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
         for name, ends in (("interval", self.interval), ("image_interval", self.image_interval or self.interval)):
             if not 0 <= ends[0] <= ends[1] <= 1:
@@ -188,8 +189,15 @@ class SamplingSettings:
         return replace(self, **settings)
 
 
+@cache
+def _hints(settings: type[SamplingSettings]) -> dict[str, Any]:
+    """The type of each setting."""
+    known = get_type_hints(settings)
+    return {field.name: known[field.name] for field in fields(settings)}
+
+
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """A setting's value as its type has it."""
+    """A setting's value as its type has it; types of others' settings that this does not know hold anything."""
     kinds = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         for kind in kinds:
@@ -199,15 +207,18 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         if value in kinds:
             return value
     elif get_origin(hint) is tuple:
+        if isinstance(value, list | tuple) and kinds[-1] is Ellipsis:
+            return tuple(_typed(name, one, kinds[0]) for one in value)
         if isinstance(value, list | tuple) and len(value) == len(kinds):
             return tuple(_typed(name, one, kind) for one, kind in zip(value, kinds, strict=True))
     elif hint is float:
-        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        with suppress(OverflowError):
+            if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+                return float(value)
     elif hint is int:
         if isinstance(value, Integral) and not isinstance(value, bool):
             return int(value)
-    elif isinstance(value, hint):
+    elif hint is Any or not isinstance(hint, type) or isinstance(value, hint):
         return value
     raise ValueError(f"{name}: expected {_in_words(hint)}, got {value!r}")
 
@@ -353,6 +364,8 @@ class ImageGenerator(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        if not hasattr(type(self), "settings"):
+            raise ValueError(f"settings: expected {type(self).__name__} to name the class of its sampler's settings")
         self.text: MaskedText | None = None  # how learned text is hidden; without, it is learned token by token
 
     def bind(self, tokenizer: ImageTokenizer, rows: Callable[[], ImageRows] | None = None) -> None:

@@ -123,7 +123,9 @@ class Masked(Discrete):
         least = min(grid.length for grid in grids)
         if settings.steps > least:
             raise ValueError(f"steps: expected at most one an id ({least}), got {settings.steps}")
-        if settings.text_steps is not None and self.text is None:
+        if self.text is not None:
+            self.text.steps(settings)
+        elif settings.text_steps is not None:
             raise ValueError(
                 f"text_steps: expected none, because this recipe's text is written id by id, got {settings.text_steps}"
             )

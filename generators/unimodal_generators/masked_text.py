@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unimodal_generators.base import Block, DecodingSession, Embeddings, Grid, SamplingSettings, TokenKind
-from unimodal_generators.unmasking import hidden_count, masked_settings, schedule_named, unmask
+from unimodal_generators.unmasking import MaskedSettings, hidden_count, masked_settings, schedule_named, unmask
 
 HIDDEN = -1  # stands for a text id that is hidden
 Read = Callable[[Int[Tensor, " T"]], Float[Tensor, "T C"]]
@@ -99,18 +99,22 @@ class MaskedText(nn.Module):
             rngs: one a document: a block depends on its own alone.
         """
         settings = masked_settings(settings)
-        steps = self.block if settings.text_steps is None else settings.text_steps
-        if steps > self.block:
-            raise ValueError(f"text_steps: expected at most one an id of a block ({self.block}), got {steps}")
 
         def scores(ids: Int[Tensor, " T"], step: int) -> Float[Tensor, "T V"]:
             return score(self._peek(session, read, ids))
 
-        lengths, settings = [self.block] * len(rngs), replace(settings, steps=steps)
+        lengths, settings = [self.block] * len(rngs), replace(settings, steps=self.steps(settings))
         ids = torch.full((sum(lengths),), HIDDEN, device=self.hidden.device)
         every = torch.ones(len(ids), dtype=torch.bool)
         *_, drawn = unmask(scores, ids, every, lengths, self.schedule, settings, rngs, HIDDEN)
         return drawn.view(-1, self.block)  # (T,) -> (R, B)
+
+    def steps(self, settings: MaskedSettings) -> int:
+        """Network evaluations a block; refuses more than it has ids."""
+        steps = self.block if settings.text_steps is None else settings.text_steps
+        if steps > self.block:
+            raise ValueError(f"text_steps: expected at most one an id of a block ({self.block}), got {steps}")
+        return steps
 
     def follow(
         self, session: DecodingSession, read: Read, texts: Sequence[Sequence[int]]

@@ -124,8 +124,14 @@ class Regression(ImageGenerator):
         return {"image": LossTerm(error.sum(), len(targets))}
 
     def check_sampling(self, settings: SamplingSettings, grids: Sequence[Grid]) -> None:
-        """In parallel there is one step, and no part of it."""
+        """In parallel there is one step, and no part of it; a cosine has its length already."""
         super().check_sampling(settings, grids)
+        assert isinstance(settings, RegressionSettings)
+        if self.metric == "cosine" and (settings.renorm != "none" or settings.rescale):
+            given = f"{settings.renorm} and {settings.rescale}"
+            raise ValueError(
+                f"renorm, rescale: a cosine's predictions keep their length, expected none and 0, got {given}"
+            )
         for name, ends in (("interval", settings.interval), ("image_interval", settings.image_interval)):
             if self.order == "parallel" and ends not in (None, (0.0, 1.0)):
                 raise ValueError(f"{name}: in parallel there is one step, expected 0.0 to 1.0, got {ends}")

@@ -8,9 +8,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
+import shape_checks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,9 +77,8 @@ def check_caption(text: str, scene: Scene) -> None:
 @pytest.fixture
 def unchecked():
     """Without the tests' own check of types, which would refuse a wrong word before the code does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with shape_checks.unchecked():
+        yield
 
 
 # ---- shapes, pixels

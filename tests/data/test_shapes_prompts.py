@@ -5,9 +5,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
+import shape_checks
 
 from unimodal.data.shapes import HELD_OUT, PROMPT_TASKS, Scene, prompts, render_prompt
 
@@ -23,9 +23,8 @@ holds, told, check_rules = readings.holds, readings.told, readings.check_rules
 @pytest.fixture
 def unchecked():
     """Without the tests' own check of types, which would refuse a wrong word before the code does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with shape_checks.unchecked():
+        yield
 
 
 def fulfils(record, scene: Scene) -> bool:

@@ -3,8 +3,8 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from unimodal.model import UnifiedModel
 from unimodal_generators import (
     ChoiceSettings,
     DiffusionSettings,
+    Flow,
     FlowSettings,
     SamplingSettings,
     TokenDiffusionSettings,
@@ -81,6 +82,8 @@ def test_override_changes_what_is_given() -> None:
         (FlowSettings, "steps", "4", "a whole number"),
         (FlowSettings, "steps", True, "a whole number"),
         (FlowSettings, "shift", math.inf, "a finite number or RootShift or LogShift"),
+        (FlowSettings, "guidance", True, "a finite number"),
+        (FlowSettings, "guidance", 10**400, "a finite number"),
         (FlowSettings, "renorm", "foo", "none or channel or global"),
         (FlowSettings, "interval", (0.5,), r"2 values \(a finite number, a finite number\)"),
         (ChoiceSettings, "guidance", math.nan, "a finite number"),
@@ -96,6 +99,29 @@ def test_what_is_no_setting_is_refused_in_words(
     for made in (lambda: kind(**{name: value}), lambda: kind().override(**{name: value})):
         with pytest.raises(ValueError, match=rf"^{name}: expected {expected}, got {re.escape(repr(value))}$"):
             made()
+
+
+@dataclass(frozen=True)
+class Mine(FlowSettings):
+    """As somebody else may write them."""
+
+    LIMIT: ClassVar[int] = 3
+    weights: tuple[float, ...] = ()
+    rule: Callable[[int], int] | None = None
+    anything: Any = None
+
+
+def test_settings_of_one_s_own_have_any_type() -> None:
+    mine = Mine(weights=[1, 2.5], rule=abs, anything={}, steps=3)  # type: ignore[arg-type]
+    assert (mine.weights, mine.rule, mine.anything, mine.LIMIT) == ((1.0, 2.5), abs, {}, 3)
+    with pytest.raises(ValueError, match="weights: expected a finite number, got 'x'"):
+        mine.override(weights=("x",))
+
+
+def test_a_generator_names_its_settings(monkeypatch: pytest.MonkeyPatch, make: Callable[..., UnifiedModel]) -> None:
+    monkeypatch.delattr(Flow, "settings")
+    with pytest.raises(ValueError, match="settings: expected Flow to name the class of its sampler's settings"):
+        make("flow")
 
 
 def test_settings_are_taken_as_command_lines_and_yaml_give_them() -> None:
