@@ -236,6 +236,10 @@ def test_a_wrong_key_or_value_is_named(yaml: str, name: str, tiny: Path, tmp_pat
         ("--seed_everything", "abc", "abc"),
         ("--init", "nowhere", "nowhere"),
         ("--model.init_args.tokenizer_weights", "nowhere", "nowhere"),
+        ("--model.init_args.image_weight", "-2", "image_weight: expected a number of 0 or more, got -2.0"),
+        ("--trainer.limit_train_batches", "1", "trainer.limit_train_batches: expected 1.0"),
+        ("--trainer.overfit_batches", "1", "trainer.limit_train_batches: expected 1.0, and no overfit_batches"),
+        ("--trainer.accumulate_grad_batches", "0", "trainer.accumulate_grad_batches: expected at least 1, got 0"),
     ],
 )
 def test_wrong_options_are_named(

@@ -24,6 +24,14 @@ GENERATED = "generated"
 _SHOWN_SIDE = 64  # pixels on a page: images with a shorter long side are enlarged to about this
 
 
+def check_unicode(name: str, text: str) -> None:
+    """ValueError for what UTF-8 cannot hold, though JSON can spell it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected Unicode text, got a lone surrogate at {error.start}") from None
+
+
 @dataclass(frozen=True)
 class Part:
     """One text or one image of a document.
@@ -44,14 +52,12 @@ class Part:
     def __post_init__(self) -> None:
         """Refuse what no tokenizer could take, where it enters."""
         if isinstance(self.content, str):
-            try:
-                self.content.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ValueError(f"content: expected Unicode text, got a lone surrogate at {error.start}") from None
+            check_unicode("content", self.content)
         elif not isinstance(self.content, Image.Image):
             raise ValueError(f"content: expected str or PIL.Image.Image, got {type(self.content).__name__}")
         elif 0 in self.content.size:
             raise ValueError(f"content: expected an image with pixels, got size {self.content.size}")
+        check_unicode("role", self.role)
 
     @property
     def is_text(self) -> bool:
@@ -94,6 +100,7 @@ class Document:
         """Refuse a list or bare strings: a frozen record must not change behind its back."""
         if not isinstance(self.parts, tuple):
             raise ValueError(f"parts: expected a tuple of Part, got {type(self.parts).__name__}")
+        check_unicode("kind", self.kind)
         for position, part in enumerate(self.parts):
             if not isinstance(part, Part):
                 raise ValueError(f"parts[{position}]: expected Part, got {type(part).__name__}")
@@ -187,7 +194,7 @@ def each_json_line(path: str | Path) -> Iterator[JsonLine | ValueError]:
             record = json.loads(text)
         except UnicodeDecodeError:
             yield ValueError(f"{where}: expected UTF-8, got other bytes")
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, or a number of more digits than Python reads
             yield ValueError(f"{where}: expected one JSON object on the line, got {one_line(error)}")
         else:
             found = type(record).__name__

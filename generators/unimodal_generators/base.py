@@ -182,9 +182,10 @@ class SamplingSettings:
 
     def override(self, **settings: Any) -> "SamplingSettings":
         """A copy with those `settings`, each of which must exist here."""
+        known = [field.name for field in fields(self)]
         for name in settings:
-            if name not in self.__dataclass_fields__:
-                listed = ", ".join(self.__dataclass_fields__)
+            if name not in known:
+                listed = ", ".join(known)
                 raise ValueError(f"{name}: this recipe's generator has no such sampling setting; it has {listed}")
         return replace(self, **settings)
 

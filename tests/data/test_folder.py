@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
 
@@ -132,6 +133,15 @@ def test_images_without_caption_are_left_out_and_said(tmp_path: Path, caplog: py
     assert "bare.png" in caplog.text
 
 
+def test_names_of_files_need_not_be_text(tmp_path: Path) -> None:
+    captioned(tmp_path, 2)
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes((save(tmp_path / "x.png")).read_bytes())
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("odd")
+    found = [FolderSource(tmp_path, split) for split in ("train", "val")]
+    assert sum(len(source) for source in found) == 3
+    assert "odd" in {text for source in found for text in source.corpus()}
+
+
 def test_links_inside_a_folder_of_files_are_followed(tmp_path: Path) -> None:
     root = captioned(tmp_path / "root", 2)
     (root / "linked.png").symlink_to(save(tmp_path / "elsewhere.png"))
@@ -159,6 +169,9 @@ GOOD = '{"image": "a.png", "caption": "a"}'
         ('{"image": "../a.png", "caption": "a"}', "inside the folder"),
         ('{"image": "gone.png", "caption": "a"}', "'gone.png', which is missing"),
         ('{"parts": [{"text": "a"}]}', "expected a caption as on the first line"),
+        (r'{"image": "a.png", "caption": "\ud800"}', "text: expected Unicode text, got a lone surrogate at 0"),
+        ('{"image": "' + "c" * 300 + '.png", "caption": "a"}', "which is no name of a file"),
+        ('{"image": "a.png", "caption": "a", "n": ' + "1" * 5000 + "}", "expected one JSON object on the line"),
     ],
 )
 def test_a_bad_line_is_one_broken_document(tmp_path: Path, line: str, message: str) -> None:

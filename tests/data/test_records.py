@@ -234,6 +234,18 @@ def test_a_json_list_with_a_mistake_keeps_what_is_before_it(tmp_path: Path) -> N
     assert everything(JsonlSource([str(path), str(tmp_path / "b.json")]))[3].endswith("got an empty file")
 
 
+@pytest.mark.parametrize("behind", ['\n[{"text": "c"}]', " trailing {garbage"])
+def test_what_is_behind_a_json_list_is_damage(behind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}]' + behind)
+    found = everything(JsonlSource(str(path)))
+    assert found[0] == "a"
+    assert found[1].startswith(f"! {path}: expected a JSON list, got ")
+    assert "behind its end behind 1 records" in found[1]
+    path.write_text('[{"text": "a"}] \n')
+    assert everything(JsonlSource(str(path))) == ["a"]
+
+
 def test_images_of_lines_stay_in_their_folder(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png(1))
     names = ["../secret.png", str(tmp_path / "secret.png"), "gone.png", "folder"]
@@ -245,6 +257,22 @@ def test_images_of_lines_stay_in_their_folder(tmp_path: Path) -> None:
     assert "relative path" in said[1]
     assert "No such file" in said[2]
     assert "directory" in said[3]
+
+
+def test_a_value_that_python_has_not_is_one_broken_row(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    texts = pa.array([b"a", b"\xff", b"c", b"d"], pa.binary()).view(pa.string())
+    days = pa.array([0, 0, 2**30, 0], pa.int32()).view(pa.date32())
+    images = pa.array([{"bytes": png(n), "path": None} for n in range(4)])
+    pq.write_table(pa.table({"image": images, "caption": texts, "day": days}), tmp_path / "a.parquet")
+    found = everything(ParquetSource(str(tmp_path)))
+    assert found[::3] == ["a", "d"]
+    for row in (1, 2):
+        assert found[row].startswith(
+            f"! {tmp_path / 'a.parquet'}: row {row}: expected values that Python can hold, got "
+        )
 
 
 def test_a_parquet_file_that_is_cut_off_or_vanishes(tmp_path: Path) -> None:
@@ -365,6 +393,21 @@ def test_an_order_holds_every_document_once_and_few_shards_at_a_time(tmp_path: P
     assert max(open_at) <= WINDOW
     assert order.tolist() == source.order(0, np.random.default_rng(1)).tolist()
     assert order.tolist() != source.order(0, np.random.default_rng(2)).tolist()
+
+
+def test_members_of_a_record_are_what_its_json_says_beside_them(tmp_path: Path) -> None:
+    """Whatever their order: keys of the .json do not hide files."""
+    said = json.dumps({"txt": None, "jpg": None, "more": 1}).encode()
+    write_tar(tmp_path / "a.tar", [("3.jpg", png(1)), ("3.txt", b"one"), ("3.json", said)])
+    write_tar(tmp_path / "b.tar", [("3.json", said), ("3.jpg", png(1)), ("3.txt", b"one")])
+    source = TarSource(str(tmp_path), Pairs())
+    assert everything(source) == ["one", "one"]
+    assert [source.record(i).fields["more"] for i in range(2)] == [1, 1]
+
+
+def test_a_range_that_falls_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"paths: expected a range that rises, got \{5\.\.3\} in x\{5\.\.3\}\.jsonl"):
+        find_files("x{5..3}.jsonl", (".jsonl",), "paths")
 
 
 def test_ranges_patterns_and_folders_name_the_same_files(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -288,7 +288,7 @@ def every_settings() -> list[type[SamplingSettings]]:
 def test_every_setting_may_be_given_what_it_is(kind: type[SamplingSettings]) -> None:
     """Whatever type it has: unions and classes too."""
     made = kind()
-    for name in kind.__dataclass_fields__:
+    for name in (field.name for field in fields(kind)):
         value = getattr(made, name)
         assert getattr(made.override(**{name: value}), name) == value
 

@@ -120,6 +120,18 @@ def test_every_trained_parameter_has_one_optimizer() -> None:
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
 
 
+def test_matrices_may_be_all_that_learns() -> None:
+    net = Net()
+    for parameter in net.parameters():
+        parameter.requires_grad_(parameter is net.linear.weight)
+    optimizer, before = muon_and_adamw(net), net.linear.weight.detach().clone()
+    steps(net, optimizer, 2, seed=1)
+    assert not torch.equal(net.linear.weight, before)
+    other = muon_and_adamw(net)
+    other.load_state_dict(optimizer.state_dict())
+    steps(net, other, 1, seed=2)
+
+
 def test_both_step_as_they_would_alone() -> None:
     torch.manual_seed(0)
     net, alone = Net(), Net()

@@ -13,7 +13,16 @@ import numpy as np
 
 from unimodal.data.records import DocumentRules
 from unimodal.data.source import BrokenDocument, described, digest, names_and_sizes
-from unimodal.documents import Document, DocumentRecord, JsonLine, Part, contained_path, document_record, each_json_line
+from unimodal.documents import (
+    Document,
+    DocumentRecord,
+    JsonLine,
+    Part,
+    check_unicode,
+    contained_path,
+    document_record,
+    each_json_line,
+)
 from unimodal.images import load_image
 
 Task = Literal["text_to_image", "image_to_text", "image"]
@@ -230,9 +239,13 @@ def _listed_item(line: JsonLine | ValueError, root: Path, written: bool) -> _Ite
     if ("parts" in line.record) != written:
         raise ValueError(f"{line.where}: expected {'a document' if written else 'a caption'} as on the first line")
     item: _Item = _Written(document_record(line, root)) if written else _captioned_line(line, root)
+    try:
+        check_unicode("text", item.text)
+    except ValueError as error:
+        raise ValueError(f"{line.where}: {error}") from None
     for image in _images(item):
-        if not image.is_file():
-            found = f"{image.name!r}, which is {_what(image)}"
+        if (what := _what(image)) != "a file":
+            found = f"{image.name!r}, which is {what}"
             raise ValueError(f"{line.where}: image: expected an image file, got {found}")
     return item
 
@@ -285,7 +298,10 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def _in_validation(keys: list[str], share: float) -> list[bool]:
-    places = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in keys}
+    places = {
+        key: int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+        for key in keys
+    }
     held_out = {key for key, place in places.items() if place < share}
     if len(places) >= 2:
         order = sorted(places, key=lambda key: (places[key], key))
@@ -294,4 +310,7 @@ def _in_validation(keys: list[str], share: float) -> list[bool]:
 
 
 def _what(path: Path) -> str:
-    return "a file" if path.is_file() else "a folder" if path.is_dir() else "missing"
+    try:
+        return "a file" if path.is_file() else "a folder" if path.is_dir() else "missing"
+    except OSError:  # as on systems that have no names so long
+        return "no name of a file"

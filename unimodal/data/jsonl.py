@@ -119,6 +119,8 @@ def _list_spans(path: Path, data: bytes) -> Spans:
         while True:
             gap = _blank(text, at)
             if text[gap : gap + 1] == "]":
+                if rest := text[gap + 1 :].strip():
+                    raise ValueError(f"{rest[:20]!r} behind its end")
                 break
             _, end = decoder.raw_decode(text, gap)
             byte += gap - at  # blanks and commas are one byte each

@@ -175,11 +175,14 @@ class DocumentData(LightningDataModule):
 
 
 def refuse_limit(trainer: Trainer) -> None:
-    """ValueError where a trainer would begin data anew that has no end."""
-    if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    """ValueError where a trainer would begin data anew that has no end, or make no step of any of it."""
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches: expected at least 1, got {trainer.accumulate_grad_batches}")
+    limit = trainer.limit_train_batches  # overfit_batches sets it, too; 1 is one batch, 1.0 are all
+    if (limit != 1.0 or isinstance(limit, int)) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ValueError(
-            "trainer.limit_train_batches: expected 1.0 (the data has no end, trainer.max_steps ends a run), "
-            f"got {trainer.limit_train_batches}"
+            "trainer.limit_train_batches: expected 1.0, and no overfit_batches (the data has no end, trainer.max_steps "
+            f"ends a run), got {limit}"
         )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from unimodal.data.records import WINDOW, DocumentRules, FilesOf, Layout, Record, RecordSource, find_files
 from unimodal.data.source import BrokenDocument
+from unimodal.files import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,9 +56,14 @@ class ParquetSource(RecordSource):
         group = self._groups[number]
         if group.damage:
             raise BrokenDocument(str(group.path), group.damage)
-        fields = self._table(number).slice(row, 1).to_pylist()[0]
+        where = f"{group.path}: row {group.first + row}"
+        table = self._table(number)
+        try:
+            fields = table.slice(row, 1).to_pylist()[0]
+        except (ValueError, OverflowError) as error:  # text that is no UTF-8, a date that Python has not, ...
+            raise BrokenDocument(where, f"expected values that Python can hold, got {one_line(error)}") from None
         folder = group.path.parent if self.images is None else Path(self.images)
-        return Record(f"{group.path}: row {group.first + row}", fields, FilesOf(folder))
+        return Record(where, fields, FilesOf(folder))
 
     def _table(self, number: int) -> pa.Table:
         """A row group; those of one shuffling window stay in memory."""

@@ -330,7 +330,7 @@ def find_files(paths: str | Sequence[str], suffixes: Sequence[str], key: str) ->
     for name in [paths] if isinstance(paths, str) else paths:
         if _ADDRESS.match(name):
             raise ValueError(f"{key}: expected files on this machine, got the address {name}")
-        for one in _ranged(name):
+        for one in _ranged(name, key):
             if Path(one).is_dir():
                 here = sorted(p for p in Path(one).rglob("*") if p.name.endswith(tuple(suffixes)) and p.is_file())
             elif glob.has_magic(one) and not Path(one).exists():
@@ -346,13 +346,17 @@ def find_files(paths: str | Sequence[str], suffixes: Sequence[str], key: str) ->
     return found
 
 
-def _ranged(name: str) -> list[str]:
+def _ranged(name: str, key: str) -> list[str]:
     match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if match is None:
         return [name]
     first, last = match.groups()
+    if int(last) < int(first):
+        raise ValueError(f"{key}: expected a range that rises, got {match[0]} in {name}")
     numbers = range(int(first), int(last) + 1)
-    return [one for n in numbers for one in _ranged(f"{name[: match.start()]}{n:0{len(first)}d}{name[match.end() :]}")]
+    return [
+        one for n in numbers for one in _ranged(f"{name[: match.start()]}{n:0{len(first)}d}{name[match.end() :]}", key)
+    ]
 
 
 @dataclass(frozen=True)

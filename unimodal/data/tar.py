@@ -70,15 +70,16 @@ class TarSource(RecordSource):
         members = tar.members(sample)
         where = f"{tar.path}: {_key(members[0].name)[0]}"
         fields: dict[str, object] = {}
+        said: dict[str, object] = {}  # by the .json, beside what is there itself
         for member in members:
             suffix = _key(member.name)[1].lower()
             if suffix == "json":
-                fields |= decode_object(read_span(tar.path, member.start, member.size), f"{tar.path}: {member.name}")
+                said = decode_object(read_span(tar.path, member.start, member.size), f"{tar.path}: {member.name}")
             elif suffix in _TEXTS:
                 fields[suffix] = read_span(tar.path, member.start, member.size)
             else:
                 fields[suffix] = _raw(tar.path, member)
-        return Record(where, fields, partial(_member, tar.path, members))
+        return Record(where, said | fields, partial(_member, tar.path, members))
 
 
 @dataclass(frozen=True)

@@ -121,14 +121,17 @@ class MuonAdamW(torch.optim.Optimizer):
         self.muon = torch.optim.Muon(
             matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
         )
-        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=betas)
-        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self.adamw = (
+            torch.optim.AdamW(groups, lr=lr, betas=betas) if groups else None
+        )  # freeze may leave matrices alone
+        super().__init__([*self.muon.param_groups, *(self.adamw.param_groups if self.adamw else [])], {})
         self._join()
 
     def _join(self) -> None:
         """Have both step on the groups and the state that this one saves and loads."""
-        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        self.muon.state = self.adamw.state = self.state
+        self.muon.param_groups, self.muon.state = self.param_groups[:1], self.state
+        if self.adamw is not None:
+            self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Loading puts new groups and a new state in their place."""
@@ -142,7 +145,8 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.muon.step()
-        self.adamw.step()
+        if self.adamw is not None:
+            self.adamw.step()
         return loss
 
 

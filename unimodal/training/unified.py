@@ -1,5 +1,6 @@
 """Training of a unified model: text and image losses over packed documents."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,6 +98,9 @@ class UnifiedTraining(LightningModule):
             raise ValueError(f"muon_lr: expected a number above 0, got {muon_lr}")
         self.lr, self.muon_lr, self.betas, self.weight_decay = lr, muon_lr, betas, weight_decay
         self.warmup_steps, self.schedule, self.lr_floor = warmup_steps, schedule, lr_floor
+        for name, weight in (("text_weight", text_weight), ("image_weight", image_weight)):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name}: expected a number of 0 or more, got {weight}")
         self.loss_weights = {"text": text_weight, "image": image_weight, "router": 1.0}
         self.ema_decay = ema_decay
         self._behind: tuple[Lanes, Lanes] | None = None  # where the data stands, and what was left out, after this step
@@ -174,7 +178,8 @@ class UnifiedTraining(LightningModule):
         for name, term in losses.items():
             loss = loss + self.loss_weights[name] * term.sum * (shares / max(batch.step_counts[name], 1))
         last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if last and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if last and every and (self.trainer.global_step + 1) % every == 0:
             for name, term in losses.items():
                 if term.count:
                     self.log(f"train/{name}", term.sum.detach() / term.count, batch_size=term.count)
