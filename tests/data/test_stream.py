@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -441,6 +442,21 @@ def test_validation_packs_are_of_one_kind_and_the_same_each_time(make: Make) -> 
     assert said == [("a", f"a {i}") for i in range(6)] + [("b", f"b {i}") for i in range(3)]  # and no text is dropped
     moved = validation_packs(sources, packing(model), seed=6, limit=6)
     assert [b.seed for b in moved[0].learned_blocks] != [b.seed for b in packs[0].learned_blocks]
+
+
+class Mixed(Numbered):
+    """Documents of two kinds in turn, in one source."""
+
+    def document(self, index: int, rng: np.random.Generator) -> Document:
+        return replace(super().document(index, rng), kind="even" if index % 2 == 0 else "odd")
+
+
+def test_kinds_of_one_source_are_packed_apart(make: Make) -> None:
+    model = make("flow", context_length=64)
+    for tokens in (64, 120, 1000):
+        packs = validation_packs([Mixed("a", 7)], packing(model, tokens), seed=5, limit=7)
+        said = {kind: [t for p in packs if p.kind == kind for t in texts(model, p)] for kind in ("even", "odd")}
+        assert said == {"even": [f"a {i}" for i in (0, 2, 4, 6)], "odd": [f"a {i}" for i in (1, 3, 5)]}
 
 
 def test_validation_draws_do_not_depend_on_packs_or_other_documents(make: Make) -> None:

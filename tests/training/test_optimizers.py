@@ -1,6 +1,7 @@
 """Weight-decay groups and learning-rate schedules."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -179,3 +180,44 @@ def test_one_schedule_moves_both_rates() -> None:
     assert rates == [pytest.approx([3e-2 * s, 1e-2 * s, 1e-2 * s]) for s in scales]
     with pytest.raises(ValueError, match=r"trainer\.max_steps: expected at least 1 .* got -1"):
         scheduled(optimizer, -1, warmup_steps=0, schedule="constant", floor=0.0)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_run_goes_on_with_the_rates_it_is_given(muon: bool) -> None:
+    """And as before where they are the same."""
+
+    def made(net: Net, lr: float, decay: float, betas: tuple[float, float]) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer: torch.optim.Optimizer
+        if muon:
+            matrices, groups = split_matrices(net, net.linear, decay)
+            optimizer = MuonAdamW(matrices, groups, lr=lr, muon_lr=3 * lr, betas=betas, weight_decay=decay)
+        else:
+            optimizer = torch.optim.AdamW(parameter_groups(net, decay), lr=lr, betas=betas)
+        found: Any = scheduled(optimizer, 20, warmup_steps=2, schedule="linear", floor=0.0)
+        return optimizer, found["lr_scheduler"]["scheduler"]
+
+    def read(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+        return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    net = Net()
+    optimizer, schedule = made(net, 1e-2, 0.1, (0.9, 0.95))
+    for step in range(7):
+        steps(net, optimizer, 1, seed=step)
+        schedule.step()
+    saved = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
+    assert "_configured" not in saved[1]
+    for lr, decay, betas in ((1e-2, 0.1, (0.9, 0.95)), (1e-3, 0.3, (0.5, 0.6))):
+        again, its_schedule = made(net, lr, decay, betas)
+        again.load_state_dict(copy.deepcopy(saved[0]))
+        its_schedule.load_state_dict(copy.deepcopy(saved[1]))
+        if lr == 1e-2:
+            assert read(again) == read(optimizer)
+        for _ in range(2):
+            for group in again.param_groups:
+                rate = 3 * lr if "momentum" in group else lr
+                scale = learning_rate_scale(its_schedule.last_epoch, 2, 20, "linear", 0.0)
+                assert group["lr"] == pytest.approx(rate * scale, rel=1e-12)
+                assert group.get("betas", betas) == betas
+                assert group["weight_decay"] in (0.0, decay)
+            steps(net, again, 1, seed=9)
+            its_schedule.step()

@@ -392,7 +392,14 @@ def test_tokenizer_weights_are_loaded_frozen_and_checked(tmp_path: Path, capsys:
             assert torch.equal(value, trained[name.removeprefix("model.")]), name
             compared += 1
     assert compared > 10
+    begin = ["--init", str(tmp_path / "model" / "export")]
+    assert fit(VQ, tmp_path / "second", *begin, *weights, *small) == 0
+    again = ["--trainer.default_root_dir", str(tmp_path / "other"), "--seed_everything", "1"]
+    assert main(["fit", "-c", str(recipe), "-c", str(tokenizer), *again]) == 0
     capsys.readouterr()
+    weights_of_other = ["--model.init_args.tokenizer_weights", str(tmp_path / "other" / "export")]
+    assert fit(VQ, tmp_path / "third", *begin, *weights_of_other, *small) == 2
+    assert "tokenizer_weights: expected those of init " in capsys.readouterr().err
     assert fit(VQ, tmp_path / "wrong", *weights, shape[0], "32", *small[2:]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1

@@ -356,10 +356,13 @@ class _Documents(Dataset[tuple[Place, SequencedDocument | str | BrokenDocument]]
 
 
 def validation_packs(sources: Sequence[Source], packing: Packing, seed: int, limit: int) -> list[PackedSequence]:
-    """The first `limit` documents of every source, packed kind by kind, with the same draws each time."""
+    """The first `limit` documents of every source, packed kind by kind, with the same draws each time.
+
+    Losses are reported by kind, so that none may depend on how documents fall into packs.
+    """
     packs = []
     for s, source in enumerate(sources):
-        held: list[SequencedDocument] = []
+        held: dict[str, list[SequencedDocument]] = {}  # of each kind
         left_out: list[str] = []
         broken = 0
         for index in range(min(limit, len(source))):
@@ -374,12 +377,12 @@ def validation_packs(sources: Sequence[Source], packing: Packing, seed: int, lim
             if document.length > packing.sequencer.rules.context_length:
                 left_out.append(f"document {index}: {document.length} tokens")
                 continue
-            if held and sum(d.length for d in held) + document.length > packing.tokens:
-                packs.append(pack(held, packing.experts, packing.reads))
-                held = []
-            held.append(document)
-        if held:
-            packs.append(pack(held, packing.experts, packing.reads))
+            own = held.setdefault(document.kind, [])
+            if own and sum(d.length for d in own) + document.length > packing.tokens:
+                packs.append(pack(own, packing.experts, packing.reads))
+                own.clear()
+            own.append(document)
+        packs += [pack(own, packing.experts, packing.reads) for own in held.values()]
         if left_out:
             _log.warning(
                 "data: %s: %d held-out documents left out, such as %s", source.kind, len(left_out), left_out[0]

@@ -162,6 +162,32 @@ def split_matrices(
     return matrices, [group for group in groups if group["params"]]
 
 
+class ConfiguredRates(torch.optim.lr_scheduler.LambdaLR):
+    """A schedule by step that keeps to what is configured where a run goes on.
+
+    A checkpoint's optimizer and schedule come back with the rates, betas and decay that they were trained with. Those that a
+    run is continued with, and that its config.yaml records, hold from there on.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scale: Callable[[int], float]) -> None:
+        keys = ("betas", "weight_decay")
+        self._configured = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
+        super().__init__(optimizer, scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without what the configuration says."""
+        return {key: value for key, value in super().state_dict().items() if key != "_configured"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Where the schedule stands; the optimizer was loaded before."""
+        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
+        groups = zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, self._configured, strict=True)
+        for group, rate, scale, configured in groups:
+            group.update(configured)
+            if group["initial_lr"] != rate:
+                group["initial_lr"], group["lr"] = rate, rate * scale(self.last_epoch)
+
+
 def scheduled(
     optimizer: torch.optim.Optimizer, max_steps: int, *, warmup_steps: int, schedule: Schedule, floor: float
 ) -> OptimizerLRScheduler:
@@ -172,7 +198,7 @@ def scheduled(
     """
     if max_steps < 1:
         raise ValueError(f"trainer.max_steps: expected at least 1 (the data has no end), got {max_steps}")
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
+    scheduler = ConfiguredRates(
         optimizer, lambda step: learning_rate_scale(step, warmup_steps, max_steps, schedule, floor)
     )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

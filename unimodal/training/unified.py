@@ -20,6 +20,7 @@ from unimodal.importers import load_text
 from unimodal.model import UnifiedModel
 from unimodal.packing import FILLING, Lanes, PackedSequence
 from unimodal.shards import is_sharded, together
+from unimodal.stored import tokenizer_fingerprint
 from unimodal.text import TextTokenizer
 from unimodal.training import stages
 from unimodal.training.ema import EMA
@@ -116,7 +117,7 @@ class UnifiedTraining(LightningModule):
         for name, given in (("init_from", init_from), ("vision_weights", vision_weights)):
             if init is not None and given is not None:  # `init` is a whole model
                 raise ValueError(f"{name}: expected none beside init {init}, got {given}")
-        self._start = init, init_from
+        self._start, self._tokenizer = (init, init_from), tokenizer_weights
         if init_from is not None and not Path(init_from).is_dir():
             raise ValueError(f"init_from: expected a folder, got {init_from}, which does not exist")
         for folder in filter(None, self._start):
@@ -132,7 +133,10 @@ class UnifiedTraining(LightningModule):
         init, init_from = self._start
         if init is not None:
             new = [f"generator.{name}" for name in self.model.generator.new_weights]
+            tokenizer = None if self._tokenizer is None else tokenizer_fingerprint(self.model.tokenizer)
             load_weights(self.model, read_weights(Path(init), "init"), str(init), "init", may_lack=new)
+            if tokenizer not in (None, tokenizer_fingerprint(self.model.tokenizer)):
+                raise ValueError(f"tokenizer_weights: expected those of init {init}, or none, got {self._tokenizer}")
         if init_from is not None:
             load_text(self.model.backbone, init_from)
 
@@ -245,7 +249,11 @@ class UnifiedTraining(LightningModule):
         checkpoint["text_tokenizer"] = self.model.text.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """And comes back with them."""
+        """And comes back with them. A run goes on with the optimizers that it has."""
+        states = checkpoint.get("optimizer_states") if self.trainer.state.fn == "fit" else None
+        if states and (had := "momentum" in states[0]["param_groups"][0]) != (self.muon_lr is not None):
+            expected = "a rate" if had else "none"
+            raise ValueError(f"muon_lr: expected {expected}, as the run had that goes on, got {self.muon_lr}")
         self.model.text = TextTokenizer.from_json(checkpoint["text_tokenizer"])
 
 
