@@ -252,4 +252,4 @@ def test_each_process_has_its_own_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Processes(1, 8, 1).device("cuda:2") == "cuda:2"
     assert Processes().device("auto") == "auto"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert Processes(1, 2, 1).device("auto") == "cpu"
+    assert [Processes(1, 2, 1).device(asked) for asked in ("auto", "cuda")] == ["auto", "cuda"]

@@ -11,6 +11,10 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")  # x86 instructions that multiply bf16 matrices
@@ -83,6 +87,23 @@ def choose_precision(cpuinfo: str | None = None) -> tuple[str, str]:
         if flag in flags:
             return "bf16-mixed", f"no CUDA device; the processor has {flag}"
     return "32-true", f"no CUDA device; the processor reports neither {' nor '.join(BF16_FLAGS)}"
+
+
+def usable_device(asked: str) -> "torch.device":
+    """What `--device` names; auto is CUDA where there is one.
+
+    Raises:
+        ValueError: torch does not know it, or this machine has none.
+    """
+    import torch
+
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as it is unknown, not built for, or meta
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--device: {asked} cannot be used ({reason})") from None
+    return device
 
 
 def check_precision(precision: str, sharded: bool = False) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unimodal.environment import can_compile
+from unimodal.environment import can_compile, usable_device
 from unimodal.model import UnifiedModel
 from unimodal.shards import write
 from unimodal.text import TextTokenizer
@@ -299,12 +299,9 @@ def _is_published(folder: Path) -> bool:
 
 def open_model(run: Path, weights: str = "ema", device: str = "auto", compiled: bool = False) -> UnifiedModel:
     """The model of a run on a device, as the commands use it."""
+    place = usable_device(device)
     model = load_run(run, weights)
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        model.to(torch.device(chosen))
-    except RuntimeError as error:
-        raise ValueError(f"--device: {device} cannot be used ({str(error).splitlines()[0]})") from error
+    model.to(place)
     if compiled:
         able, why = can_compile()
         if not able:

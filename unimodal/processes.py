@@ -46,7 +46,7 @@ class Processes:
             return asked
         import torch
 
-        return f"cuda:{self.local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        return f"cuda:{self.local % torch.cuda.device_count()}" if torch.cuda.is_available() else asked
 
     def in_order(
         self, jobs: Sequence[J], batch: int, make: Callable[[Sequence[J]], Sequence[R]]

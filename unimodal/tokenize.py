@@ -40,6 +40,7 @@ from unimodal.data.token_files import (
     shard_name,
 )
 from unimodal.documents import write_jsonl
+from unimodal.environment import usable_device
 from unimodal.export import load_tokenizer, one_line, read_info
 from unimodal.files import read_yaml, write_atomically
 from unimodal.images import fit_image
@@ -112,7 +113,7 @@ def tokenize(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if not 0 <= most_broken < 1:
         raise ValueError(f"--most-broken: expected a share from 0 to below 1, got {most_broken}")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = str(usable_device(device))
     config = data_config(data)
     module = build_data(config)
     plan = make_plan(tokenizer, weights, module, config, image_sizes, seed, per_shard)

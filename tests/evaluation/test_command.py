@@ -352,6 +352,9 @@ def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, refused: Callab
     drawing = ("--guidance", "3", "--top-k", "5", "--compile")
     said = "--guidance, --top-k, --compile: expected none with --images, for which nothing is drawn"
     refused(*shapes, "--images", tmp_path, *drawing, names=said)
+    answering = ("--seed", "1", "--weights", "raw", "--part", "1/2", "--no-score")
+    said = "--weights, --seed, --part, --no-score: expected none with --images"
+    refused(*shapes, "--images", tmp_path, *answering, names=said)
     refused(*shapes, "--run", tmp_path / "none", names="run: expected a folder")
     refused(*shapes, "--run", run, "--part", "2", names="--part: expected K/N such as 1/4, got 2")
     refused(*shapes, "--run", run, "--part", "3/2", names="--part: expected K/N")
@@ -359,6 +362,10 @@ def test_wrong_arguments_are_one_line(run: Path, tmp_path: Path, refused: Callab
     refused(*shapes, "--run", run, "--batch", "0", names="--batch: expected at least 1")
     refused(*shapes, "--run", run, "--limit", "0", names="--limit: expected at least 1")
     refused(*shapes, "--run", run, "--device", "cud", names="--device: cud cannot be used")
+    refused(*shapes, "--images", tmp_path, "--device", "cud", names="--device: cud cannot be used")
+    refused(*shapes, "--run", run, "--device", "meta", names="--device: meta cannot be used")
+    if not torch.cuda.is_available():
+        refused(*shapes, "--run", run, "--device", "cuda", names="--device: cuda cannot be used")
     refused(*shapes, "--run", run, "--size", "16", names="size: expected 32 to 256 pixels, got 16")
     refused(*shapes, "--run", run, "--size", "64", names="size: this recipe draws 32x32, got 64x64")
     refused(*shapes, "--run", run, "--per-tusk", "3", names="per_tusk")

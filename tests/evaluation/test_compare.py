@@ -189,6 +189,16 @@ def test_files_that_disagree_or_are_missing_are_refused(tmp_path: Path) -> None:
         compare(a, tmp_path / "c")
 
 
+@pytest.mark.parametrize("key", ["id", "task", "score"])
+def test_rows_without_their_keys_are_named(tmp_path: Path, key: str) -> None:
+    rows = make_rows(0, 0.5)
+    a = write(tmp_path / "a", rows)
+    lines = [json.dumps({k: v for k, v in row.items() if (i, k) != (3, key)}) for i, row in enumerate(rows)]
+    (a / "results.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"a: expected id, task and score in answer 4 of .*results\.jsonl"):
+        compare(a, a)
+
+
 def test_json_and_markdown_hold_the_same_numbers(tmp_path: Path) -> None:
     found: Comparison = compare(write(tmp_path / "a", make_rows(0, 0.5)), write(tmp_path / "b", make_rows(1, 0.9)))
     record = json.loads(json.dumps(found.to_json()))

@@ -117,6 +117,10 @@ def test_prompt_files(tmp_path: Path, name: str, content: str) -> None:
         ("a.csv", "words\none\n", "expected prompt, caption or text in record 1"),
         ("a.xml", "x", r"expected a \.txt, \.jsonl, \.json or \.csv"),
         ("b.txt", None, "which is missing"),
+        ("a.json", "5", "a.json: expected an object or a list of records, got 5"),
+        ("a.jsonl", "[" * 100_000, "prompts: .*a.jsonl: "),
+        ("a.csv", f"prompt\n{'x' * 140_000}\n", "prompts: .*a.csv: field larger than field limit"),
+        ("a.csv", 'prompt\n"x\n', "prompts: .*a.csv: unexpected end of data"),
     ],
 )
 def test_bad_prompt_files(tmp_path: Path, name: str, content: str | None, message: str) -> None:

@@ -133,8 +133,18 @@ def test_captions_are_read(text: str, things: dict[Any, int], stated: list[Any])
     assert read_caption(text) == (Counter(things), stated)
 
 
+def test_a_number_of_all_objects_is_theirs() -> None:
+    said = "a red circle and two blue stars"
+    assert (
+        read_caption(f"three objects: {said}") == read_caption(f"a photo of {said}") == read_caption(said) is not None
+    )
+    for number in ("two", "four", "zero"):
+        assert read_caption(f"{number} objects: {said}") is None
+
+
 @pytest.mark.parametrize(
-    "text", ["", "a circle", "red circle", "a red circle a red ring", "a red dog", "a red circle of"]
+    "text",
+    ["", "a circle", "red circle", "a red circle a red ring", "a red dog", "a red circle of", "two objects: a red dog"],
 )
 def test_what_is_no_caption_is_not_read(text: str) -> None:
     assert read_caption(text) is None

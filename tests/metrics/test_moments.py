@@ -178,3 +178,12 @@ def test_damaged_and_pickled_files_are_refused_and_nothing_runs(tmp_path: Path) 
         with pytest.raises(ValueError, match=rf"{name}\.npz: .*damaged or pickled"):
             load_statistics(tmp_path / f"{name}.npz")
     assert not Bomb.fired
+
+
+def test_equal_features_have_moments() -> None:
+    gathered = StreamingMoments(48)
+    for _ in range(7):
+        gathered.update(features(1, 48).repeat(3, 1).double() + 1e3)
+    found = gathered.moments()
+    assert np.array_equal(found.cov, found.cov.T)
+    np.testing.assert_allclose(found.cov, 0, atol=1e-6)

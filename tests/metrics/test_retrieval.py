@@ -50,5 +50,7 @@ def test_refusals() -> None:
         retrieval_recall(images, texts[:-1], image_of)
     with pytest.raises(ValueError, match="image_of: expected every image from 0 to 39"):
         retrieval_recall(images, texts, image_of.clamp(max=38))
+    with pytest.raises(ValueError, match="images: expected at least one, got none"):
+        retrieval_recall(images[:0], texts[:0], image_of[:0])
     with pytest.raises(ValueError, match="ks: expected numbers from 1"):
         retrieval_recall(images, texts, image_of, (0,))

@@ -373,6 +373,9 @@ def test_other_items_are_refused() -> None:
         paired_test({"x": 1.0}, {"x": 1.0}, tasks)
     with pytest.raises(ValueError, match="at least one"):
         paired_test({}, {}, {})
+    for weights, message in (({}, "got none of 'u'"), ({"u": 0.0}, "not all 0"), ({"u": float("nan")}, "finite")):
+        with pytest.raises(ValueError, match=f"weights: expected .*{message}"):
+            paired_test({"x": 1.0}, {"x": 1.0}, {"x": "u"}, weights=weights)
 
 
 def test_equal_systems_do_not_differ() -> None:

@@ -355,3 +355,18 @@ def test_an_image_that_the_stride_does_not_divide_is_refused(name: str) -> None:
     for call in (tokenizer, tokenizer.encode):
         with pytest.raises(ValueError, match="image size: expected multiples of the stride 2, got 7x8 pixels"):
             call(torch.zeros(1, 3, 7, 8))
+
+
+@pytest.mark.parametrize("levels", [[8, 5, 5], [1023, 3]])  # bf16 has 256 whole numbers
+def test_a_tokenizer_cast_to_half_precision_reads_and_draws(levels: list[int]) -> None:
+    torch.manual_seed(0)
+    tokenizer = GridTokenizer(FSQ(levels), [8, 8], blocks=1).eval()
+    grid, ids = tokenizer.layout.grid(8, 8), torch.randint(tokenizer.layout.codebooks[0], (2, 16))
+    vectors, images = tokenizer.lookup(ids[0]), tokenizer.decode_batch(ids, grid)
+    half = copy.deepcopy(tokenizer).bfloat16()
+    torch.testing.assert_close(half.lookup(ids[0]).float(), vectors, atol=4e-3, rtol=0)
+    assert torch.equal(half.quantizer.find(vectors), tokenizer.quantizer.find(vectors))
+    drawn = half.decode_batch(ids, grid)
+    assert drawn.dtype == torch.bfloat16
+    torch.testing.assert_close(drawn.float(), images, atol=0.1, rtol=0)
+    assert half.encode_batch(drawn).shape == ids.shape

@@ -126,7 +126,11 @@ class CodebookTokenizer(TrainableTokenizer):
         return rearrange(z, "B D h w -> (B h w) D")  # (P, D)
 
     def _vectors_to_images(self, vectors: Float[Tensor, "P D"], grid: Grid) -> Float[Tensor, "B 3 H W"]:
-        z, squares = rearrange(vectors, "(B h w) D -> B D h w", h=grid.h, w=grid.w), self.squares  # (B, D, h, w)
+        vectors, squares = (
+            vectors.to(self.last_layer.dtype),
+            self.squares,
+        )  # codebooks say fp32, whatever the network is in
+        z = rearrange(vectors, "(B h w) D -> B D h w", h=grid.h, w=grid.w)  # (B, D, h, w)
         return self.decoder(z) if squares is None else squares.unfold(self.decoder(z)) + squares.synthesis(z)
 
 

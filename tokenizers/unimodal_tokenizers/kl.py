@@ -110,7 +110,7 @@ class KLTokenizer(LatentTokenizer, TrainableTokenizer):
             noise = torch.randn(m.shape, generator=step_generator(self.seed, int(self.steps))).to(m)
             z = m + torch.exp(log_s2 / 2) * noise
             self._count(z.detach())
-        return Reconstruction(self.latent_to_image(z), {"kl": kl_to_normal(m, log_s2)})
+        return Reconstruction(self.latent_to_image(z.to(posterior.mean)), {"kl": kl_to_normal(m, log_s2)})
 
     @property
     def last_layer(self) -> nn.Parameter:

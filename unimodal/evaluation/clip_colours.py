@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from unimodal.environment import usable_device
 from unimodal.files import file_sha256
 from unimodal.metrics.detection import Detection
 from unimodal.metrics.geneval import COLOURS
@@ -142,7 +143,7 @@ class ClipColours:
     def __init__(self, clip: Clip, device: str = "auto", batch: int = 256) -> None:
         check_quick_gelu(clip.network, clip.name)
         self.clip, self.batch = clip, batch
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = usable_device(device)
         clip.network.eval().requires_grad_(False).to(self.device)
         self._texts: dict[str, Tensor] = {}
 

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from unimodal import processes
 from unimodal.decoding_settings import DecodingSettings
+from unimodal.environment import usable_device
 from unimodal.evaluation.answers import AnswerFolder, read_record
 from unimodal.evaluation.benchmark import Benchmark
 from unimodal.evaluation.fingerprint import items_sha256, model_record, sampling_record
@@ -93,6 +94,14 @@ class Options:
     def drawing(self) -> list[str]:
         """Those that say how a model draws, as they are typed."""
         return [f"--{name.replace('_', '-')}" for name in SAMPLER if getattr(self, name) is not None]
+
+    def answering(self) -> list[str]:
+        """Those that mean something only where a model answers, as they are typed."""
+        changed = {
+            "--compile": self.compile, "--weights": self.weights != "ema", "--seed": self.seed != 0,
+            "--part": self.part != "1/1", "--no-score": not self.score,
+        }  # fmt: skip
+        return [*self.drawing(), *(option for option, given in changed.items() if given)]
 
     def settings(self, benchmark: Benchmark, model: UnifiedModel) -> DecodingSettings:
         """The benchmark's, with the recipe's image sampler, changed where asked."""
@@ -229,6 +238,8 @@ def compare(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder for comparison.md and comparison.json")
     parser.add_argument("--force", action="store_true", help="compare what was not asked or judged alike")
     parsed = parser.parse_args(list(arguments))
+    if parsed.out is not None and parsed.out.exists() and not parsed.out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {parsed.out}")
     comparison = compared(parsed.a, parsed.b, parsed.force)
     print(comparison.to_markdown())
     if parsed.out is not None:
@@ -262,17 +273,17 @@ def evaluate(benchmark: Benchmark, options: Options) -> Summary | None:
         raise ValueError(f"--out: expected a folder, got the file {options.out}")
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images: expected a folder, got {options.images}, which does not exist")
-    drawing = options.drawing()
-    if options.images is not None and (drawing or options.compile):
-        named = ", ".join([*drawing, *(["--compile"] if options.compile else [])])
-        raise ValueError(f"{named}: expected none with --images, for which nothing is drawn")
+    drawing, answering = options.drawing(), options.answering()
+    if options.images is not None and answering and not isinstance(benchmark, ImageReconstruction):
+        raise ValueError(f"{', '.join(answering)}: expected none with --images, for which nothing is drawn")
     if drawing and benchmark.settings(None).max_images == 0:
         raise ValueError(f"{', '.join(drawing)}: expected none with {benchmark.name}, for which nothing is drawn")
     choice, here = options.choice(), processes.current()
+    usable_device(here.device(options.device))
     if options.run is None and not here.alone():  # scoring is the work of one
         return None
     if isinstance(benchmark, ImageSets | ImageReconstruction) and options.images is not None:
-        for name, given in (("tasks", options.tasks), ("limit", options.limit), ("no-score", not options.score)):
+        for name, given in (("tasks", options.tasks), ("limit", options.limit)):
             if given:
                 raise ValueError(f"--{name}: a folder of images is scored as a whole, expected none")
         if isinstance(benchmark, ImageReconstruction):

@@ -175,7 +175,11 @@ def _read(name: str, folder: Path) -> _Result:
         )
     rows: list[Row] = [line.record for line in read_json_lines(folder / "results.jsonl")]
     scores: dict[str, list[float]] = {}
-    for row in rows:
+    for number, row in enumerate(rows, 1):
+        if not (
+            isinstance(row.get("score"), (int, float)) and all(isinstance(row.get(k), str) for k in ("id", "task"))
+        ):
+            raise ValueError(f"{name}: expected id, task and score in answer {number} of {folder / 'results.jsonl'}")
         scores.setdefault(row["id"], []).append(float(row["score"]))
     values = {item: _mean(found) for item, found in scores.items()}
     clusters = {row["id"]: row["cluster"] for row in rows if "cluster" in row}

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from unimodal.data.folder import IMAGE_SUFFIXES
+from unimodal.environment import usable_device
 from unimodal.images import load_image
 from unimodal.metrics.features import ImageFeatures, Preparation
 from unimodal.metrics.moments import IMAGES, npz_keys
@@ -62,12 +63,8 @@ class Loading:
 
     @property
     def place(self) -> torch.device:
-        """The device; ValueError for one that torch does not know."""
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ValueError(f"device: {self.device} cannot be used ({str(error).splitlines()[0]})") from None
+        """The device; ValueError for one that cannot be used."""
+        return usable_device(self.device)
 
 
 def image_paths(root: Path) -> list[Path]:
@@ -267,32 +264,36 @@ def read_prompts(path: Path) -> list[Prompt]:
     `category`. A .json maps names to such objects (MJHQ-30K's meta_data.json). They are named by their number.
 
     Raises:
-        ValueError: another kind of file, or one without prompts.
+        ValueError: another kind of file, a damaged one, or one without prompts.
     """
     if not path.is_file():
-        raise ValueError(f"prompts: expected a file, got {path}, which is missing")
-    content = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".txt":
-        records: list[Any] = [{"prompt": line.strip()} for line in content.splitlines() if line.strip()]
-    elif path.suffix == ".csv":
-        records = list(csv.DictReader(io.StringIO(content)))
-    elif path.suffix in (".json", ".jsonl"):
-        records = _json_records(path, content)
-    else:
+        raise ValueError(f"prompts: expected a file, got {path}, {'a folder' if path.is_dir() else 'which is missing'}")
+    if path.suffix not in (".txt", ".jsonl", ".json", ".csv"):
         raise ValueError(f"prompts: expected a .txt, .jsonl, .json or .csv, got {path}")
+    try:
+        records = _prompt_records(path)
+    except UnicodeDecodeError:
+        raise ValueError(f"prompts: {path}: expected UTF-8, got other bytes") from None
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"prompts: {path}: {error}") from None
     if not records:
         raise ValueError(f"prompts: expected prompts in {path}, got none")
     return [_prompt(path, number, record) for number, record in enumerate(records)]
 
 
-def _json_records(path: Path, content: str) -> list[Any]:
-    try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in content.splitlines() if line.strip()]
-        found = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"prompts: {path}: {error}") from None
-    return list(found.values()) if isinstance(found, dict) else list(found)
+def _prompt_records(path: Path) -> list[Any]:
+    content = path.read_text(encoding="utf-8-sig")
+    # Lines end at "\n" only: texts may hold other line separators of Unicode.
+    if path.suffix == ".txt":
+        return [{"prompt": line.strip()} for line in content.split("\n") if line.strip()]
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(content), strict=True))
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in content.split("\n") if line.strip()]
+    found = json.loads(content)
+    if not isinstance(found, (dict, list)):
+        raise ValueError(f"expected an object or a list of records, got {found!r:.80}")
+    return list(found.values()) if isinstance(found, dict) else found
 
 
 def _prompt(path: Path, number: int, record: Any) -> Prompt:

@@ -23,6 +23,7 @@ from unimodal.data.shapes.recognise import recognise
 from unimodal.data.shapes.words import a, phrase
 from unimodal.data.shapes.world import CANVAS
 from unimodal.documents import Document, JsonLine, Part, document_record, read_json_lines
+from unimodal.environment import usable_device
 from unimodal.evaluation.benchmark import Answer, Benchmark, Item, Row, Verdict
 from unimodal.evaluation.digits import Judge
 from unimodal.evaluation.shapes import OVERLAP, ShapesBenchmark, boxes, iou
@@ -115,7 +116,7 @@ class Interleaved(Benchmark):
         self._items = [_asked_item(i, line, prompts.parent) for i, line in enumerate(read_json_lines(prompts))]
         if not self._items:
             raise ValueError(f"prompts: expected at least one line, got none in {prompts}")
-        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        where = usable_device(device)
         self._agreement = _clip_features(clip, clip_model, where) if clip else None
         self._consistency = _dino_features(dino, dino_model, where) if dino else self._agreement
 
@@ -198,13 +199,13 @@ def _asked_item(index: int, line: JsonLine, base: Path) -> Item:
     return Item(name, task, given, {"asked": asked})
 
 
-def _clip_features(weights: str, model: str, device: str) -> ImageFeatures:
+def _clip_features(weights: str, model: str, device: torch.device) -> ImageFeatures:
     from unimodal.metrics.clip import ClipFeatures  # here: open_clip takes seconds to import
 
     return ClipFeatures(model, weights).to(device)
 
 
-def _dino_features(weights: str, model: str, device: str) -> ImageFeatures:
+def _dino_features(weights: str, model: str, device: torch.device) -> ImageFeatures:
     from unimodal.metrics.dino import DinoFeatures
 
     return DinoFeatures(weights, model).to(device)

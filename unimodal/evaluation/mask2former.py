@@ -29,6 +29,7 @@ from torch.nn import functional
 from transformers import Mask2FormerForUniversalSegmentation
 from transformers.utils import logging
 
+from unimodal.environment import usable_device
 from unimodal.importers.mmdet import CONFIG, KNOWN, WEIGHTS
 from unimodal.metrics.detection import Detection
 
@@ -206,7 +207,7 @@ class Mask2FormerDetector:
     def __init__(self, folder: str | Path, device: str = "auto", batch: int = 8) -> None:
         self.folder, self.batch = Path(folder), batch
         self.metadata = read_metadata(self.folder)
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = usable_device(device)
         network, notes = _load(self.folder)
         wrong = [*notes["missing_keys"], *notes["unexpected_keys"], *notes["mismatched_keys"]]
         if wrong:

@@ -407,8 +407,10 @@ def write_statistics(
     Returns:
         The moments that were written.
     """
-    if out.suffix != ".npz":
-        raise ValueError(f"out: expected a name ending in .npz, got {out}")
+    if out.suffix != ".npz" or out.is_dir():
+        raise ValueError(f"out: expected a name ending in .npz, got {out}{', a folder' if out.is_dir() else ''}")
+    if not images.exists():
+        raise ValueError(f"images: expected a folder or an .npz, got {images}, which is missing")
     source: ImageFiles | NpzImages
     if images.is_dir():
         paths = image_paths(images)

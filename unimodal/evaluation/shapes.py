@@ -169,6 +169,7 @@ class ShapesCaptions(ShapesBenchmark):
     """Captions of unseen scenes: right when it names exactly the things that are there, and only relations that hold."""
 
     name = "shapes-captions"
+    version = 2  # 1 took any number before "objects: "
 
     def item(self, index: int, rng: np.random.Generator) -> Item:
         """A scene."""
@@ -257,12 +258,15 @@ Kind = tuple[str, str]
 def read_caption(text: str) -> tuple[Counter[Kind], list[tuple[Kind, str, Kind]]] | None:
     """The things a caption names, by shape and colour, and the relations it states; None when it is no caption.
 
-    Every colour must be named. "a red circle above a blue square, with a green star" has three things and one relation.
+    A number of all objects, where one stands first, must be theirs. Every colour must be named. "a red circle above a blue
+    square, with a green star" has three things and one relation.
     """
     text = text.strip().rstrip(".")
     for prefix in PREFIXES[1:]:
         text = text.removeprefix(prefix)
-    text = re.sub(rf"^(?:{'|'.join(NUMBERS)}) objects: ", "", text)
+    counted = re.match(rf"({'|'.join(NUMBERS)}) objects: ", text)
+    if counted is not None:
+        text = text[counted.end() :]
     pieces = re.split(r", with |, | and ", text)
     things: Counter[Kind] = Counter()
     stated = []
@@ -281,6 +285,8 @@ def read_caption(text: str) -> tuple[Counter[Kind], list[tuple[Kind, str, Kind]]
             stated.append((kinds[0], said[1], kinds[1]))
         elif len(kinds) > 2:
             return None
+    if counted is not None and NUMBERS.index(counted[1]) != things.total():
+        return None
     return things, stated
 
 

@@ -125,6 +125,7 @@ def moments_of_sums(count: int, total: Float[Tensor, " D"], outer: Float[Tensor,
         raise ValueError(f"features: expected at least 2, got {count}")
     mean = total / count
     cov = (outer - count * torch.outer(mean, mean)) / (count - 1)
+    cov = (cov + cov.T) / 2  # equal features leave nothing but rounding, which need not be symmetric
     return Moments(count, mean.cpu().numpy(), cov.cpu().numpy())
 
 

@@ -42,6 +42,8 @@ def retrieval_recall(
             f"texts: expected one image_of each ({len(image_of)}) and {images.shape[1]} features as in images, "
             f"got {tuple(texts.shape)}"
         )
+    if not len(images):
+        raise ValueError("images: expected at least one, got none")
     if not torch.equal(torch.unique(image_of), torch.arange(len(images), device=image_of.device)):
         raise ValueError(f"image_of: expected every image from 0 to {len(images) - 1}, got others or too few")
     if min(ks) < 1:

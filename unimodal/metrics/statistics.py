@@ -177,7 +177,8 @@ def paired_test(
         level: share that the interval should cover.
 
     Raises:
-        ValueError: other items in `b` or `tasks` than in `a`, or none.
+        ValueError: other items in `b` or `tasks` than in `a`, or none; a task without a weight, or weights that are
+            negative or all 0.
     """
     _same_items("b", a, b)
     _same_items("tasks", a, tasks)
@@ -186,7 +187,11 @@ def paired_test(
     for item, value in a.items():
         differences.setdefault(tasks[item], []).append(float(b[item]) - float(value))
         together.setdefault(tasks[item], []).append((clusters or {}).get(item, item))
+    if weights is not None and (missing := sorted(set(differences) - set(weights))):
+        raise ValueError(f"weights: expected one of each task, got none of {missing[0]!r}")
     share = np.array([1.0 if weights is None else weights[task] for task in differences])
+    if not (np.isfinite(share).all() and share.min() >= 0 and share.sum() > 0):
+        raise ValueError(f"weights: expected finite ones from 0, not all 0, got {dict(weights or {})}")
     share = share / share.sum()  # (G,)
     interval = bootstrap_interval(
         differences, share.__matmul__, clusters=together, resamples=resamples, seed=seed, level=level

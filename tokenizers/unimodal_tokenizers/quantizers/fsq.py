@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from unimodal_tokenizers.quantizers.base import Quantized, Quantizer, precise, straight_through
+from unimodal_tokenizers.quantizers.base import Quantized, Quantizer, straight_through
 from unimodal_tokenizers.quantizers.search import SEARCH_BYTES
 
 MARGIN = 1e-3  # the outermost levels are reached before tanh is flat
@@ -21,7 +21,7 @@ class FSQ(Quantizer):
     """A grid of L_1 x ... x L_D codes in [-1, 1]^D: nothing to learn, nothing to search, no term of the loss."""
 
     keeps = "levels"
-    levels: Float[Tensor, " D"]
+    levels: Int64[Tensor, " D"]  # a cast of the weights to bf16, which has 256 whole numbers, leaves it alone
 
     def __init__(self, levels: Sequence[int]) -> None:
         """Args:
@@ -36,12 +36,12 @@ class FSQ(Quantizer):
                 f"levels: expected at least 3 of each channel (LFQ has 2) and at most {most} entries, got {list(levels)}"
             )
         self.dim, self.codebooks, self.weights = len(levels), (math.prod(levels),), {}
-        self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.places = list(itertools.accumulate([1, *levels[:-1]], lambda a, b: a * b))  # of the levels in an id
 
     def extra_repr(self) -> str:
         """The order of the levels, which no weight shows."""
-        return f"levels={self.levels.int().tolist()}"
+        return f"levels={self.levels.tolist()}"
 
     def quantize(self, z: Float[Tensor, "P D"]) -> Quantized:
         """round(f(z)), with the gradient of f(z)."""
@@ -58,9 +58,8 @@ class FSQ(Quantizer):
 
     def say(self, ids: Int64[Tensor, " P"]) -> Float[Tensor, "P D"]:
         """The levels, evenly spaced from -1 to 1 (an even number of them ends one step before 1)."""
-        levels = precise(self.levels)
-        index = torch.stack([ids // place for place in self.places], dim=-1) % levels.long()  # (P, D)
-        half = self._half(levels)
+        index = torch.stack([ids // place for place in self.places], dim=-1) % self.levels  # (P, D)
+        half = (self.levels // 2).float()
         return (index - half) / half
 
     def bound(self, z: Float[Tensor, "P D"]) -> Float[Tensor, "P D"]:
