@@ -78,9 +78,18 @@ def test_bad_settings_are_named() -> None:
     for settings_, message in (
         ({"sources": {}}, "data.sources: expected at least one"),
         ({"sources": {"a": Entry(Plain(1))}}, "data.sources.a: expected at least two"),
-        ({"sources": {"a": Entry(Plain(3), -1.0)}}, "weight of at least 0 for a, got -1.0"),
+        (
+            {"sources": {"a": Entry(Plain(3), -1.0)}},
+            r"data\.sources\.a\.weight: expected a number of 0 or more, got -1\.0",
+        ),
+        (
+            {"sources": {"a": Entry(Plain(3))}, "validation": {"b": Entry(Plain(3), -1.0)}},
+            r"data\.validation\.b\.weight: expected",
+        ),
         ({"sources": {"a": Entry(Plain(3))}, "validation_share": 0.0}, "data.validation_share"),
         ({"sources": {"a": Entry(Plain(3))}, "broken_share": 2.0}, "data.broken_share"),
+        ({"sources": {"a": Entry(Plain(3))}, "prompts": -3}, "data.prompts: expected 0 or more, got -3"),
+        ({"sources": {"a": Entry(Plain(3))}, "validation_documents": -5}, "data.validation_documents: expected 0"),
     ):
         with pytest.raises(ValueError, match=message):
             MixtureData(1, **settings_)  # type: ignore[arg-type]

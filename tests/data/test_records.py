@@ -162,6 +162,24 @@ def test_pickles_in_an_archive_stay_bytes(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_neighbours_of_one_key_are_two_records(tmp_path: Path) -> None:
+    members = [("a.txt", b"1"), ("b.txt", b"2"), ("b.cls", b"x"), ("b.txt", b"3"), ("b.txt", b"4"), ("b.cls", b"y")]
+    source = TarSource(str(write_tar(tmp_path / "a.tar", members)))
+    assert [source.record(i).fields.get("txt") for i in range(len(source))] == [b"1", b"2", b"3", b"4"]
+    assert ["cls" in source.record(i).fields for i in range(len(source))] == [False, True, False, True]
+
+
+def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
+    tar, cache = write_tar(tmp_path / "a.tar", {"a.txt": b"1", "b.txt": b"2"}), tmp_path / "cache"
+    assert len(tar_index(tar, cache)) == 2
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", b"x", whole[: len(whole) // 2], whole[:200] + b"\0" * 40 + whole[240:]):
+        file.write_bytes(damaged)
+        assert tar_index(tar, cache).samples == 2
+        assert file.read_bytes() == whole
+
+
 def test_an_index_is_kept_and_a_changed_shard_indexed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, kept = obelics_tar(tmp_path / "data"), tmp_path / "index"
     first = everything(TarSource(str(folder), index=str(kept)))
@@ -222,6 +240,18 @@ def test_a_json_list_is_read_element_by_element(
         path.write_text(json.dumps([{"text": "x"}, *records], indent=indent, ensure_ascii=ascii), encoding="utf-8")
         source = JsonlSource(str(path))
         assert [source.record(i).fields for i in range(len(source))] == [{"text": "x"}, *records]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 24])
+def test_lines_of_blanks_are_left_out(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unimodal.data.jsonl._CHUNK", chunk)
+    lines = ['{"text": "a"}', "", "   ", "\t \r", '  {"text": "b"}\r', "5", "\0\0", '{"text": "c"}']
+    path = tmp_path / "a.jsonl"
+    for end in ("", "\n", "\n  \n"):
+        path.write_bytes(("\n".join(lines) + end).encode())
+        found = everything(JsonlSource(str(path)))
+        assert [text for text in found if not text.startswith("!")] == ["a", "b", "c"]
+        assert [text.split()[1] for text in found if text.startswith("!")] == [f"{path}:6:", f"{path}:7:"]
 
 
 def test_a_json_list_with_a_mistake_keeps_what_is_before_it(tmp_path: Path) -> None:
@@ -375,8 +405,10 @@ def test_transforms_draw_from_the_documents_own_generator_and_alike_in_a_documen
     torch.manual_seed(5)
     assert read(0) == first
     assert len({read(seed)[0] for seed in range(20)}) > 5
-    with pytest.raises(TypeError, match=r"rules\.transforms: expected images of PIL"):
-        TarSource(str(tmp_path), rules=DocumentRules(transforms=[v2.PILToTensor()])).document(0, RNG)
+    for wrong in (v2.PILToTensor(), v2.Normalize([0.5], [0.5])):
+        with pytest.raises(ValueError, match=r"rules\.transforms: expected images of PIL in and out, got .*\w"):
+            DocumentRules(transforms=[wrong])
+    assert DocumentRules(transforms=[v2.RandomCrop(300)]).transforms  # which the data may have
 
 
 # ---- order and files

@@ -22,6 +22,7 @@ from unimodal.data.records import (
 from unimodal.data.source import BrokenDocument
 
 _CHUNK = 1 << 24
+_BLANK = np.isin(np.arange(256), list(b" \t\r\n"))  # JSON's, by byte
 
 
 class JsonlSource(RecordSource):
@@ -93,17 +94,21 @@ def _spans(path: Path) -> Spans:
 
 
 def _line_spans(path: Path, file: BinaryIO) -> Spans:
-    """Lines end at "\\n" only (JSON strings may hold other line separators); empty ones are left out."""
+    """Lines end at "\\n" only (JSON strings may hold other line separators); those of blanks alone are left out."""
     ends: list[np.ndarray] = []
-    at = 0
+    filled: list[np.ndarray] = []
+    at, said = 0, False  # whether the line that the last chunk ended in holds anything
     while chunk := file.read(_CHUNK):
-        ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at)
-        at += len(chunk)
-    end = np.concatenate([*ends, [at]])
+        data = np.frombuffer(chunk, np.uint8)
+        newlines = np.flatnonzero(data == ord("\n"))
+        pieces = np.logical_or.reduceat(~_BLANK[data], np.concatenate([[0], newlines]))  # what each line has here
+        pieces[0] |= said
+        ends.append(newlines + at)
+        filled.append(pieces[:-1])
+        at, said = at + len(chunk), bool(pieces[-1])
+    end, kept = np.concatenate([*ends, [at]]), np.concatenate([*filled, [said]])
     start = np.concatenate([[0], end[:-1] + 1])
-    length = end - start
-    kept = length > 1  # "\r" alone is no line either, and no JSON object has one character
-    return Spans(path, start[kept], length[kept], np.flatnonzero(kept) + 1)
+    return Spans(path, start[kept], (end - start)[kept], np.flatnonzero(kept) + 1)
 
 
 def _list_spans(path: Path, data: bytes) -> Spans:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
@@ -63,6 +64,10 @@ class MixtureData(DocumentData):
             raise ValueError("data.sources: expected at least one source, got none")
         if not 0 < validation_share < 1:
             raise ValueError(f"data.validation_share: expected a number above 0 and below 1, got {validation_share}")
+        for key, entries in (("sources", sources), ("validation", validation or {})):
+            for name, entry in entries.items():
+                if entry.weight is not None and not 0 <= entry.weight < inf:
+                    raise ValueError(f"data.{key}.{name}.weight: expected a number of 0 or more, got {entry.weight}")
         self._training, self._held_out = [], []
         for name, entry in sources.items():
             if validation or entry.weight == 0:

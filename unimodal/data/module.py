@@ -51,6 +51,9 @@ class DocumentData(LightningDataModule):
         self.broken_share = broken_share
         if workers < 0:
             raise ValueError(f"data.workers: expected 0 or more, got {workers}")
+        for name, count in (("validation_documents", validation_documents), ("prompts", prompts)):
+            if count < 0:
+                raise ValueError(f"data.{name}: expected 0 or more, got {count}")
         self.batch_tokens, self.seed, self.workers = batch_tokens, seed, workers
         self.validation_documents, self.prompt_count = validation_documents, prompts
         self.position: Lanes | None = None  # of this rank's lanes, behind the last finished optimizer step

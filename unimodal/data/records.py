@@ -132,6 +132,12 @@ class DocumentRules:
         for name in ("smallest_side", "longest_text"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rules.{name}: expected at least 1, got {getattr(self, name)}")
+        try:
+            self._transformed(Image.new("RGB", (256, 256)), 0)
+        except TypeError as error:
+            raise ValueError(f"rules.transforms: expected images of PIL in and out, got {error}") from None
+        except Exception:  # noqa: BLE001  # such as a crop that is larger than this image: the data's may be as large
+            pass
 
     def image(self, raw: RawImage, seed: int) -> Image.Image:
         """The decoded image, transformed."""
@@ -154,7 +160,7 @@ class DocumentRules:
             for transform in self.transforms:
                 image = transform(image)
         if not isinstance(image, Image.Image):
-            raise TypeError(f"rules.transforms: expected images of PIL to come out, got {type(image).__name__}")
+            raise TypeError(f"{type(image).__name__} that comes out")
         return image
 
     def check(self, parts: Sequence[RawPart]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,9 +141,12 @@ def tar_index(path: Path, cache: Path | None = None) -> TarIndex:
     name = hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:32]
     file = cache / f"{name}.npz"
     if file.is_file():
-        with np.load(file, allow_pickle=False) as kept:
-            arrays = (kept["name_ends"], kept["starts"], kept["sizes"], kept["firsts"])
-            return TarIndex(path, kept["names"].tobytes(), *arrays, str(kept["damage"]))
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                arrays = (kept["name_ends"], kept["starts"], kept["sizes"], kept["firsts"])
+                return TarIndex(path, kept["names"].tobytes(), *arrays, str(kept["damage"]))
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError):
+            pass  # damaged: made anew
     made = _read_index(path)
     buffer = io.BytesIO()
     np.savez(
@@ -175,8 +180,7 @@ def _read_index(path: Path) -> TarIndex:
             last = _key(members[-1].name)[0]
             while members and _key(members[-1].name)[0] == last:
                 members.pop()
-        damage += f" behind {len({_key(member.name)[0] for member in members})} whole records"
-    keys = [_key(member.name)[0] for member in members]
+        damage += f" behind {len(_firsts(members))} whole records"
     names = [member.name.encode("utf-8", "surrogateescape") for member in members]
     return TarIndex(
         path,
@@ -184,9 +188,21 @@ def _read_index(path: Path) -> TarIndex:
         np.cumsum([len(name) + 1 for name in names], dtype=np.int64) - 1,
         np.array([member.start for member in members], np.int64),
         np.array([member.size for member in members], np.int64),
-        np.array([i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]], np.int64),
+        np.array(_firsts(members), np.int64),
         damage,
     )
+
+
+def _firsts(members: list[Member]) -> list[int]:
+    """Where records begin: at another key, or at a suffix that the record has already."""
+    firsts, last, suffixes = [], "", set[str]()
+    for i, member in enumerate(members):
+        key, suffix = _key(member.name)
+        if not i or key != last or suffix in suffixes:
+            firsts.append(i)
+            last, suffixes = key, set()
+        suffixes.add(suffix)
+    return firsts
 
 
 def _key(name: str) -> tuple[str, str]:

@@ -59,6 +59,20 @@ def _is_exempt(part: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     return name in named or parameter.dim() < 2 or isinstance(part, NORMS + EMBEDDINGS)
 
 
+def check_rates(lr: float, betas: tuple[float, float], weight_decay: float, warmup_steps: int, lr_floor: float) -> None:
+    """ValueError, naming the setting, where AdamW or `learning_rate_scale` could not be made of them."""
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr: expected a number of 0 or more, got {lr}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: expected numbers from 0 to below 1, got {list(betas)}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay: expected a number of 0 or more, got {weight_decay}")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps: expected 0 or more, got {warmup_steps}")
+    if not 0 <= lr_floor <= 1:
+        raise ValueError(f"lr_floor: expected a share from 0 to 1, got {lr_floor}")
+
+
 def learning_rate_scale(step: int, warmup_steps: int, total_steps: int, schedule: Schedule, floor: float) -> float:
     """The factor on the learning rate at optimizer step `step`, counted from 0.
 

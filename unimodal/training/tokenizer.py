@@ -30,7 +30,7 @@ from unimodal.metrics.perceptual import Perceptual
 from unimodal.training.adversary import Adversary
 from unimodal.training.ema import EMA
 from unimodal.training.logs import spared
-from unimodal.training.optimizers import Schedule, parameter_groups, scheduled
+from unimodal.training.optimizers import Schedule, check_rates, parameter_groups, scheduled
 from unimodal_tokenizers.base import ImageTokenizer, Reconstruction, TrainableTokenizer
 from unimodal_tokenizers.frozen import FrozenEncoder
 from unimodal_tokenizers.quantizers import TextCodebook, codebook_perplexity, codebook_usage
@@ -154,6 +154,7 @@ class TokenizerTraining(L.LightningModule):
                 raise ValueError(f"{name}: expected at least 0, got {weight}")
         if l1_weight == l2_weight == 0 and tokenizer.needs_error:
             raise ValueError("l1_weight, l2_weight: expected at least one above 0, got 0 and 0: nothing to reconstruct")
+        check_rates(lr, betas, weight_decay, warmup_steps, lr_floor)
         self.tokenizer, self.perceptual, self.adversary = tokenizer, perceptual, adversary
         self.error_weights = {name.removesuffix("_weight"): weight for name, weight in error.items()}
         self.own_weights, self.ema_decay = own, ema_decay

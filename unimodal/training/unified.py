@@ -24,7 +24,7 @@ from unimodal.stored import tokenizer_fingerprint
 from unimodal.text import TextTokenizer
 from unimodal.training import stages
 from unimodal.training.ema import EMA
-from unimodal.training.optimizers import MuonAdamW, parameter_groups, scheduled, split_matrices
+from unimodal.training.optimizers import MuonAdamW, check_rates, parameter_groups, scheduled, split_matrices
 from unimodal.training.scores import ValidationScores
 from unimodal.training.sharding import shard
 
@@ -97,6 +97,7 @@ class UnifiedTraining(LightningModule):
         model.backbone.checkpointing = checkpoint_layers
         if muon_lr is not None and muon_lr <= 0:
             raise ValueError(f"muon_lr: expected a number above 0, got {muon_lr}")
+        check_rates(lr, betas, weight_decay, warmup_steps, lr_floor)
         self.lr, self.muon_lr, self.betas, self.weight_decay = lr, muon_lr, betas, weight_decay
         self.warmup_steps, self.schedule, self.lr_floor = warmup_steps, schedule, lr_floor
         for name, weight in (("text_weight", text_weight), ("image_weight", image_weight)):
