@@ -206,7 +206,6 @@ def test_unknown_commands_and_arguments(args: list[str], name: str, refused: Ref
         ("data: {init_args: {mixture: {sum: -2}}}", "sum"),
         ("model: {init_args: {model: {backbone: {depth: -1}}}}", "depth"),
         ("model: {init_args: {model: {backbone: {vocabulary: 100}}}}", "vocabulary"),
-        ("model: {init_args: {lr: -1}}", "learning rate"),
         ("trainer: {max_steps: many}", "max_steps"),
         ("trainer: {precision: half}", "precision"),
         (
