@@ -107,6 +107,22 @@ def test_a_broken_image_of_a_row_does_not_stop_the_reading(tmp_path: Path) -> No
     assert said(source, [0, 1, 3]) == [0, 1, 3]
 
 
+@pytest.mark.parametrize("documents", [None, 4])
+def test_a_value_that_python_has_not_is_one_broken_row(documents: int | None, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = caption_rows(4)
+    days = pa.array([0, 0, 2**30, 0], pa.int32()).view(pa.date32())
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    pq.write_table(pa.table({**columns, "day": days}), tmp_path / "train.parquet")
+    source = HuggingFaceSource(str(tmp_path), streaming=documents is not None, documents=documents)
+    with pytest.raises(BrokenDocument, match="train: row 2: expected values that Python can hold, got "):
+        source.document(2, RNG)
+    assert said(source, [0, 1, 3]) == [0, 1, 3]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_images_beside_a_metadata_file_are_read_undecoded_and_unfetched(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch.utils.data._utils import worker
 
 from unimodal.data.folder import IMAGE_SUFFIXES
+from unimodal.data.parquet import row_fields
 from unimodal.data.records import DocumentRules, FilesOf, Layout, RawImage, Record, RecordSource, no_files
 
 if TYPE_CHECKING:
@@ -81,8 +82,9 @@ class HuggingFaceSource(RecordSource):
 
     def record(self, index: int) -> Record:
         """The row at `index`; of a stream, modulo its rows."""
-        row = _fields(self._rows[index]) if self._stream is None else self._stream.row(index)
-        return Record(f"{self.path} {self.split}: row {index}", row, self._file)
+        where = f"{self.path} {self.split}: row {index}"
+        row = self._rows[index] if self._stream is None else self._stream.row(index)
+        return Record(where, row_fields(row, where), self._file)
 
     def order(self, epoch: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
         """Any order; of a stream its own, shuffled within windows, going on from round to round."""
@@ -133,15 +135,15 @@ class _Forward:
 
     def __init__(self, rows: Any) -> None:
         self._all = rows
-        self._rest: Iterator[Mapping[str, object]] = iter(())
+        self._rest: Iterator[pa.Table] = iter(())  # a table a row
         self._next = -1  # window that comes
-        self._held: dict[int, list[Mapping[str, object]]] = {}
+        self._held: dict[int, list[pa.Table]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is open: each worker reads its own."""
         return {"_all": self._all, "_rest": iter(()), "_next": -1, "_held": {}}
 
-    def row(self, index: int) -> Mapping[str, object]:
+    def row(self, index: int) -> pa.Table:
         window, place = divmod(index, STREAM_WINDOW)
         if window not in self._held:
             if window != self._next:
@@ -152,11 +154,11 @@ class _Forward:
                 del self._held[min(self._held)]
         return self._held[window][place]
 
-    def _from(self, start: int) -> Iterator[Mapping[str, object]]:
+    def _from(self, start: int) -> Iterator[pa.Table]:
         """Rows from `start` on, round and round."""
         count = 0
         for row in _rows(self._all.skip(start)):
-            yield _fields(row)
+            yield row
             count += 1
         if not count and start:  # the stream has ended before: count it
             length = sum(1 for _ in _rows(self._all))
@@ -164,7 +166,7 @@ class _Forward:
         while True:
             for row in _rows(self._all):
                 count += 1
-                yield _fields(row)
+                yield row
             if not count:
                 raise ValueError("path: expected a stream with rows, got none")
 
@@ -204,11 +206,6 @@ def _refuse_links(folder: Path) -> None:
         configs = card.get("configs") if isinstance(card, dict) else None
         if "://" in str(configs):
             raise ValueError(f"path: expected files of {folder} alone, got its {name}, whose data_files name others")
-
-
-def _fields(row: pa.Table) -> dict[str, object]:
-    """One row, images as `{"bytes", "path"}`."""
-    return row.to_pylist()[0]
 
 
 def _load(path: str, split: str, name: str | None, revision: str | None, streaming: bool) -> Any:

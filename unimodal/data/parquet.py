@@ -57,11 +57,7 @@ class ParquetSource(RecordSource):
         if group.damage:
             raise BrokenDocument(str(group.path), group.damage)
         where = f"{group.path}: row {group.first + row}"
-        table = self._table(number)
-        try:
-            fields = table.slice(row, 1).to_pylist()[0]
-        except (ValueError, OverflowError) as error:  # text that is no UTF-8, a date that Python has not, ...
-            raise BrokenDocument(where, f"expected values that Python can hold, got {one_line(error)}") from None
+        fields = row_fields(self._table(number).slice(row, 1), where)
         folder = group.path.parent if self.images is None else Path(self.images)
         return Record(where, fields, FilesOf(folder))
 
@@ -83,6 +79,14 @@ class ParquetSource(RecordSource):
                 self._held.popitem(last=False)
         self._held.move_to_end(number)
         return self._held[number]
+
+
+def row_fields(row: pa.Table, where: str) -> dict[str, object]:
+    """The cells of a table of one row, images as `{"bytes", "path"}`; BrokenDocument for what Python has no value for."""
+    try:
+        return row.to_pylist()[0]
+    except (ValueError, OverflowError) as error:  # text that is no UTF-8, a date that Python has not, ...
+        raise BrokenDocument(where, f"expected values that Python can hold, got {one_line(error)}") from None
 
 
 class _Group:
