@@ -298,6 +298,22 @@ def test_neighbours_of_an_inpainted_image_do_not_change(inpainter: UnifiedModel)
     assert [contents(d.parts) for d in together] == [contents(d.parts) for d in alone]
 
 
+def test_what_is_given_of_an_image_is_given_of_every_try(make: Make) -> None:
+    model, known = make("flow"), [Inpaint(picture(), mask(8, 8)), None]
+    seen: list[Document] = []
+
+    def first(documents: Sequence[Document]) -> list[float]:
+        seen.extend(documents)
+        return [0.0] * len(documents)
+
+    best_of(model, [PROMPT, OTHER], DRAWING, [5, 6], 3, first, known)
+    tries = look_again(model, [PROMPT, OTHER], DRAWING, [5, 6], 3, lambda document, read: False, inpaint=known)
+    for drawn in ([d.images[-1] for d in seen[::2]], [look.document.images[-1] for look in tries[0]]):
+        assert [image.tobytes() for image in drawn] == [picture().tobytes()] * 3
+    for drawn in ([d.images[-1] for d in seen[1::2]], [look.document.images[-1] for look in tries[1]]):
+        assert len({image.tobytes() for image in drawn} | {picture().tobytes()}) == 4
+
+
 def test_only_the_first_image_is_inpainted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("flow")
     script(model, monkeypatch, [model.text.special.boi, *[model.text.special.eos] * 9])
@@ -407,6 +423,9 @@ def test_what_reads_wrong_is_drawn_again_up_to_a_limit(model: UnifiedModel) -> N
         look_again(model, [PROMPT], DRAWING, [1], 0, third_time)
     with pytest.raises(ValueError, match="max_images: expected at least 1 to look at, got 0"):
         look_again(model, [PROMPT], DecodingSettings(max_images=0), [1], 1, third_time)
+    for seeds in ([], [1, 2]):
+        with pytest.raises(ValueError, match=rf"seeds: expected one a document \(1\), got {len(seeds)}"):
+            look_again(model, [PROMPT], DRAWING, seeds, 1, third_time)
 
 
 def test_a_try_that_draws_nothing_does_not_fit(make: Make) -> None:

@@ -332,6 +332,25 @@ def test_negative_words_need_guidance_and_no_dropped_text(make: Callable[..., Un
 
 
 @pytest.mark.parametrize("name", WHOLE)
+def test_guidance_of_images_is_nothing_where_none_is_given(make: Callable[..., UnifiedModel], name: str) -> None:
+    """Nested, it would make more of the text's; and documents with and without images may be drawn together."""
+    model = make(name, drop_images=0.1).double()
+    plain = Document((Part("a handwritten seven", learn=False),))
+    given = Document((Part(picture(5), learn=False), Part("a handwritten seven", learn=False)))
+
+    def drawn(documents: Sequence[Document], **settings: object) -> list[np.ndarray]:
+        image = model.generator.sampling.override(guidance=2.0, **settings)
+        asked = DecodingSettings("image", max_tokens=0, max_images=1, image=image)
+        return [np.array(d.images[-1], int) for d in decode(model, documents, asked, range(len(documents)))]
+
+    for combine in ("nested", "additive"):
+        together = drawn([plain, given, plain], image_guidance=5.0, combine=combine)
+        unled = drawn([plain, given, plain])
+        assert all(np.abs(together[i] - unled[i]).max() <= 1 for i in (0, 2))  # a level of 256
+        assert not np.array_equal(together[1], unled[1])
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_two_conditions_have_scales_and_intervals_of_their_own(make: Callable[..., UnifiedModel], name: str) -> None:
     model = make(name, drop_images=0.1).double()
     prompt = Document((Part(picture(5), learn=False), Part("a handwritten seven", learn=False)))

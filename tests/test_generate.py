@@ -266,8 +266,14 @@ def test_a_document_goes_on_in_markdown_and_html(run: Path, tmp_path: Path, caps
     led = ["--start", "image", "--max-tokens", "0", "--max-images", "1", "--guidance", "300", "--negative", "two"]
     assert main([*command[:5], "one plus one", "--out", str(tmp_path / "led"), *led]) == 0
     assert json.loads((tmp_path / "led" / "settings.json").read_text())["negative"] == "two"
-    assert main([*command[:5], "one plus one", "--out", str(tmp_path / "text"), "--max-tokens", "3"]) == 0
-    assert "one plus one" in (tmp_path / "text" / "document.md").read_text(encoding="utf-8")
+    written = []
+    for name, options in (("text", []), ("one", ["--text-top-k", "1"]), ("few", ["--text-top-p", "1e-9"]), ("any", [])):
+        words = [] if name == "text" else ["--text-temperature", "5", *options]
+        texts = [*command[:5], "one plus one", "--out", str(tmp_path / name), "--max-tokens", "9", *words]
+        assert main(texts) == 0
+        written.append((tmp_path / name / "document.md").read_text(encoding="utf-8"))
+    assert "one plus one" in written[0]
+    assert written[0] == written[1] == written[2] != written[3]  # of one word there is no other
 
 
 def test_describing_prints_what_the_model_writes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     document.add_argument("--max-tokens", type=int, default=128, help="most text tokens (128)")
     document.add_argument("--max-images", type=int, default=4, help="most images (4)")
     document.add_argument("--text-temperature", type=float, default=0.0, help="0: the likeliest word (0)")
+    document.add_argument("--text-top-k", type=int, default=0, help="words among the likeliest so many; 0: all (0)")
+    document.add_argument("--text-top-p", type=float, default=1.0, help="... that have that share of the odds (1)")
     document.add_argument(
         "--negative", metavar="TEXT", default="", help="words to be led away from, by guidance of images"
     )

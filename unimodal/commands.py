@@ -76,7 +76,8 @@ def generate_document(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args.prompt)
     model = _model(args)
     settings = DecodingSettings(
-        args.start, max_tokens=args.max_tokens, max_images=args.max_images, temperature=args.text_temperature,
+        args.start, max_tokens=args.max_tokens, max_images=args.max_images,
+        temperature=args.text_temperature, top_k=args.text_top_k, top_p=args.text_top_p,
         image=overridden(model.generator.sampling, vars(args)), size=_size(args.size), stop=tuple(args.stop),
         negative=args.negative,
     )  # fmt: skip

@@ -20,16 +20,7 @@ from unimodal.documents import GENERATED, Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, to_tensor
 from unimodal.session import Session
-from unimodal_generators.base import (
-    Block,
-    Branch,
-    Embeddings,
-    Grid,
-    ImageTokens,
-    Known,
-    SamplingSettings,
-    TokenKind,
-)
+from unimodal_generators.base import Block, Branch, Embeddings, Grid, ImageTokens, Known, SamplingSettings, TokenKind
 from unimodal_generators.choice import choose
 from unimodal_generators.unmasking import masked_settings
 
@@ -39,6 +30,7 @@ class _Row:
     """A document being continued."""
 
     rng: torch.Generator
+    sampling: SamplingSettings  # of its images
     inpaint: Inpaint | None = None  # of the image that comes first
     parts: list[Part] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # of the text being written
@@ -81,7 +73,10 @@ class _Decoder:
         wanted = max(prompts) + settings.max_tokens + settings.max_images * (self.room + 2)
         ahead = 0 if model.generator.text is None else model.generator.text.block  # looked at beyond what is kept
         self.session = Session.start(model, len(runs), self.branches, min(self.capacity, wanted) + ahead)
-        self.rows = [_Row(torch.Generator().manual_seed(seed)) for seed in seeds]
+        # Guidance of images is nothing where none is given: the branch without them is the whole one again.
+        unled = self.image.override(image_guidance=1.0)
+        own = [self.image if any(run.image is not None for run in prompt) else unled for prompt in runs]
+        self.rows = [_Row(torch.Generator().manual_seed(seed), one) for seed, one in zip(seeds, own, strict=True)]
         self._prefill(runs)
 
     def _tokens(self, runs: Sequence[Run], branches: Sequence[Branch]) -> int:
@@ -268,13 +263,13 @@ class _Decoder:
         return [ways[i] for i in choose(logits[:, ways], [rng], s.temperature, s.top_k, s.top_p).tolist()]
 
     def _draw(self, images: list[int]) -> Iterator[Piece]:
-        """The images that are due and of one size with the first."""
-        grid = self.rows[images[0]].grid
+        """The images that are due, of one size with the first, and drawn as that is."""
+        grid, sampling = self.rows[images[0]].grid, self.rows[images[0]].sampling
         assert grid is not None
-        images = [i for i in images if self.rows[i].grid == grid]
+        images = [i for i in images if (self.rows[i].grid, self.rows[i].sampling) == (grid, sampling)]
         generator, view = self.model.generator, self.session.rows(images)
         rngs, newest = [self.rows[i].rng for i in images], None
-        for tokens in generator.sample(view, [grid] * len(images), self.image, rngs, self._known(images, grid)):
+        for tokens in generator.sample(view, [grid] * len(images), sampling, rngs, self._known(images, grid)):
             if newest is not None and self.streaming == "previews":
                 for i, pixels in zip(images, self.model.tokenizer.decode_each(newest), strict=True):
                     yield Piece(i, preview=to_image(pixels))

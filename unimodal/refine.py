@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unimodal.decoding import decode
-from unimodal.decoding_settings import DecodingSettings
+from unimodal.decoding_settings import DecodingSettings, Inpaint
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.evaluation.likelihood import log_likelihoods
 from unimodal.model import UnifiedModel
@@ -40,6 +40,7 @@ def best_of(
     seeds: Sequence[int],
     n: int,
     scorer: Scorer,
+    inpaint: Sequence[Inpaint | None] | None = None,
 ) -> list[Document]:
     """Continue each document `n` times and keep what the scorer likes most; the first of equals.
 
@@ -50,6 +51,7 @@ def best_of(
         seeds: one a document; the first try is what `decode` makes of it.
         n: tries.
         scorer: sees all tries of all documents at once.
+        inpaint: as of `decode`.
 
     Raises:
         ValueError: less than one try, or another number of scores than of tries.
@@ -58,7 +60,7 @@ def best_of(
         raise ValueError(f"n: expected at least 1, got {n}")
     best: list[tuple[float, Document]] = []
     tries = [
-        decode(model, documents, settings, [_try_seed(seed, number) for seed in seeds]) for number in range(n)
+        decode(model, documents, settings, [_try_seed(seed, number) for seed in seeds], inpaint) for number in range(n)
     ]  # try by try
     scores = list(scorer([document for row in tries for document in row]))
     if len(scores) != n * len(documents):
@@ -96,6 +98,7 @@ def look_again(
     agrees: Callable[[Document, str], bool],
     max_tokens: int = 64,
     again: Callable[[Document, Look], Document] | None = None,
+    inpaint: Sequence[Inpaint | None] | None = None,
 ) -> list[list[Look]]:
     """Draw (think first, where `settings.start` is "text"), describe the last image, and draw anew what does not fit.
 
@@ -112,17 +115,21 @@ def look_again(
         again: what is continued next, given what is there and the try that does not fit, for instance with that image and
             what it was read as, for a model that was taught to correct itself. None, and behind a try in which nothing was
             drawn: what is there, with other draws.
+        inpaint: as of `decode`, of every try.
 
     Returns:
         The tries of each document in order; the last one is the result.
 
     Raises:
-        ValueError: less than one round, or settings that never draw.
+        ValueError: less than one round, settings that never draw, or not one seed (and `inpaint`, if any) a document.
     """
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     if settings.max_images < 1:
         raise ValueError(f"settings: max_images: expected at least 1 to look at, got {settings.max_images}")
+    for name, values in (("seeds", seeds), ("inpaint", inpaint)):
+        if values is not None and len(values) != len(documents):
+            raise ValueError(f"{name}: expected one a document ({len(documents)}), got {len(values)}")
     looks: list[list[Look]] = [[] for _ in documents]
     left = list(range(len(documents)))
     reading = DecodingSettings(max_tokens=max_tokens, max_images=0)
@@ -131,7 +138,8 @@ def look_again(
         if again is not None and number > 0:
             last = [looks[i][-1] for i in left]
             given = [again(d, look) if look.drawn else d for d, look in zip(given, last, strict=True)]
-        tries = decode(model, given, settings, [_try_seed(seeds[i], number) for i in left])
+        known = None if inpaint is None else [inpaint[i] for i in left]
+        tries = decode(model, given, settings, [_try_seed(seeds[i], number) for i in left], known)
         seen = [bool(_drawn(t.parts[len(g.parts) :])) for g, t in zip(given, tries, strict=True)]
         looked = [_look(document) for document, drew in zip(tries, seen, strict=True) if drew]
         read = iter(decode(model, looked, reading, [0] * len(looked)))

@@ -8,7 +8,8 @@ import yaml
 from unimodal_generators.base import SamplingSettings
 
 FLAGS = ("guidance", "image_guidance", "steps", "solver", "shift", "temperature", "top_k", "top_p")
-"""Settings that have an option of their own; `--set NAME=VALUE` reaches every other."""
+"""Settings that have an option of their own; `--set NAME=VALUE` reaches every other that YAML can write (rules of shifts are
+keys of recipes)."""
 
 
 def overridden(settings: SamplingSettings, options: Mapping[str, Any]) -> SamplingSettings:

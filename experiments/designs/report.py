@@ -1,8 +1,8 @@
 """From rows to tables, plots, and which published orderings came out.
 
 An interval of one run is what its scoring found (of the digits Wilson's, of the shapes a bootstrap over prompts). Over
-several seeds it is the wider of Student's over the seeds' scores and Wilson's over all that was asked: at the ceiling seeds
-agree by chance. Of one run nothing is said but how it came out.
+several seeds it is the wider of Student's over the seeds' scores and Wilson's of their mean over what one run is asked: at
+the ceiling seeds agree by chance, and other seeds are asked the same again. Of one run nothing is said but how it came out.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def interval(rows: Sequence[Row], score: str, trials: int) -> Interval:
     values = [row[score] for row in rows]
     if len(values) == 1:
         return Interval(*rows[0][f"{score}_interval"])
-    asked = wilson_interval(round(trials * sum(values)), trials * len(values))
+    asked = wilson_interval(round(trials * mean(values)), trials)
     half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     low, high = max(0.0, mean(values) - half), min(1.0, mean(values) + half)
     return Interval(min(low, asked.low), max(high, asked.high))

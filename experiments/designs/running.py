@@ -120,7 +120,7 @@ def digest(run: Run, flops: float) -> str:
     stages = [(stage.name, stage.steps, stage.config) for stage in run.stages]
     tokenizer = None if run.tokenizer is None else (run.tokenizer, _tokenizer_recipe(run.tokenizer)[1])
     handed = None if run.design.first is None else run.design.first.handed
-    whole = [stages, tokenizer, handed, run.world.scoring, run.points(flops)]
+    whole = [stages, tokenizer, handed, run.world.scoring, run.world.versions, run.points(flops)]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 

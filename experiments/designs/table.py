@@ -17,8 +17,9 @@ import yaml
 
 from experiments.designs.shapes import prompt, shown
 from unimodal.data.digits import caption
+from unimodal.evaluation import digits
 from unimodal.evaluation.results import percent
-from unimodal.evaluation.shapes import GenEvalShapes
+from unimodal.evaluation.shapes import WORLD, GenEvalShapes, ShapesQuestions
 
 CONFIGS = Path("lightning_configs")
 Changes = dict[str, Any]
@@ -160,6 +161,7 @@ class World:
         reading: laid over a first stage: what is asked for in words and drawn teaches it nothing.
         scoring: the module that scores a run, and its arguments; it is given --run, --out, --seed and perhaps --compile, and
             leaves scores.json, samples.png (a row of 36 pixels for each of `prompts`) and, last, index.html.
+        versions: of what scores; rows of others are refused.
         prompts: ten, shown in the gallery and timed.
         legend: of the gallery, in the report; none where the images need none.
         drawn: score of asked images, in `scores`.
@@ -180,6 +182,7 @@ class World:
     budget: Changes
     reading: Changes
     scoring: tuple[str, ...]
+    versions: dict[str, int]
     prompts: tuple[str, ...]
     legend: str
     drawn: str
@@ -238,7 +241,8 @@ DIGITS = World(
         8, {"class_path": "unimodal.data.DigitsData", "init_args": {"batch_tokens": 4096}}, context_length=256
     ),
     reading=_mixture(text_to_image=0.0, image_to_text=1.0, sum=1.0, text=0.1),
-    scoring=("unimodal.cli", "evaluate", "digits"), prompts=tuple(caption(digit) for digit in range(10)), legend="",
+    scoring=("unimodal.cli", "evaluate", "digits"), versions={"digits": digits.VERSION},
+    prompts=tuple(caption(digit) for digit in range(10)), legend="",
     drawn="asked_digit", read="image_to_text",
     scores={"asked_digit": 500, "image_to_text": 374, "sums_text": 200, "sums_drawn": 200},
     measures={
@@ -259,7 +263,8 @@ SHAPES = World(
         context_length=640, learn_end=False,
     ),
     reading=_mixture(**{**_SHARES, "text_to_image": 0.0}),
-    scoring=("experiments.designs.shapes",), prompts=_ASKED,
+    scoring=("experiments.designs.shapes",),
+    versions={"world": WORLD} | {one.name: one.version for one in (GenEvalShapes, ShapesQuestions)}, prompts=_ASKED,
     legend=f"`gallery.png`: first draws of {', '.join(text.removeprefix('a photo of ') for text in _ASKED)}; then others.",
     drawn="geneval_shapes", read="shapes_questions",
     scores={"geneval_shapes": 178, "shapes_questions": 500},  # four images of a prompt are not four answers

@@ -123,7 +123,7 @@ class SamplingSettings:
 
     Args:
         guidance: of the text, u + guidance * (c - u): 1 is the conditional model, 0 the one without text.
-        image_guidance: of the prompt's images; 1 leaves it out.
+        image_guidance: of the prompt's images; 1 leaves it out, and a document without any has 1.
         combine: of two conditions, "nested" (BAGEL: text first, from the model that sees images alone; then images, from the
             one that sees text alone) or "additive" (InstructPix2Pix, arXiv 2211.09800: both from the one that sees
             neither, then the one that sees images alone).
@@ -243,7 +243,8 @@ class DenoisingSettings(SamplingSettings):
 
     Args:
         renorm: shrinks what guidance made to the length it had without, never below `renorm_min` of itself: of every token
-            ("channel") or of every image ("global"), as BAGEL does.
+            ("channel") or of every image ("global"), as BAGEL does. Where an image's tokens are drawn one by one, or a few
+            at a time, "global" and `rescale` are of those that are drawn together.
         renorm_min: the least share that is kept.
         rescale: share of the output that is brought to the deviation it had without guidance (2305.08891, section 3.4).
     """

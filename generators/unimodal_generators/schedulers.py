@@ -28,7 +28,7 @@ def check_solver(solver: str, own: Sequence[str], schedulers: Sequence[str], kin
     if solver in own:
         return
     if solver not in schedulers:
-        known = f"{', '.join(own)} or a {kind} scheduler of diffusers ({', '.join(schedulers)})"
+        known = f"{', '.join(own)} or one of these {kind} schedulers of diffusers: {', '.join(schedulers)}"
         raise ValueError(f"solver: expected {known}, got {solver}")
     try:
         importlib.import_module("diffusers")

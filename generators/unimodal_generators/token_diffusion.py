@@ -72,8 +72,11 @@ class TokenDiffusionSettings(DenoisingSettings):
             raise ValueError(f"head_{error}" if str(error).startswith("steps") else str(error)) from error
 
     def grown(self, share: float) -> "TokenDiffusionSettings":
-        """Guidance once a share of the tokens is drawn: 1 + share (guidance - 1)."""
-        return self if self.growth == "none" else replace(self, guidance=1.0 + share * (self.guidance - 1.0))
+        """Guidance once a share of the tokens is drawn: 1 + share (guidance - 1), of the text and of images."""
+        if self.growth == "none":
+            return self
+        text, images = (1.0 + share * (scale - 1.0) for scale in (self.guidance, self.image_guidance))
+        return replace(self, guidance=text, image_guidance=images)
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class TokenDiffusion(ImageGenerator):
         head_depth: residual blocks of the head.
         multiply: noise draws a token and step; the loss is their mean (MAR, section 3.2: four).
         noising: between tokens and noise: `HeadDiffusion` as MAR, or None for `HeadFlow()`.
-        mask_min: least share of masked tokens; the share is drawn from a normal of mean 1 and deviation `mask_std`, cut to
-            [mask_min, 1] (MAR, section 4.2).
+        mask_min: least share of masked tokens in random order; the share is drawn from a normal of mean 1 and deviation
+            `mask_std`, cut to [mask_min, 1] (MAR, section 4.2).
         mask_std: see there.
         input_noise: raster order reads tokens of a learned image with that much noise added, never predicts it: in
             sampling, what is read is not data either.

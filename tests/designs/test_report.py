@@ -68,9 +68,8 @@ def test_of_one_seed_it_is_that_of_the_run() -> None:
 
 
 def test_seeds_that_agree_by_chance_are_not_certain() -> None:
-    found, asked = interval([row("x", i, 1.0) for i in range(3)], "asked_digit", 500), wilson_interval(1500, 1500)
-    assert (found.low, found.high) == (asked.low, asked.high)
-    assert found.low < 0.998
+    found, asked = interval([row("x", i, 1.0) for i in range(3)], "asked_digit", 500), wilson_interval(500, 500)
+    assert (found.low, found.high) == (asked.low, asked.high)  # all were asked the same: not of 1,500
 
 
 @pytest.mark.parametrize(

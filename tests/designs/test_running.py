@@ -111,6 +111,7 @@ def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
         replace(run, design=replace(run.design, first=replace(run.design.first, handed="text"))),
         replace(run, design=replace(run.design, tokenizer="vq")),
         replace(run, world=replace(DIGITS, scoring=("another", "judge"))),
+        replace(run, world=replace(DIGITS, versions={"digits": 0})),
     ]
     for other in others:
         with pytest.raises(ValueError, match="--rows: x-0-10 was trained or scored by other settings than today's"):

@@ -1,5 +1,6 @@
 """The flow generator: what it learns, how it tells time, and how it samples."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -306,6 +307,12 @@ def test_velocity_is_in_full_precision() -> None:
     for predicts in ("velocity", "data"):
         made = flow(predicts=predicts).bfloat16()
         assert made.predict(torch.randn(3, 32).bfloat16(), made.embed(at), at).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "value"), [("time_shift", 0.0), ("time_shift", math.nan), ("time_std", -0.1)])
+def test_times_that_cannot_be_drawn_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}"):
+        flow(**{name: value})
 
 
 def test_discrete_tokenizers_are_refused_by_name() -> None:

@@ -260,6 +260,12 @@ def test_random_order_by_hand(make: Callable[..., UnifiedModel]) -> None:
     torch.testing.assert_close(final, x, atol=1e-9, rtol=1e-9)
 
 
+def test_guidance_grows_of_text_and_images() -> None:
+    settings = TokenDiffusionSettings(guidance=3.0, image_guidance=2.0, growth="linear")
+    assert [(s.guidance, s.image_guidance) for s in map(settings.grown, (0.5, 1.0))] == [(2.0, 1.5), (3.0, 2.0)]
+    assert replace(settings, growth="none").grown(0.5).guidance == 3.0
+
+
 def test_raster_order_by_hand(make: Callable[..., UnifiedModel]) -> None:
     model = make("token_raster").double()
     generator = model.generator

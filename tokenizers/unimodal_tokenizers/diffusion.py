@@ -28,11 +28,6 @@ def shift_time(t: float, shift: float) -> float:
     return t / (1.0 + (shift - 1.0) * (1.0 - t))  # the same in t: exact at both ends
 
 
-def unshift_time(t: float, shift: float) -> float:
-    """The inverse of `shift_time`."""
-    return shift_time(t, 1.0 / shift)
-
-
 @dataclass(frozen=True)
 class RootShift:
     """A shift by an image's tokens n: s = sqrt(n / tokens), so that as much of a larger image is hidden (SD3, eq. 23).
@@ -80,6 +75,14 @@ Shift = float | RootShift | LogShift
 def shift_of(shift: Shift, tokens: int) -> float:
     """s for images of that many tokens."""
     return shift(tokens) if callable(shift) else shift
+
+
+def check_times(shift: Shift, std: float) -> None:
+    """ValueError, naming the setting, for a shift or a deviation that training times cannot be drawn with."""
+    if not callable(shift) and not 0 < shift < math.inf:
+        raise ValueError(f"time_shift: expected a number above 0, got {shift}")
+    if not 0 <= std < math.inf:
+        raise ValueError(f"time_std: expected 0 or more, got {std}")
 
 
 def interpolate(

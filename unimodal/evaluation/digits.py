@@ -42,6 +42,8 @@ from unimodal.metrics.moments import Moments
 from unimodal.metrics.shares import wilson_interval
 from unimodal_generators.base import SamplingSettings
 
+VERSION = 1
+"""Raised whenever scores of the same answers would change."""
 FEATURE = "pixels64"
 Scores = dict[str, Any]
 """Names to numbers, `[low, high]` intervals, and a few words; what `scores.json` holds."""
