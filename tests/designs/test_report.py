@@ -10,9 +10,11 @@ from designs_cases import sheet
 from PIL import Image
 from scipy import stats
 
+from experiments.designs.cost import Costs
+from experiments.designs.elsewhere import given, left_over, read_rows
 from experiments.designs.gallery import DRAWS, gallery
 from experiments.designs.report import interval, orderings, table, verdict, write_report
-from experiments.designs.running import Row
+from experiments.designs.running import Row, plan
 from experiments.designs.table import CLAIMS, DESIGNS, DIGITS, SHAPES, World
 from unimodal.metrics.shares import wilson_interval
 
@@ -85,7 +87,7 @@ def test_an_ordering_needs_intervals_apart(better: list[float], worse: list[floa
         assert "one seed" not in verdict(a, b, "asked_digit", DIGITS)
 
 
-@pytest.mark.parametrize(("world", "results"), [(DIGITS, "digits_quick.json"), (SHAPES, "shapes.json")])
+@pytest.mark.parametrize(("world", "results"), [(DIGITS, "digits.json"), (SHAPES, "shapes.json")])
 def test_the_tables_of_the_page_are_those_of_the_committed_rows(world: World, results: str) -> None:
     page = (PAGE / "README.md").read_text()
     rows = json.loads((PAGE / "results" / results).read_text())
@@ -93,6 +95,16 @@ def test_the_tables_of_the_page_are_those_of_the_committed_rows(world: World, re
         mine = [row for row in rows if row["at"] == at]
         assert table(mine, world) in page
         assert orderings(mine, world) in page
+
+
+@pytest.mark.slow  # it counts what every design costs
+@pytest.mark.parametrize(("world", "results", "seeds"), [(DIGITS, "digits.json", 3), (SHAPES, "shapes.json", 1)])
+def test_the_committed_rows_are_of_today_s_settings(world: World, results: str, seeds: int, tmp_path: Path) -> None:
+    rows, costs = read_rows([PAGE / "results" / results]), Costs(tmp_path)
+    runs = [plan(design, world, seed, 1200, costs) for seed in range(seeds) for design in DESIGNS]
+    found = given(rows, runs, 1200 * world.step_flops)
+    assert set(found) == {run.name for run in runs}
+    assert not left_over(rows, (row for mine in found.values() for row in mine))
 
 
 def test_the_report_has_every_design_both_points_and_every_claim(tmp_path: Path) -> None:
