@@ -31,7 +31,7 @@ from unimodal_generators.base import (
     TokenKind,
     per_token,
 )
-from unimodal_generators.patch_coders import LinearCoder, PatchCoder
+from unimodal_generators.patch_coders import PatchCoder
 from unimodal_tokenizers.base import Grid, ImageTokens, TokenLayout, precise
 from unimodal_tokenizers.diffusion import timestep_embedding
 
@@ -49,7 +49,8 @@ class DenoisingGenerator(ImageGenerator):
             (JanusFlow, Show-o2), or as a condition that scales, shifts and gates them in every layer (DiT; needs
             backbone.adaln).
         coder: between token vectors and the backbone; the layout and the width are passed to it.
-        bidirectional: whether patches of an image see each other, or only those before them (Transfusion's ablation).
+        bidirectional: whether patches of an image see each other in the backbone, or only those before them (Transfusion's
+            ablation; JanusFlow, where they meet in the coder).
         sampling: defaults of the sampler.
     """
 
@@ -73,9 +74,6 @@ class DenoisingGenerator(ImageGenerator):
         self.layout, self.bidirectional, self.sampling = layout, bidirectional, sampling
         self.time, self.conditions, self.prefix = time, time == "adaln", int(time == "token")
         self.coder = coder(layout, width)
-        if not bidirectional and not isinstance(self.coder, LinearCoder):
-            name = type(self.coder).__name__
-            raise ValueError(f"bidirectional: false needs patches that are coded apart, by a LinearCoder, got a {name}")
         self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     @abstractmethod

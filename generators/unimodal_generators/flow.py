@@ -62,7 +62,7 @@ class Flow(DenoisingGenerator):
         predicts: what the network gives: the velocity, or the data, whose velocity is (data - x_t) / (1 - t). The loss is
             the velocity's in both cases (JiT, arXiv 2511.13720: data lie near few dimensions, noise does not).
         coder: between token vectors and the backbone.
-        bidirectional: whether an image's patches see each other, or only those before them.
+        bidirectional: whether an image's patches see each other in the backbone, or only those before them.
         sampling: defaults of the sampler.
     """
 

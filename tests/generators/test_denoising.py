@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from unimodal_generators import Diffusion, DiffusionSettings, Flow, FlowSettings, UNetCoder
+from unimodal_generators import Diffusion, DiffusionSettings, Flow, FlowSettings
 from unimodal_generators.base import Block, Corrupted, Embeddings, Grid, ImageTokens, Known, SamplingSettings, per_token
 from unimodal_generators.denoising import DenoisingGenerator
 from unimodal_generators.schedulers import FLOW_SCHEDULERS, MULTISTEP
@@ -374,8 +373,6 @@ def test_larger_images_are_shifted_more(rule: RootShift | LogShift, shifts: dict
     (lambda: DiffusionSettings(clip=0.0), r"clip: expected none, or a number above 0, got 0"),
     (lambda: DiffusionSettings(eta=1.5), r"eta: expected a share from 0 to 1, got 1.5"),
     (lambda: DiffusionSettings(eta=0.5, steps=5, solver="heun"), r"eta: heun draws no noise, expected 0, got 0.5"),
-    (lambda: Flow(TokenLayout("continuous", dim=4, stride=2), 8, coder=partial(UNetCoder, patch=2, channels=8),
-                  bidirectional=False), r"bidirectional: false needs .* by a LinearCoder, got a UNetCoder"),
 ])  # fmt: skip
 def test_what_means_nothing_is_refused_by_name(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
