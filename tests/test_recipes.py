@@ -1,9 +1,11 @@
 """Every recipe parses, builds and takes a step; every model recipe trains on a folder of your own pictures."""
 
+import functools
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,12 +32,23 @@ SOURCES = sorted(path for path in (CONFIGS / "tokenizers").glob("*.yaml") if "cl
 """Tokenizers that learn nothing: `import` makes them."""
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
 FOLDER = CONFIGS / "data" / "folder.yaml"
+FLOW = CONFIGS / "models" / "digits_mot_flow.yaml"
 ONE_OF_EACH = [
     CONFIGS / path
     for path in ("models/digits_mot_flow.yaml", "tokenizers/digits_vq.yaml", "tokenizers/digits_fsq.yaml")
 ]
 """A model, a tokenizer, and one that is laid over another: all of a kind are parsed alike."""
-NOT_MEASURED = {"shapes_flux_latents", "shapes_llamagen_codes"}
+NOT_MEASURED = {
+    "digits_blip3o_features",
+    "digits_emu3_rows",
+    "digits_janusflow",
+    "digits_metaquery_sana",
+    "digits_tokenshuffle_ar",
+    "digits_transfusion_unet",
+    "digits_vilau_residual",
+    "shapes_flux_latents",
+    "shapes_llamagen_codes",
+}
 QUICK = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.enable_progress_bar", "false"]
 
 
@@ -44,9 +57,23 @@ def name(path: Path) -> str:
 
 
 def files(recipe: Path) -> list[str]:
-    """As its command has it: a tokenizer without data of its own is laid over the VQ."""
-    overlaid = recipe in TOKENIZERS and "data" not in yaml.safe_load(recipe.read_text())
-    return [*(["-c", str(CONFIGS / "tokenizers" / "digits_vq.yaml")] if overlaid else []), "-c", str(recipe)]
+    """Of its command, the files of its last part: what the recipe is laid over, and itself."""
+    command = recipe.read_text().splitlines()[2].split("&&")[-1]
+    found = [CONFIGS.parent / path for path in re.findall(r"-c (lightning_configs/(?:models|tokenizers)/\S+)", command)]
+    assert found[-1] == recipe
+    return [word for path in found for word in ("-c", str(path))]
+
+
+def laid_over(below: Any, above: Any) -> Any:
+    """One of two nested dicts; a key of the second wins."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {key: laid_over(below.get(key), value) for key, value in above.items()}
+
+
+def read(recipe: Path) -> Any:
+    """What its command's files say together."""
+    return functools.reduce(laid_over, (yaml.safe_load(Path(path).read_text()) for path in files(recipe)[1::2]))
 
 
 def texts(recipe: Path) -> tuple[str, str]:
@@ -55,14 +82,14 @@ def texts(recipe: Path) -> tuple[str, str]:
 
 
 def context(recipe: Path) -> str:
-    return str(yaml.safe_load(recipe.read_text())["model"]["init_args"]["model"]["sequence"]["context_length"])
+    return str(read(recipe)["model"]["init_args"]["model"]["sequence"]["context_length"])
 
 
 def model_options(recipe: Path, folder: Path) -> list[str]:
     """Small where size is not the point: the smallest batch, hardly any validation, an untrained tokenizer."""
     options = ["--trainer.default_root_dir", str(folder), "--data.init_args.batch_tokens", context(recipe), *QUICK]
     options += ["--data.init_args.validation_documents", "2", "--data.init_args.prompts", "1"]
-    settings = yaml.safe_load(recipe.read_text())["model"]["init_args"]
+    settings = read(recipe)["model"]["init_args"]
     if "tokenizer_weights" in settings:
         options += ["--model.init_args.tokenizer_weights", "null"]
     if "init" in settings:
@@ -124,7 +151,7 @@ def test_the_head_of_a_recipe_says_what_paper_command_and_measured(recipe: Path)
 @pytest.mark.parametrize("recipe", MODELS, ids=name)
 def test_a_model_recipe_builds_and_takes_a_step(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert main(["fit", "-c", str(recipe), *model_options(recipe, out), "--trainer.fast_dev_run", "true"]) == 0
+    assert main(["fit", *files(recipe), *model_options(recipe, out), "--trainer.fast_dev_run", "true"]) == 0
     assert not out.exists()
 
 
@@ -156,17 +183,17 @@ def test_a_run_is_called_by_its_last_recipe(given: str, expected: str) -> None:
 
 @pytest.mark.parametrize("recipe", [*MODELS, *TOKENIZERS], ids=name)
 def test_every_recipe_names_its_run(recipe: Path) -> None:
-    assert recipe_name([MODELS[0], recipe, CONFIGS / "trainer" / "gpu.yaml"]) == recipe.stem
+    assert recipe_name([FLOW, recipe, CONFIGS / "trainer" / "gpu.yaml"]) == recipe.stem
 
 
 def test_settings_laid_over_a_recipe_give_no_name(tmp_path: Path) -> None:
     nested, dotted = tmp_path / "nested.yaml", tmp_path / "dotted.yaml"
     nested.write_text("model: {init_args: {lr: 1.0e-3, tokenizer_weights: out, model: {backbone: {width: 8}}}}")
     dotted.write_text("model.init_args.model.generator.init_args.token_noise: 0.2")
-    assert recipe_name([MODELS[0], nested]) == MODELS[0].stem
-    assert recipe_name([MODELS[0], dotted, nested]) == MODELS[0].stem
+    assert recipe_name([FLOW, nested]) == FLOW.stem
+    assert recipe_name([FLOW, dotted, nested]) == FLOW.stem
     dotted.write_text("model.init_args.model.generator.class_path: unimodal_generators.Masked")
-    assert recipe_name([MODELS[0], dotted, nested]) == "dotted"
+    assert recipe_name([FLOW, dotted, nested]) == "dotted"
 
 
 def test_an_export_names_the_recipe_that_was_laid_over_another(tmp_path: Path) -> None:
@@ -189,7 +216,7 @@ def test_a_tokenizer_that_learns_nothing_is_made_and_read(recipe: Path, tmp_path
 
 def test_a_dry_run_leaves_a_run_alone(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    fit = ["fit", "-c", str(MODELS[0]), *model_options(MODELS[0], out)]
+    fit = ["fit", "-c", str(FLOW), *model_options(FLOW, out)]
     assert main([*fit, "--trainer.max_steps", "1"]) == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert main([*fit, "--trainer.fast_dev_run", "true"]) == 0
@@ -214,7 +241,7 @@ def test_the_config_a_recipe_resolves_to_is_printed(recipe: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("recipe", "where"),
     [
-        *((MODELS[0], where) for where in ("data.init_args", "trainer", "checkpoint", "")),
+        *((FLOW, where) for where in ("data.init_args", "trainer", "checkpoint", "")),
         *((recipe, "model.init_args") for recipe in ONE_OF_EACH),
         *((recipe, "data.init_args") for recipe in DATA),
     ],
@@ -235,7 +262,7 @@ def test_a_misspelt_key_is_one_line(
     level[wrong] = level.pop(key)
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(config))
-    first = ["-c", str(MODELS[0])] if recipe in DATA else files(recipe)[:-2]
+    first = ["-c", str(FLOW)] if recipe in DATA else files(recipe)[:-2]
     assert main(["fit", *first, "-c", str(path), "--trainer.default_root_dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
@@ -271,11 +298,11 @@ def test_your_own_pictures_in_a_list(listed: Path, tmp_path: Path) -> None:
     options = [
         "--data.root",
         str(listed),
-        *model_options(MODELS[0], tmp_path / "run"),
+        *model_options(FLOW, tmp_path / "run"),
         "--trainer.fast_dev_run",
         "true",
     ]
-    assert main(["fit", "-c", str(MODELS[0]), "-c", str(FOLDER), *options]) == 0
+    assert main(["fit", "-c", str(FLOW), "-c", str(FOLDER), *options]) == 0
 
 
 @pytest.mark.slow
@@ -283,13 +310,13 @@ def test_your_own_pictures_in_a_list(listed: Path, tmp_path: Path) -> None:
 def test_your_own_pictures_trained_exported_and_drawn(recipe: Path, captioned: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     options = [*model_options(recipe, run), "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
-    assert main(["fit", "-c", str(recipe), "-c", str(FOLDER), "--data.root", str(captioned), *options]) == 0
+    assert main(["fit", *files(recipe), "-c", str(FOLDER), "--data.root", str(captioned), *options]) == 0
     assert json.loads((run / "export" / "export.json").read_text())["recipe"] == recipe.stem
     assert list((run / "samples").glob("step_000002.*"))
     shutil.rmtree(tmp_path / "weights", ignore_errors=True)  # an export holds those of the tokenizer
     draw = ["generate", "image", "--run", str(run), "--prompt", "noise number 3", "-n", "2", "--out", str(out)]
     assert main(draw) == 0
-    height, width = yaml.safe_load(recipe.read_text())["model"]["init_args"]["model"]["sequence"]["image_sizes"][0]
+    height, width = read(recipe)["model"]["init_args"]["model"]["sequence"]["image_sizes"][0]
     assert Image.open(out / "00001.png").size == (width, height)
     assert main(["describe", "--run", str(run), str(captioned / "0.png"), "--max-tokens", "2"]) == 0
 
@@ -297,9 +324,9 @@ def test_your_own_pictures_trained_exported_and_drawn(recipe: Path, captioned: P
 def test_a_folder_without_captions_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pictures").mkdir()
     for root, said in ((tmp_path / "pictures", "caption"), (tmp_path / "none", "missing")):
-        options = ["--data.root", str(root), *model_options(MODELS[0], tmp_path / "run")]
+        options = ["--data.root", str(root), *model_options(FLOW, tmp_path / "run")]
         capsys.readouterr()
-        assert main(["fit", "-c", str(MODELS[0]), "-c", str(FOLDER), *options]) == 2
+        assert main(["fit", "-c", str(FLOW), "-c", str(FOLDER), *options]) == 2
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1, error
         assert str(root) in error
@@ -315,9 +342,9 @@ def test_a_broken_picture_is_named_wherever_it_is_read(
     root.mkdir()
     for path in captioned.iterdir():
         (root / path.name).write_bytes(path.read_bytes()[:90])  # of the texts all, of the pictures a part
-    options = ["--data.root", str(root), "--data.workers", workers, *model_options(MODELS[0], tmp_path / "run")]
+    options = ["--data.root", str(root), "--data.workers", workers, *model_options(FLOW, tmp_path / "run")]
     capsys.readouterr()
-    assert main(["fit", "-c", str(MODELS[0]), "-c", str(FOLDER), *options]) == 2
+    assert main(["fit", "-c", str(FLOW), "-c", str(FOLDER), *options]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "Traceback" not in error
@@ -332,9 +359,8 @@ def test_the_settings_that_the_architecture_page_lays_over_a_recipe_are_read(
     page = (CONFIGS.parent / "docs" / "architecture.md").read_text()
     (block,) = re.findall(r"```yaml\n(model:\n  init_args:\n    model:\n      generator:.*?)```", page, re.DOTALL)
     (tmp_path / "mine.yaml").write_text(block)
-    flow = next(path for path in MODELS if name(path) == "digits_mot_flow")
     with pytest.raises(SystemExit) as end:
-        main(["fit", "-c", str(flow), "-c", str(tmp_path / "mine.yaml"), "--print_config"])
+        main(["fit", "-c", str(FLOW), "-c", str(tmp_path / "mine.yaml"), "--print_config"])
     assert end.value.code == 0
     made = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["model"]["init_args"]
     asked = yaml.safe_load(block)["model"]["init_args"]["model"]
@@ -351,9 +377,8 @@ def test_the_short_overrides_of_the_readme_reach_their_settings(capsys: pytest.C
         "--model.model.tokenizer.colours", "3", "--model.model.sequence.image_sizes", "[[64, 64]]",
         "--model.model.sequence.context_length", "512", "--data.batch_tokens", "8192",
     ]  # fmt: skip
-    flow = next(path for path in MODELS if name(path) == "digits_mot_flow")
     with pytest.raises(SystemExit) as end:
-        main(["fit", "-c", str(flow), *short, "--print_config"])
+        main(["fit", "-c", str(FLOW), *short, "--print_config"])
     assert end.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     settings = config["model"]["init_args"]
