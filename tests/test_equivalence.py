@@ -77,7 +77,7 @@ def hidden_in_session(model: UnifiedModel, document: SequencedDocument) -> torch
             assert block is not None
             if block.private:
                 states.append(session.peek(one, [block])[0])
-            elif block.bidirectional:
+            elif block.bidirectional or block.prefix or one.condition is not None:  # told its time as a whole
                 states.append(session.append(one, [block])[0])
             else:  # causal images come token by token
                 for i, value in enumerate(one.values):

@@ -40,12 +40,8 @@ ONE_OF_EACH = [
 """A model, a tokenizer, and one that is laid over another: all of a kind are parsed alike."""
 NOT_MEASURED = {
     "digits_blip3o_features",
-    "digits_emu3_rows",
-    "digits_janusflow",
     "digits_metaquery_sana",
-    "digits_tokenshuffle_ar",
     "digits_transfusion_unet",
-    "digits_vilau_residual",
     "shapes_flux_latents",
     "shapes_llamagen_codes",
 }
