@@ -136,7 +136,10 @@ CASES = {
     "flow": Case(Flow, squares),
     "flow_causal": Case(made(Flow, bidirectional=False), squares, whole=False),
     "unet": Case(made(Flow, coder=made(UNetCoder, patch=2, channels=8)), squares),
-    "convnext": Case(made(Flow, coder=made(ConvNeXtCoder, channels=16), bidirectional=False), squares, whole=False),
+    "convnext": Case(made(Flow, coder=made(ConvNeXtCoder, channels=16)), squares, whole=False),
+    "convnext_causal": Case(
+        made(Flow, coder=made(ConvNeXtCoder, channels=16), bidirectional=False, time="token"), squares, whole=False
+    ),
     "diffusion": Case(made(Diffusion, predicts="data", sampling=DiffusionSettings(steps=8, eta=1.0)), squares),
     "autoregressive": Case(Autoregressive, GrayLevels),
     "codes": Case(made(Autoregressive, inputs="codes", token_noise=0.2), GrayLevels),

@@ -488,7 +488,7 @@ def test_settings_that_the_recipe_does_not_have(
     twice = [*draw(run, out, "--set", "steps=2"), "--steps", "3"]
     refused(*twice, names=("--set", "steps", "once", "twice"), absent=out)
     refused(*draw(run, out, "--set", "colour=red"), names=("colour", "renorm"), absent=out)
-    refused(*draw(run, out, "--image-guidance", "2"), names=("image_guidance", "drop_images"), absent=out)
+    refused(*draw(run, out, "--image-guidance", "2"), names=("image_guidance", "have no images"), absent=out)
     refused(*draw(run, out, "-n", "0"), names="-n", absent=out)
     refused(*draw(run, out, "--batch", "0"), names="--batch", absent=out)
     refused(*draw(run, out, "--device", "abacus"), names="abacus", absent=out)

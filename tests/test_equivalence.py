@@ -116,6 +116,7 @@ VARIANTS |= {
     "moe": {"experts": Experts(), "backbone": MOE},
     "moe-mot-adaln": {"experts": FULL, "backbone": MOE, "time": "adaln"},
     "three": {"experts": Experts(True, True, True, clean="look"), "time": "adaln"},
+    "causal-features": {"generator": "reader", "causal_features": True},
     "crossed": {"experts": Experts(mlp=True, clean="text"), "time": "token"},
     "qwen2": {"backbone": {"qkv_bias": True, "qk_norm": False, "head_dim": 24, "tied_head": False, "added_tokens": 7}},
     **{
@@ -178,6 +179,26 @@ def test_patches_see_those_behind_them_where_they_are_told_to(
     for patches in (learned, clean):
         assert patches[-1]
         assert patches[:-1].any() == bidirectional
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_features_see_those_behind_them_unless_they_are_causal(
+    make: Callable[..., UnifiedModel], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A given image whose last feature changes."""
+    model = make("reader", causal_features=causal).double()
+    document = Document((Part("look", learn=False), Part(picture(0), learn=False), Part("seven")))
+    p, states = packed(model, sequenced(model, [document])), []
+    features = model.understand(p.understood)
+    for more in (0.0, 1.0):
+        shown = torch.cat([features[:-1], features[-1:] + more])
+        monkeypatch.setattr(model, "understand", lambda images, shown=shown: shown)
+        states.append(hidden_in_sequence_order(model, p))
+    before, looked, after = (states[0] != states[1]).any(-1).split(p.table.length.tolist())
+    assert not before.any()
+    assert looked[-1]
+    assert looked[:-1].any() != causal
+    assert after.all()
 
 
 @pytest.mark.parametrize("time", ["add", "token", "adaln"])

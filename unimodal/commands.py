@@ -39,6 +39,12 @@ def generate_image(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     model = _model(args)
     image = overridden(model.generator.sampling, vars(args))
+    if image.image_guidance != model.generator.sampling.image_guidance:
+        raise ValueError(
+            f"image_guidance: expected none, as these prompts have no images (those of `generate document` may), "
+            f"got {image.image_guidance}"
+        )
+    image = image.override(image_guidance=1.0)  # what is done, and recorded
     settings = DecodingSettings(
         "image", max_tokens=0, max_images=1, image=image, size=_size(args.size), negative=args.negative
     )

@@ -50,7 +50,11 @@ class _Decoder:
     ) -> None:  # fmt: skip
         self.model, self.settings, self.special = model, settings, model.text.special
         self.streaming = streaming
-        self.image = settings.image or model.generator.sampling
+        # Guidance of images is nothing where none is given: the branch without them is the whole one again.
+        asked = settings.image or model.generator.sampling
+        unled = asked.override(image_guidance=1.0)
+        own = [asked if any(run.image is not None for run in prompt) else unled for prompt in runs]
+        self.image = asked if asked in own else unled
         sizes = model.sequence.image_sizes if model.sequence.write_size else model.sequence.image_sizes[:1]
         sizes = sizes if settings.size is None else [settings.size]
         self.sizes = {model.sequencer.size(*size): model.tokenizer.layout.grid(*size) for size in sizes}  # as written
@@ -73,9 +77,6 @@ class _Decoder:
         wanted = max(prompts) + settings.max_tokens + settings.max_images * (self.room + 2)
         ahead = 0 if model.generator.text is None else model.generator.text.block  # looked at beyond what is kept
         self.session = Session.start(model, len(runs), self.branches, min(self.capacity, wanted) + ahead)
-        # Guidance of images is nothing where none is given: the branch without them is the whole one again.
-        unled = self.image.override(image_guidance=1.0)
-        own = [self.image if any(run.image is not None for run in prompt) else unled for prompt in runs]
         self.rows = [_Row(torch.Generator().manual_seed(seed), one) for seed, one in zip(seeds, own, strict=True)]
         self._prefill(runs)
 

@@ -204,7 +204,8 @@ class Sequencer:
         if features:
             assert self.vision is not None
             grid = self.vision.grid(height, width)
-            blocks = [*blocks, Block(grid, TokenKind.UNDERSTANDING, bidirectional=True, private=False)]
+            both_ways = not self.rules.causal_features
+            blocks = [*blocks, Block(grid, TokenKind.UNDERSTANDING, bidirectional=both_ways, private=False)]
         return blocks
 
 

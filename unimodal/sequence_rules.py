@@ -20,6 +20,7 @@ class SequenceRules:
         context: what an image is to what follows it: its clean tokens, features of `vision`, or the one and then the other
             (BAGEL). Learned tokens that are their own context (`repeats` false: next-token generators) stand for the clean
             form of a drawn image and always stay; `understanding` then is of given images alone (Janus).
+        causal_features: features see those before them only (Janus's decoder), rather than each other.
         write_size: whether an image's size in pixels is written before it, between its boundary tokens (Emu3, arXiv
             2409.18869): learned where the image is, so that a model with several sizes chooses one.
         native: images of training documents and prompts keep their own size; `image_sizes` are those that can be drawn.
@@ -31,12 +32,15 @@ class SequenceRules:
     drop_images: float = 0.0
     learn_end: bool = True
     context: Literal["clean", "understanding", "both"] = "clean"
+    causal_features: bool = False
     write_size: bool = False
     native: NativeSizes | None = None
 
     def __post_init__(self) -> None:
         if not self.image_sizes:
             raise ValueError("sequence.image_sizes: expected at least one [height, width], got none")
+        if self.causal_features and self.context == "clean":
+            raise ValueError("sequence.causal_features: expected a context with features, got clean")
         for name in ("drop_text", "drop_images"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"sequence.{name}: expected a share from 0 to below 1, got {getattr(self, name)}")

@@ -2,7 +2,7 @@
 
 An interval of one run is what its scoring found (of the digits Wilson's, of the shapes a bootstrap over prompts). Over
 several seeds it is the wider of Student's over the seeds' scores and Wilson's of their mean over what one run is asked: at
-the ceiling seeds agree by chance, and other seeds are asked the same again. Of one run nothing is said but how it came out.
+the ceiling seeds agree by chance, and other seeds are asked much the same. Of one run nothing is said but how it came out.
 """
 
 from __future__ import annotations

@@ -156,12 +156,21 @@ class Runner:
         for steps in left:
             self._train(run, run.stages[-1], steps, starts)
             scored, (able, _) = self._page(run, steps).parent, can_compile()
+            write_atomically(scored.with_suffix(".json"), json.dumps(run.world.versions).encode())
             asked = [*run.world.scoring, "--run", str(self.folder(run) / "run"), "--out", str(scored)]
             asked += ["--seed", str(run.seed), *(["--compile"] if able else [])]
             self._call([sys.executable, "-m", *asked], scored.with_name(f"{scored.name}.log"))
 
     def check(self, run: Run) -> None:
-        """Refuse to go on with, or to report, what was trained by other settings than today's."""
+        """Refuse to go on with, or to report, what was trained or scored by other settings than today's."""
+        for page in sorted(self.folder(run).glob("at_*/index.html")):
+            record = page.parent.with_suffix(".json")
+            versions = json.loads(record.read_text()) if record.is_file() else None
+            if versions != run.world.versions:
+                raise RuntimeError(
+                    f"{page.parent} was scored by versions {versions}, today's are {run.world.versions}: delete "
+                    f"{self.folder(run)} to train and score it again"
+                )
         for stage in run.stages:
             config = self.folder(run) / f"{stage.name}.yaml"
             if config.with_suffix("").is_dir() and _settings(config) != _placeless(self._config(run, stage)):

@@ -85,7 +85,7 @@ class Flow(DenoisingGenerator):
         super().__init__(layout, width, time, coder, bidirectional, sampling)
         if time_draw == "uniform" and (time_mean, time_std) != (0.0, 1.0):
             raise ValueError(f"time_mean, time_std: expected none with time_draw uniform, got {time_mean}, {time_std}")
-        diffusion.check_times(time_shift, time_std)
+        diffusion.check_times(time_mean, time_std, time_shift)
         self.predicts, self.time_draw = predicts, time_draw
         self.time_shift, self.time_mean, self.time_std = time_shift, time_mean, time_std
 

@@ -81,7 +81,7 @@ class Queries(ImageGenerator):
         if len(layers) != 1 and not (layers and self.denoiser.ladder):
             name = type(self.denoiser).__name__
             raise ValueError(f"generator.layers: expected one layer, which is what {name} reads, got {list(layers)}")
-        diffusion.check_times(time_shift, time_std)
+        diffusion.check_times(time_mean, time_std, time_shift)
         self.layout, self.layers, self.private, self.sampling = layout, tuple(layers), private, sampling
         self.time_shift, self.time_mean, self.time_std = time_shift, time_mean, time_std
         self.patch_in = nn.Linear(layout.dim, width)  # of images as context

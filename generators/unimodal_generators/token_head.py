@@ -96,7 +96,7 @@ class HeadFlow(HeadNoising):
     solvers = ("euler", "heun")
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        diffusion.check_times(1.0, std)
+        diffusion.check_times(mean, std, name="noising.")
         self.mean, self.std = mean, std
 
     def draw_time(self, shape: Sequence[int], rng: torch.Generator) -> Float[Tensor, "m K"]:

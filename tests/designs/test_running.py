@@ -73,6 +73,17 @@ def test_another_recipe_does_not_go_on_where_one_stopped(tmp_path: Path) -> None
         runner.train(changed, 13.0)
 
 
+def test_what_other_versions_scored_is_neither_reported_nor_gone_on_with(tmp_path: Path) -> None:
+    run, runner = made("bagel", [2.0], [10]), Recorded(tmp_path)
+    done(runner, run, 13.0)
+    raised = replace(run, world=replace(DIGITS, versions={"digits": 7}))
+    with pytest.raises(RuntimeError, match=r"at_10 was scored by versions .*'digits': 1.* today's are .*7.*: delete"):
+        runner.train(raised, 13.0)
+    (runner.folder(run) / "at_6.json").unlink()
+    with pytest.raises(RuntimeError, match=r"at_6 was scored by versions None"):
+        runner.check(run)
+
+
 def test_runs_of_other_lengths_and_seeds_lie_apart(tmp_path: Path) -> None:
     runner = Recorded(tmp_path)
     runs = [made("bagel", [2.0], [10]), made("bagel", [2.0], [12]), replace(made("bagel", [2.0], [10]), seed=1)]

@@ -309,7 +309,9 @@ def test_velocity_is_in_full_precision() -> None:
         assert made.predict(torch.randn(3, 32).bfloat16(), made.embed(at), at).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("name", "value"), [("time_shift", 0.0), ("time_shift", math.nan), ("time_std", -0.1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("time_shift", 0.0), ("time_shift", math.nan), ("time_std", -0.1), ("time_mean", math.nan)]
+)
 def test_times_that_cannot_be_drawn_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}"):
         flow(**{name: value})

@@ -418,6 +418,7 @@ def test_sana_counts_time_from_the_data() -> None:
     ("settings", "message"),
     [
         ({"time_shift": 0.0}, r"time_shift: expected a number above 0, got 0\.0"),
+        ({"time_mean": math.inf}, r"time_mean: expected a number, got inf"),
         ({"time_std": -1.0}, r"time_std: expected 0 or more, got -1\.0"),
         ({"queries": 0}, r"generator\.queries: expected at least 1, got 0"),
         ({"layers": ()}, r"generator\.layers: expected one layer, .* got \[\]"),

@@ -1,5 +1,6 @@
 """The head of token diffusion: its noisings in closed form, what it learns, which solvers it has."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,18 @@ from shape_checks import first_checked
 from token_diffusion_cases import DDPM, LAYOUT, made, planned, tokens
 from torch import Tensor, nn
 
-from unimodal_generators import HeadDiffusion, TokenDiffusion, TokenDiffusionSettings
+from unimodal_generators import HeadDiffusion, HeadFlow, TokenDiffusion, TokenDiffusionSettings
 from unimodal_generators.base import Embeddings, Grid, ImageTokens
 from unimodal_tokenizers.base import TokenLayout
 from unimodal_tokenizers.diffusion import alpha_bars
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"std": -1.0}, r"std: .* got -1"), ({"mean": math.nan}, r"mean: .* nan")]
+)
+def test_times_that_cannot_be_drawn_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"noising\.{message}"):
+        HeadFlow(**settings)
 
 
 class Gaussian(nn.Module):

@@ -69,6 +69,12 @@ def test_the_path_starts_at_noise_ends_at_data_and_moves_by_the_velocity() -> No
     torch.testing.assert_close(moved / h, velocity(noise, data))
 
 
+def test_logit_normal_times_far_out_are_the_ends() -> None:
+    rng = np.random.default_rng(0)
+    assert logit_normal_time(rng, mean=-1000.0) == pytest.approx(0.0, abs=1e-300)
+    assert logit_normal_time(rng, mean=1000.0) == 1.0
+
+
 def test_logit_normal_times_have_the_median_of_their_mean() -> None:
     rng = np.random.default_rng(0)
     drawn = np.array([logit_normal_time(rng, mean=1.0, std=0.5) for _ in range(4000)])

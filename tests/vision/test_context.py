@@ -116,6 +116,11 @@ def test_given_images_are_dropped_in_all_their_forms(make: Make) -> None:
         assert L in [s.kind for s in model.sequencer.document(DRAWN, (0, 0)).segments]
 
 
+def test_causal_features_need_features() -> None:
+    with pytest.raises(ValueError, match=r"sequence\.causal_features: expected a context with features, got clean"):
+        SequenceRules([(8, 8)], 64, causal_features=True)
+
+
 # ---- learned
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 def logit_normal_time(rng: np.random.Generator, mean: float = 0.0, std: float = 1.0) -> float:
     """t = sigmoid(n), n ~ N(mean, std): more weight on the middle of the path (SD3, section 3.1)."""
-    return 1.0 / (1.0 + math.exp(-rng.normal(mean, std)))
+    return 1.0 / (1.0 + math.exp(min(-rng.normal(mean, std), 700.0)))  # above that exp overflows
 
 
 def shift_time(t: float, shift: float) -> float:
@@ -77,12 +77,14 @@ def shift_of(shift: Shift, tokens: int) -> float:
     return shift(tokens) if callable(shift) else shift
 
 
-def check_times(shift: Shift, std: float) -> None:
-    """ValueError, naming the setting, for a shift or a deviation that training times cannot be drawn with."""
+def check_times(mean: float, std: float, shift: Shift = 1.0, name: str = "time_") -> None:
+    """ValueError, naming the setting, for what training times cannot be drawn with."""
     if not callable(shift) and not 0 < shift < math.inf:
-        raise ValueError(f"time_shift: expected a number above 0, got {shift}")
+        raise ValueError(f"{name}shift: expected a number above 0, got {shift}")
+    if not math.isfinite(mean):
+        raise ValueError(f"{name}mean: expected a number, got {mean}")
     if not 0 <= std < math.inf:
-        raise ValueError(f"time_std: expected 0 or more, got {std}")
+        raise ValueError(f"{name}std: expected 0 or more, got {std}")
 
 
 def interpolate(
