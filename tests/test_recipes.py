@@ -41,7 +41,6 @@ ONE_OF_EACH = [
 NOT_MEASURED = {
     "digits_blip3o_features",
     "digits_metaquery_sana",
-    "digits_transfusion_unet",
     "shapes_flux_latents",
     "shapes_llamagen_codes",
 }
