@@ -39,8 +39,6 @@ ONE_OF_EACH = [
 ]
 """A model, a tokenizer, and one that is laid over another: all of a kind are parsed alike."""
 NOT_MEASURED = {
-    "digits_blip3o_features",
-    "digits_metaquery_sana",
     "shapes_flux_latents",
     "shapes_llamagen_codes",
 }
