@@ -1,7 +1,7 @@
 """From rows to tables, plots, and which published orderings came out.
 
 An interval of one run is what its scoring found (of the digits Wilson's, of the shapes a bootstrap over prompts). Over
-several seeds it is the wider of Student's over the seeds' scores and Wilson's of their mean over what one run is asked: at
+several seeds it spans Student's over the seeds' scores and Wilson's of their mean over what one run is asked: at
 the ceiling seeds agree by chance, and other seeds are asked much the same. Of one run nothing is said but how it came out.
 """
 
