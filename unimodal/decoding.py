@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from unimodal.decoding_settings import DecodingSettings, Inpaint, Piece, checked_seeds
+from unimodal.decoding_settings import DecodingSettings, Inpaint, Piece, check_one_each, checked_seeds
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.model import UnifiedModel
 from unimodal.packing import Run, to_tensor
@@ -411,9 +411,7 @@ def _decoder(
 ) -> _Decoder | None:
     """The loop with its prompts read; None for no documents."""
     seeds = checked_seeds(seeds)
-    for name, values in (("seeds", seeds), ("inpaint", inpaint)):
-        if values is not None and len(values) != len(documents):
-            raise ValueError(f"{name}: expected one a document ({len(documents)}), got {len(values)}")
+    check_one_each(len(documents), seeds, inpaint)
     if settings.size is not None and tuple(settings.size) not in {tuple(s) for s in model.sequence.image_sizes}:
         allowed = ", ".join(f"{w}x{h}" for h, w in model.sequence.image_sizes)
         raise ValueError(f"size: this recipe draws {allowed}, got {settings.size[1]}x{settings.size[0]}")

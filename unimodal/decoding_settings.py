@@ -125,3 +125,10 @@ class Inpaint:
         h, w = free.shape
         cells = free.reshape(grid.h, h // grid.h, grid.w, w // grid.w)
         return torch.from_numpy(~cells.any(axis=(1, 3)).flatten())
+
+
+def check_one_each(documents: int, seeds: Sequence[int], inpaint: Sequence[Inpaint | None] | None) -> None:
+    """ValueError, naming it, for what is not one a document."""
+    for name, values in (("seeds", seeds), ("inpaint", inpaint)):
+        if values is not None and len(values) != documents:
+            raise ValueError(f"{name}: expected one a document ({documents}), got {len(values)}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unimodal.decoding import decode
-from unimodal.decoding_settings import DecodingSettings, Inpaint
+from unimodal.decoding_settings import DecodingSettings, Inpaint, check_one_each
 from unimodal.documents import GENERATED, Document, Part
 from unimodal.evaluation.likelihood import log_likelihoods
 from unimodal.model import UnifiedModel
@@ -127,9 +127,7 @@ def look_again(
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     if settings.max_images < 1:
         raise ValueError(f"settings: max_images: expected at least 1 to look at, got {settings.max_images}")
-    for name, values in (("seeds", seeds), ("inpaint", inpaint)):
-        if values is not None and len(values) != len(documents):
-            raise ValueError(f"{name}: expected one a document ({len(documents)}), got {len(values)}")
+    check_one_each(len(documents), seeds, inpaint)
     looks: list[list[Look]] = [[] for _ in documents]
     left = list(range(len(documents)))
     reading = DecodingSettings(max_tokens=max_tokens, max_images=0)
